@@ -1,0 +1,20 @@
+"""The optimizers. This package imports torch and nothing else."""
+
+from .layerwise import LayerRate
+from .lipschitz import Estimator
+from .optimizer import LipOptimizer
+from .variants import AdaLip, AdaLipU, AdamLip, AdamLipU, RMSLip, RMSLipU
+from .wrapper import Lipschitz
+
+__all__ = [
+    "AdaLip",
+    "AdaLipU",
+    "AdamLip",
+    "AdamLipU",
+    "Estimator",
+    "LayerRate",
+    "LipOptimizer",
+    "Lipschitz",
+    "RMSLip",
+    "RMSLipU",
+]

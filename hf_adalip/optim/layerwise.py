@@ -1,0 +1,334 @@
+"""What every optimizer with an S per layer shares: which parameters make a layer, its state,
+its serialisation, and the step of S."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _get_scalar_dtype
+
+from .lipschitz import NO_PREDECESSOR, Estimator, LayerState
+from .norms import index_tensor
+from .signals import Signal
+
+State = dict[str, Any]
+Options = tuple[Estimator, str | None]  # with -U's `previous`
+Layers = Literal["tensor", "module"] | Callable[[str], str]
+
+LAYER_SCALARS = ("lipschitz_scale", "prev_norm", "nonfinite_steps", "lipschitz_c", "lipschitz_step")
+"""Numbers of a layer. Each of its parameters keeps a copy, so that state stays per parameter,
+as every checkpoint format wants it."""
+
+SCALARS = (*LAYER_SCALARS, "step", "layer_lr", "prev_lr")
+"""All state that is one number, on the parameter's device, and never of its dtype."""
+
+
+class LayerRate(NamedTuple):
+    """A layer's learning rate at its last step."""
+
+    scale: float  # S_t
+    lr: float  # A_t as applied: α_t·S_t, or α_t on the layer's first step
+    norm: float  # ‖g_t‖; in the -U forms, of the update that the next one is compared with
+    nonfinite_steps: int  # steps that were left out because the gradient was not finite
+
+
+@dataclass
+class Member:
+    """A parameter of a layer, at one step."""
+
+    param: Tensor
+    group: dict[str, Any]
+    state: State  # not yet in the optimizer's state when it is new
+
+
+@dataclass
+class Layer:
+    """The parameters that share one S."""
+
+    name: str
+    members: list[Member] = field(default_factory=list)  # with a gradient
+    absent: list[Member] = field(default_factory=list)  # with a history, but no gradient now
+    options: Options = (Estimator(), None)
+
+    @property
+    def all(self) -> list[Member]:
+        return self.members + self.absent
+
+
+def layer_names(names: list[str] | None, count: int, layers: Layers, index: int) -> list[str]:
+    """The layer of each of the `count` parameters of the parameter group number `index`.
+
+    Raises:
+        ValueError: if `layers` is unknown, or needs names and there are none.
+    """
+    if layers == "tensor":
+        return list(names) if names else [f"param_groups.{index}.{i}" for i in range(count)]
+    if layers != "module" and not callable(layers):
+        raise ValueError(
+            f'layers must be "tensor", "module" or a function of a parameter\'s name, got {layers!r}'
+        )
+    if names is None:
+        raise ValueError(
+            f"layers={layers!r} needs the parameters' names: pass model.named_parameters() instead "
+            'of model.parameters(), use create_optimizer(model, ...), or choose layers="tensor"'
+        )
+    keys = [layers(n) if callable(layers) else n.rpartition(".")[0] or n for n in names]
+    for name, key in zip(names, keys, strict=True):
+        if not isinstance(key, str):
+            raise ValueError(f"layers must return a string, got {key!r} for {name!r}")
+    return keys
+
+
+class LayerwiseOptimizer(Optimizer):
+    """An optimizer whose parameters belong to layers that have an S each.
+
+    A parameter group names the layer of each of its parameters in "layer_names".
+    """
+
+    _signal: Signal
+
+    def _options(self, group: dict[str, Any]) -> Options:
+        raise NotImplementedError
+
+    def _new_state(self, param: Tensor, group: dict[str, Any]) -> State:
+        """The state of a parameter before its first step."""
+        raise NotImplementedError
+
+    def _layer_state(self, param: Tensor, group: dict[str, Any]) -> State:
+        """The numbers of a layer before its first step."""
+        estimator, _ = self._options(group)
+        initial = {"lipschitz_scale": 1.0, "prev_norm": NO_PREDECESSOR, "nonfinite_steps": 0.0}
+        if estimator.theoretical:
+            initial |= {"lipschitz_c": estimator.initial_c, "lipschitz_step": 0.0}
+        return {name: scalar(value, param) for name, value in (initial | {"layer_lr": 0.0}).items()}
+
+    def _collect(self) -> list[Layer]:
+        """The layers that have a gradient now, those with the same estimator side by side.
+
+        A parameter without state gets one here; `_keep` puts it in its place once the step can
+        no longer fail. It takes the S of the parameters that were in its layer before it.
+        """
+        layers: dict[str, Layer] = {}
+        absent: list[tuple[str, Member]] = []
+        for group in self.param_groups:
+            names = group.get("layer_names", ())
+            if len(names) != len(group["params"]):
+                raise RuntimeError(
+                    f"a parameter group has {len(group['params'])} parameters but {len(names)} "
+                    "layer names: its parameters were replaced, as DeepSpeed and FSDP1 with "
+                    "use_orig_params=False do by flat buffers, and layers cannot be told apart"
+                )
+            for name, param in zip(names, group["params"], strict=True):
+                state = self.state.get(param, {})
+                member = Member(param, group, state if "lipschitz_scale" in state else {})
+                if param.grad is not None:
+                    self._check(param)
+                    layers.setdefault(name, Layer(name)).members.append(member)
+                elif member.state:
+                    absent.append((name, member))
+        for name, member in absent:
+            if name in layers:
+                layers[name].absent.append(member)
+        options = {id(group): self._options(group) for group in self.param_groups}
+        for layer in layers.values():
+            self._join(layer, options)
+        order = list(dict.fromkeys(options.values()))
+        return sorted(layers.values(), key=lambda layer: order.index(layer.options))
+
+    def _join(self, layer: Layer, options: dict[int, Options]) -> None:
+        layer.options, *others = dict.fromkeys(options[id(m.group)] for m in layer.all)
+        if others:
+            raise ValueError(
+                f"layer {layer.name!r} has parameters in groups with different gamma, c, "
+                "scale_bounds, nonfinite or previous; a layer has one S, so give those groups "
+                "the same values"
+            )
+        known = next((m for m in layer.all if m.state), None)
+        for member in layer.members:
+            if not member.state:
+                member.state = self._new_state(member.param, member.group)
+                for key in LAYER_SCALARS if known else ():
+                    if key in member.state:
+                        member.state[key].copy_(known.state[key])  # type: ignore[union-attr]
+
+    def _keep(self, layers: list[Layer]) -> None:
+        for layer in layers:
+            for member in layer.members:
+                if "lipschitz_scale" not in self.state[member.param]:
+                    self.state[member.param].update(member.state)
+
+    def _check(self, param: Tensor) -> None:
+        assert param.grad is not None
+        if param.grad.is_sparse:
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        if hasattr(param, "placements") or getattr(param, "_fsdp_flattened", False):
+            raise NotImplementedError(
+                f"{type(self).__name__} does not support sharded parameters (DTensor, FSDP) yet: "
+                "the norm of a shard is not the norm of its layer"
+            )
+
+    def _finite(self, layers: list[Layer], norms: Tensor) -> Tensor:
+        """Which layers have finite norms; raises for those that are to raise.
+
+        Raises:
+            RuntimeError: with nonfinite="raise", naming the layers. Nothing has been changed.
+        """
+        finite = norms.isfinite().all(dim=1)
+        strict = [layer.options[0].nonfinite == "raise" for layer in layers]
+        if any(strict):
+            bad = [
+                layer.name
+                for layer, ok, raises in zip(layers, finite.tolist(), strict, strict=True)
+                if raises and not ok
+            ]
+            if bad:
+                raise RuntimeError(
+                    f"the gradient norm is not finite in {len(bad)} of {len(layers)} layers "
+                    f"({', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}); nothing was "
+                    'changed. nonfinite="skip" leaves such layers alone for the step'
+                )
+        return finite
+
+    def _follow(self, layers: list[Layer], norms: Tensor, finite: Tensor) -> Tensor:
+        """One step of S of every layer, stored in its parameters' state.
+
+        Args:
+            layers: as from `_collect`.
+            norms: ‖x_t‖ and ‖x_t - x_{t-1}‖, shape [layers, 2].
+            finite: shape [layers]; where False and nonfinite="skip", only the count moves.
+
+        Returns:
+            A_t/α_t, shape [layers].
+        """
+        factors = []
+        start = 0
+        for (estimator, previous), run in itertools.groupby(layers, key=lambda x: x.options):
+            part = list(run)
+            here = slice(start, start := start + len(part))
+            skip = estimator.nonfinite == "skip"
+            old = LayerState(*(_gather(part, key, norms) for key in _keys(estimator)))
+            new, factor = estimator.update(old, norms[here, 0], norms[here, 1])
+            new = new._replace(
+                prev_norm=torch.where(
+                    new.prev_norm < 0,
+                    new.prev_norm,
+                    self._signal.remembered_norm(new.prev_norm, factor, previous),
+                )
+            )
+            for key, before, after in zip(_keys(estimator), old, new, strict=False):
+                assert before is not None and after is not None
+                _scatter(part, key, torch.where(finite[here], after, before) if skip else after)
+            count = _gather(part, "nonfinite_steps", norms)
+            _scatter(part, "nonfinite_steps", count + (~finite[here]).to(count.dtype))
+            factors.append(factor)
+        return torch.cat(factors)
+
+    def layer_learning_rates(self) -> dict[str, LayerRate]:
+        """{layer: (S_t, A_t, ‖g_t‖, non-finite steps)} as of each layer's last step.
+
+        One device-to-host copy for each device that parameters are on; a step itself makes none.
+        Layers are named by the names given with the parameters, else by group and position.
+        One with parameters in several groups shows the A_t of its first. Layers that have not
+        had a gradient yet are left out.
+        """
+        keys = ("lipschitz_scale", "layer_lr", "prev_norm", "nonfinite_steps")
+        rates: dict[str, LayerRate | None] = {}
+        rows: dict[torch.device, dict[str, Tensor]] = {}
+        for group in self.param_groups:
+            for name, param in zip(group["layer_names"], group["params"], strict=True):
+                state = self.state.get(param, {})
+                if name not in rates and "lipschitz_scale" in state:
+                    rates[name] = None  # keeps the order of the model
+                    row = torch.stack([state[key].detach() for key in keys])
+                    rows.setdefault(param.device, {})[name] = row
+        for table in rows.values():
+            values = torch.stack(list(table.values())).tolist()
+            for name, (scale, lr, norm, skipped) in zip(table, values, strict=True):
+                rates[name] = LayerRate(scale, lr, max(norm, 0.0), int(skipped))
+        return {name: rate for name, rate in rates.items() if rate is not None}
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Within it, load_state_dict keeps our numbers exactly as they were saved.
+
+        torch casts floating-point state to the parameter's dtype, which would make S a bf16.
+        What layer a parameter belongs to is not loaded: that is for the model to say.
+        """
+        loaded: dict[str, Any] = {}
+        structure = [
+            {key: group[key] for key in ("layer_names", "param_names") if key in group}
+            for group in self.param_groups
+        ]
+
+        def see(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            loaded.update(state_dict)  # the last hook sees what the user's hooks made of it
+
+        def restore(_: Optimizer) -> None:
+            saved = itertools.chain.from_iterable(g["params"] for g in loaded["param_groups"])
+            params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
+            for key, param in zip(saved, params, strict=True):
+                source = loaded["state"].get(key, {})
+                for name in SCALARS if "lipschitz_scale" in source else ():
+                    if isinstance(source.get(name), Tensor):
+                        value = source[name].detach()
+                        self.state[param][name] = value.to(param.device, copy=True)
+            for group, own in zip(self.param_groups, structure, strict=True):
+                group.update(own)
+
+        handles = (
+            self.register_load_state_dict_pre_hook(see),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def real(x: Any) -> Any:
+    """A complex tensor as its real and imaginary parts: one layer of twice as many numbers."""
+    return torch.view_as_real(x) if isinstance(x, Tensor) and x.is_complex() else x
+
+
+def scalar(value: float, param: Tensor) -> Tensor:
+    """A number of the state: float32 whatever the parameter's dtype (float64 if that is
+    torch's default dtype, as in torch.optim), on the parameter's device."""
+    return torch.tensor(value, dtype=_get_scalar_dtype(), device=param.device)
+
+
+def store(targets: Sequence[Tensor], values: Tensor) -> None:
+    """Copies a vector into 0-dim tensors."""
+    if torch.is_grad_enabled():  # differentiable=True
+        for target, value in zip(targets, values.unbind(), strict=True):
+            target.copy_(value)
+    else:
+        torch._foreach_copy_(list(targets), list(values.unbind()))
+
+
+@lru_cache(maxsize=8)
+def _keys(estimator: Estimator) -> tuple[str, ...]:
+    """The state keys of LayerState's fields."""
+    theoretical = ("lipschitz_c", "lipschitz_step") if estimator.theoretical else ()
+    return ("lipschitz_scale", "prev_norm", *theoretical)
+
+
+def _gather(layers: list[Layer], key: str, like: Tensor) -> Tensor:
+    """A number of every layer as a vector on `like`'s device; all members have the same."""
+    return torch.stack([x.members[0].state[key].to(like.device) for x in layers])
+
+
+def _scatter(layers: list[Layer], key: str, values: Tensor) -> None:
+    targets = [m.state[key] for layer in layers for m in layer.all]
+    if len(targets) != len(layers):
+        owner = tuple(i for i, layer in enumerate(layers) for _ in layer.all)
+        values = values[index_tensor(owner, values.device)]
+    store(targets, values)

@@ -1,0 +1,155 @@
+"""The recurrence of S: the one place where the method's mathematics is written.
+
+Notation, per layer l and step t (Ioannou, Tagaris, Stafylopatis 2023):
+
+    x_t   the signal: the layer's gradient g_t, or its update u_t in the -U forms
+    S_t   the scale of the layer's learning rate, S_0 = 1               `lipschitz_scale`
+    α_t   the learning rate of the parameter group (the scheduler's)    `lr`
+    A_t   = α_t·S_t, the layer's learning rate (Eq. 9)                  `layer_lr`
+
+    r_t = ‖x_{t-1}‖ / (‖x_t - x_{t-1}‖ + c_t)                           Eq. 7
+    S_t = γ·S_{t-1} + (1-γ)·r_t                                         Eq. 8
+
+Everything here works on vectors with one element per layer, on the device, and
+knows neither parameters nor optimizers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+NO_PREDECESSOR = -1.0
+"""`prev_norm` of a layer that has not yet had a non-zero signal (a norm is never negative)."""
+
+FIRST_C = 1e-8
+"""c_1 = c_0 of `c="theoretical"`, the constant that the paper's experiments used (§4.2)."""
+
+NONFINITE = ("skip", "raise", "propagate")
+
+
+class LayerState(NamedTuple):
+    """What is remembered of every layer between two steps; vectors of shape [layers]."""
+
+    scale: Tensor  # S_{t-1}
+    prev_norm: Tensor  # ‖x_{t-1}‖, or NO_PREDECESSOR
+    c: Tensor | None = None  # c_{t-1}; with c="theoretical"
+    step: Tensor | None = None  # t-1; with c="theoretical"
+
+
+def ratio(prev_norm: Tensor, change: Tensor, c: Tensor | float) -> Tensor:
+    """Eq. 7 over α: what one pair of successive signals says of the learning rate."""
+    return prev_norm / (change + c)
+
+
+def moving_average(scale: Tensor, observed: Tensor, gamma: float) -> Tensor:
+    """Eq. 8: the law by which S follows the observed ratios."""
+    return gamma * scale + (1.0 - gamma) * observed
+
+
+def theoretical_c(
+    scale: Tensor, prev_norm: Tensor, change: Tensor, c: Tensor, step: Tensor, gamma: float
+) -> Tensor:
+    """Eq. A.3: the smallest non-decreasing c_t with A_t ≤ A_{t-1} when α_t = α_0/√t (Lemma 5).
+
+    At t = 1 the root is infinite and c stays at c_0.
+    """
+    growth = torch.sqrt(step / (step - 1.0))
+    needed = (1.0 - gamma) * prev_norm / ((growth - gamma) * scale) - change
+    return torch.maximum(needed, c)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How S is estimated: γ, c, the bounds of S, and what a non-finite gradient does.
+
+    Args:
+        gamma: coefficient of the moving average, in (0, 1) (§4.2).
+        c: positive constant of Eq. 7, or "theoretical" for Eq. A.3.
+        scale_bounds: (low, high) with 0 < low ≤ high that S is kept in, or None for
+            the paper's unbounded S.
+        nonfinite: "skip", "raise" or "propagate".
+
+    Raises:
+        ValueError: for a value outside these ranges, naming argument and value.
+    """
+
+    gamma: float = 0.8
+    c: float | Literal["theoretical"] = 1e-8
+    scale_bounds: tuple[float, float] | None = (0.1, 10.0)
+    nonfinite: Literal["skip", "raise", "propagate"] = "skip"
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.gamma) or not 0.0 < self.gamma < 1.0:
+            raise ValueError(
+                f"gamma must be a number between 0 and 1, both excluded, got {self.gamma!r}"
+            )
+        if self.c != "theoretical" and not (
+            _is_number(self.c) and 0.0 < float(self.c) < math.inf
+        ):
+            raise ValueError(f'c must be a positive number or "theoretical", got {self.c!r}')
+        if self.scale_bounds is not None:
+            bounds = self.scale_bounds
+            if (
+                not isinstance(bounds, (tuple, list))
+                or len(bounds) != 2
+                or not all(_is_number(b) for b in bounds)
+                or not 0.0 < bounds[0] <= bounds[1]
+            ):
+                raise ValueError(
+                    "scale_bounds must be None or (low, high) with 0 < low <= high, "
+                    f"got {self.scale_bounds!r}"
+                )
+        if self.nonfinite not in NONFINITE:
+            raise ValueError(
+                f'nonfinite must be "skip", "raise" or "propagate", got {self.nonfinite!r}'
+            )
+
+    @property
+    def theoretical(self) -> bool:
+        return self.c == "theoretical"
+
+    @property
+    def initial_c(self) -> float:
+        return FIRST_C if self.c == "theoretical" else self.c
+
+    def update(self, layer: LayerState, norm: Tensor, change: Tensor) -> tuple[LayerState, Tensor]:
+        """One step of S for all layers.
+
+        Args:
+            layer: the state after step t-1.
+            norm: ‖x_t‖.
+            change: ‖x_t - x_{t-1}‖; where there is no predecessor, x_{t-1} = 0.
+
+        Returns:
+            the state after step t (its `prev_norm` is ‖x_t‖), and the factor A_t/α_t:
+            S_t, or 1 on a layer's first non-zero signal, so that training starts at the
+            initial learning rate (§4.2).
+        """
+        before = layer.prev_norm.clamp(min=0.0)
+        # Both signals zero: 0/0 says nothing, and S keeps its value. A NaN is no silence.
+        signal = (norm > 0) | (before > 0) | norm.isnan()
+        first = signal & (layer.prev_norm < 0)
+
+        c, step = layer.c, layer.step
+        if c is not None and step is not None:
+            step = step + 1.0
+            needed = theoretical_c(layer.scale, before, change, c, step, self.gamma)
+            c = torch.where(signal, needed, c)
+        observed = ratio(before, change, self.initial_c if c is None else c)
+        scale = moving_average(layer.scale, observed, self.gamma)
+        if self.scale_bounds is not None:
+            scale = scale.clamp(*self.scale_bounds)
+        scale = torch.where(signal, scale, layer.scale)
+        prev_norm = torch.where(signal, norm, layer.prev_norm)
+        factor = torch.where(first, torch.ones_like(scale), scale)
+        return LayerState(scale, prev_norm, c, step), factor
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

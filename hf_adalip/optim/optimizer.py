@@ -1,0 +1,355 @@
+"""A rule × a signal: the class that all six optimizers are, and the order of its step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from numbers import Real
+from types import ModuleType
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    ParamsT,
+    _default_to_fused_or_foreach,
+    _use_grad_for_differentiable,
+)
+
+from . import foreach, rules
+from .layerwise import (
+    Layer,
+    Layers,
+    LayerwiseOptimizer,
+    Member,
+    Options,
+    State,
+    layer_names,
+    real,
+    scalar,
+    store,
+)
+from .lipschitz import Estimator
+from .norms import index_tensor, layer_norms
+from .rules import Batch, Rule
+from .signals import Signal, remembered_rates
+
+_BUCKET = 2**22
+"""Elements that a foreach batch takes together, unless a single tensor has more: temporaries stay
+below the size of the largest tensor, or 16 MiB."""
+
+
+class LipOptimizer(LayerwiseOptimizer):
+    """The common part of AdaLip, RMSLip, AdamLip and their -U forms.
+
+    Args:
+        params: parameters, named parameters, or groups of either.
+        defaults: the rule's hyperparameters and their values (lr, weight_decay, betas, ...).
+        gamma: γ of the moving average, in (0, 1) (Eq. 8, §4.2).
+        c: positive constant in the denominator of Eq. 7, or "theoretical" for Eq. A.3's c_t,
+            which with lr following α_0/√t carries Theorem 1's guarantee.
+        layers: what shares one S: "tensor" (each parameter tensor), "module" (the parameters of
+            one module; needs names), or a function from a parameter's name to its layer's name.
+        scale_bounds: (low, high) that S is kept in; None for the paper's unbounded S.
+        nonfinite: what a layer does whose gradient norm is not finite. "skip" leaves parameter,
+            S, history and moments as they were and counts the step in `nonfinite_steps`; "raise"
+            stops before anything has changed, at the price of one device synchronisation a
+            step; "propagate" computes with it.
+        decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p, not scaled by S; False
+            adds λp to the gradient, and so to what S is estimated from.
+        foreach: use the multi-tensor form; None takes it where torch's own optimizers do.
+        maximize: ascend instead of descend.
+        capturable: safe to capture in a CUDA graph: excludes nonfinite="raise" and, for a lr
+            that changes, needs a lr tensor on the parameters' device. State is always there.
+        differentiable: autograd runs through the step; uses the loop form.
+
+    Raises:
+        ValueError: for a bad value, naming the argument and the value.
+    """
+
+    rule: ClassVar[Rule]
+    signal: ClassVar[Signal]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        gamma: float = 0.8,
+        c: float | Literal["theoretical"] = 1e-8,
+        layers: Layers = "tensor",
+        scale_bounds: tuple[float, float] | None = (0.1, 10.0),
+        nonfinite: Literal["skip", "raise", "propagate"] = "skip",
+        decoupled_weight_decay: bool = True,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        defaults = defaults | {
+            "gamma": gamma,
+            "c": c,
+            "scale_bounds": scale_bounds,
+            "nonfinite": nonfinite,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        _validate(defaults)
+        self._layers = layers
+        super().__init__(params, defaults)
+
+    @property
+    def _signal(self) -> Signal:  # type: ignore[override]
+        return self.signal
+
+    def _options(self, group: dict[str, Any]) -> Options:
+        bounds = group["scale_bounds"]
+        law = _estimator(group["gamma"], group["c"], bounds and tuple(bounds), group["nonfinite"])
+        return law, group.get("previous")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; a group may have its own value of every option, `layers` included.
+
+        Raises:
+            ValueError: for a bad option, or a parameter given twice; nothing is added then.
+        """
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
+            param_group = dict(param_group, params=list(param_group["params"]))
+            given = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+            if len({id(p) for p in given}) != len(given):
+                raise ValueError("some parameters appear more than once in a parameter group")
+        _validate(self.defaults | param_group)
+        layers = param_group.pop("layers", self._layers)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            group["layer_names"] = layer_names(
+                group.get("param_names"), len(group["params"]), layers, len(self.param_groups) - 1
+            )
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_layers": self._layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # saved before an option existed
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state_dict; S, norms and step come back bit for bit, also for bf16 parameters.
+
+        Options that an older state_dict lacks take this optimizer's values, and state that it
+        lacks starts as before a first step. Layers stay as this optimizer has them.
+        """
+        with self._loading():
+            super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if state := self.state.get(param):
+                    for name, value in self._new_state(param, group).items():
+                        state.setdefault(name, value)
+
+    def _new_state(self, param: Tensor, group: dict[str, Any]) -> State:
+        state: State = {"step": scalar(0.0, param)}
+        for name in self.rule.kept(group) + self.signal.history(self.rule, group):
+            zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state[name] = zeros.detach()
+        if self.signal.retraces(self.rule, group):
+            state["prev_lr"] = scalar(0.0, param)
+        return state | self._layer_state(param, group)
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step (Algorithms 2-5).
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            the closure's loss, or None.
+
+        Raises:
+            RuntimeError: for sparse gradients, and with nonfinite="raise" for a gradient norm
+                that is not finite; nothing has been changed then.
+        """
+        self._capture_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        layers = self._collect()
+        if layers:
+            self._step(layers)
+        return loss
+
+    def _step(self, layers: list[Layer]) -> None:
+        batches = self._batches(layers, "members")
+        silent = self._batches(layers, "absent")
+        forms = [_form(batch) for batch in batches]
+        home = batches[0].steps.device
+
+        # Measure. Nothing is changed here.
+        rows = [form.measure(b).to(home) for form, b in zip(forms, batches, strict=True)]
+        rows += [rules.measure_absent(b).to(home) for b in silent]
+        owner = tuple(i for b in batches + silent for i in b.layer_of)
+        norms = layer_norms(torch.cat(rows), owner, len(layers))
+        finite = self._finite(layers, norms)
+
+        # Follow: S of every layer, and what it makes of every tensor's learning rate.
+        self._keep(layers)
+        factor = self._follow(layers, norms[:, 1:], finite)
+        if owner != tuple(range(len(layers))):
+            index = index_tensor(owner, home)
+            factor, finite = factor[index], finite[index]
+
+        # Step.
+        start = 0
+        for form, batch in zip(forms, batches, strict=True):
+            here = slice(start, start := start + len(batch.params))
+            device = batch.steps.device
+            go = finite[here].to(device) if batch.group["nonfinite"] == "skip" else None
+            rates = batch.lr * factor[here].to(device)
+            remembered = remembered_rates(rates, batch.lr, batch.group.get("previous", "applied"))
+            form.advance(batch, rates, remembered, go)
+            _keep_scalar(batch, "step", batch.steps, go)
+            _keep_scalar(batch, "layer_lr", rates, go)
+            if "prev_lr" in batch.states[0]:
+                _keep_scalar(batch, "prev_lr", remembered, go)
+        for batch in silent:
+            here = slice(start, start := start + len(batch.params))
+            device = batch.steps.device
+            go = finite[here].to(device) if batch.group["nonfinite"] == "skip" else None
+            rules.forget(batch, go)
+            if "prev_lr" in batch.states[0]:
+                _keep_scalar(batch, "prev_lr", torch.zeros_like(batch.steps), go)
+
+    def _batches(self, layers: list[Layer], which: Literal["members", "absent"]) -> list[Batch]:
+        """Tensors of one group, device and dtype together, in buckets for the foreach form."""
+        runs: dict[Any, list[tuple[int, Member]]] = {}
+        for i, layer in enumerate(layers):
+            for member in getattr(layer, which):
+                key = (id(member.group), member.param.device, member.param.dtype)
+                runs.setdefault(key, []).append((i, member))
+        batches = []
+        for run in runs.values():
+            group = run[0][1].group
+            multi = which == "members" and _wants_foreach(group, [m.param for _, m in run])
+            for part in _buckets(run) if multi else [run]:
+                batches.append(self._batch(group, part, multi))
+        return batches
+
+    def _batch(self, group: dict[str, Any], run: list[tuple[int, Member]], multi: bool) -> Batch:
+        members = [member for _, member in run]
+        device = members[0].param.device
+        lr = group["lr"]
+        steps = torch.stack([m.state["step"] for m in members])
+        gradients = [m.param.grad for m in members if m.param.grad is not None]
+        return Batch(
+            rule=self.rule,
+            signal=self.signal,
+            group=group,
+            foreach=multi,
+            params=[real(m.param) for m in members],
+            grads=[real(g) for g in gradients],
+            states=[{name: real(x) for name, x in m.state.items()} for m in members],
+            steps=steps + 1 if gradients else steps,
+            lr=lr.to(device).squeeze() if isinstance(lr, Tensor) else lr,
+            layer_of=[i for i, _ in run],
+        )
+
+    def _capture_check(self) -> None:
+        """torch's check of `capturable`, and that a captured step would follow a changing lr."""
+        name = "_accelerator_graph_capture_health_check"
+        getattr(self, name, self._cuda_graph_capture_health_check)()
+        for group in self.param_groups:
+            lr = group["lr"]
+            if (
+                group["capturable"]
+                and isinstance(lr, Tensor)
+                and any(lr.device != p.device for p in group["params"])
+            ):
+                raise ValueError(
+                    f"capturable=True needs lr on the parameters' device, got a tensor on {lr.device}"
+                )
+
+
+@lru_cache(maxsize=64)
+def _estimator(gamma: Any, c: Any, bounds: Any, nonfinite: Any) -> Estimator:
+    return Estimator(gamma, c, bounds, nonfinite)
+
+
+def _form(batch: Batch) -> ModuleType:
+    return foreach if batch.foreach else rules
+
+
+def _wants_foreach(group: dict[str, Any], params: list[Tensor]) -> bool:
+    if group["foreach"] is None:
+        return bool(_default_to_fused_or_foreach(params, group["differentiable"])[1])
+    return bool(group["foreach"])
+
+
+def _buckets(run: list[tuple[int, Member]]) -> list[list[tuple[int, Member]]]:
+    limit = max(_BUCKET, *(member.param.numel() for _, member in run))
+    parts: list[list[tuple[int, Member]]] = [[]]
+    size = 0
+    for entry in run:
+        size += entry[1].param.numel()
+        if size > limit:
+            parts.append([])
+            size = entry[1].param.numel()
+        parts[-1].append(entry)
+    return parts
+
+
+def _keep_scalar(batch: Batch, name: str, values: Tensor, go: Tensor | None) -> None:
+    targets = [state[name] for state in batch.states]
+    store(targets, values if go is None else torch.where(go, values, torch.stack(targets)))
+
+
+def _validate(group: dict[str, Any]) -> None:
+    """Refuses the value of an option of a group (or of the defaults) before it is used."""
+    Estimator(group["gamma"], group["c"], group["scale_bounds"], group["nonfinite"])
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must have one element when it is a tensor, got {lr.numel()}")
+        lr = lr.item()
+    if not _in(lr, 0.0, math.inf):
+        raise ValueError(f"lr must be a finite number >= 0, got {lr!r}")
+    for name in ("weight_decay", "eps"):
+        if name in group and not _in(group[name], 0.0, math.inf):
+            raise ValueError(f"{name} must be a finite number >= 0, got {group[name]!r}")
+    for name in ("momentum", "alpha"):
+        if name in group and not _in(group[name], 0.0, 1.0):
+            raise ValueError(f"{name} must be a number in [0, 1), got {group[name]!r}")
+    if "betas" in group:
+        betas = group["betas"]
+        if (
+            not isinstance(betas, (tuple, list))
+            or len(betas) != 2
+            or not all(_in(b, 0.0, 1.0) for b in betas)
+        ):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    if group.get("nesterov") and not group["momentum"]:
+        raise ValueError(f"nesterov=True needs a momentum > 0, got momentum={group['momentum']!r}")
+    if group.get("previous", "applied") not in ("applied", "proposed"):
+        raise ValueError(f'previous must be "applied" or "proposed", got {group["previous"]!r}')
+    if group["foreach"] and group["differentiable"]:
+        raise ValueError("foreach=True and differentiable=True exclude each other")
+    if group["capturable"] and group["nonfinite"] == "raise":
+        raise ValueError(
+            'nonfinite="raise" looks at the gradients on the host, which capturable=True excludes; '
+            'choose "skip" or "propagate"'
+        )
+
+
+def _in(value: object, low: float, high: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and low <= value < high

@@ -1,0 +1,233 @@
+"""The base updates of Table 1 as a readable loop: the truth that faster forms are tested against.
+
+A rule is two pure functions. `moments` says how what is remembered follows g_t; `direction`
+is what the base optimizer multiplies with its learning rate and subtracts. Arithmetic is done
+in at least float32 and rounded once, when it is stored in the parameter's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .norms import norm, wide_dtype
+
+if TYPE_CHECKING:
+    from .signals import Signal
+
+Group = Mapping[str, Any]
+Moments = dict[str, Tensor]
+
+
+class Rule(ABC):
+    """One base optimizer of Table 1."""
+
+    @abstractmethod
+    def uses(self, group: Group) -> tuple[str, ...]:
+        """The moments that `direction` reads. All but "grad" are kept in the state."""
+
+    @abstractmethod
+    def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
+        """The moments of step t from g_t and the moments of step t-1."""
+
+    @abstractmethod
+    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
+        """d_t, such that the base optimizer's update is -α_t·d_t."""
+
+    def kept(self, group: Group) -> tuple[str, ...]:
+        """State keys, each a tensor of the parameter's shape that starts at zero."""
+        return tuple(key for key in self.uses(group) if key != "grad")
+
+    def retraceable(self, group: Group) -> bool:
+        """Whether d_{t-1} can be had again from the kept moments, without the gradient."""
+        return "grad" not in self.uses(group)
+
+
+class SGD(Rule):
+    """SGD with torch's momentum (no dampening): a buffer b_t = μ·b_{t-1} + g_t."""
+
+    def uses(self, group: Group) -> tuple[str, ...]:
+        if not group["momentum"]:
+            return ("grad",)
+        return ("grad", "momentum_buffer") if group["nesterov"] else ("momentum_buffer",)
+
+    def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
+        if not group["momentum"]:
+            return {"grad": grad}
+        return {"grad": grad, "momentum_buffer": group["momentum"] * old["momentum_buffer"] + grad}
+
+    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
+        if not group["momentum"]:
+            return moments["grad"]
+        if group["nesterov"]:
+            return moments["grad"] + group["momentum"] * moments["momentum_buffer"]
+        return moments["momentum_buffer"]
+
+
+class RMSprop(Rule):
+    """RMSProp without bias correction: v_t = α·v_{t-1} + (1-α)·g_t², g_t/(√v_t + ε)."""
+
+    def uses(self, group: Group) -> tuple[str, ...]:
+        return ("grad", "square_avg")
+
+    def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
+        alpha = group["alpha"]
+        return {"grad": grad, "square_avg": alpha * old["square_avg"] + (1 - alpha) * grad * grad}
+
+    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
+        return moments["grad"] / root(moments["square_avg"], group)
+
+
+class Adam(Rule):
+    """Adam with bias correction: m̂_t/(√v̂_t + ε)."""
+
+    def uses(self, group: Group) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
+        beta1, beta2 = group["betas"]
+        return {
+            "exp_avg": beta1 * old["exp_avg"] + (1 - beta1) * grad,
+            "exp_avg_sq": beta2 * old["exp_avg_sq"] + (1 - beta2) * grad * grad,
+        }
+
+    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
+        beta1, beta2 = group["betas"]
+        mean = moments["exp_avg"] / bias_correction(beta1, step)
+        return mean / root(moments["exp_avg_sq"] / bias_correction(beta2, step), group)
+
+
+def root(square: Tensor, group: Group) -> Tensor:
+    """√v + ε as the paper's algorithms print it, or √(v + ε) with `eps_in_sqrt`."""
+    if group["eps_in_sqrt"]:
+        return (square + group["eps"]).sqrt()
+    return square.sqrt() + group["eps"]
+
+
+def bias_correction(beta: float, step: Tensor) -> Tensor:
+    """1 - β^t without the cancellation that 1 - β**t has in float32 (1e-5 at β = 0.999, t = 1)."""
+    if beta == 0.0:
+        return torch.ones_like(step)
+    return -torch.expm1(step * math.log(beta))
+
+
+@dataclass
+class Batch:
+    """Tensors of one parameter group on one device, to be stepped together.
+
+    The tensors are real views: a complex parameter is seen as its real and imaginary parts.
+    """
+
+    rule: Rule
+    signal: Signal
+    group: Group
+    foreach: bool
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor]]
+    steps: Tensor  # [tensors], t of each
+    lr: Tensor | float  # α_t
+    layer_of: list[int]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """State keys of the parameter's shape: moments, then history."""
+        return self.rule.kept(self.group) + self.signal.history(self.rule, self.group)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x itself, or its float32 copy when it is of low precision."""
+    return x.to(wide_dtype(x.dtype))
+
+
+def gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
+    """g_t: the gradient to descend, with λp added when weight decay is coupled."""
+    grad = grad.to(wide_dtype(param.dtype))
+    if group["maximize"]:
+        grad = -grad
+    if group["weight_decay"] and not group["decoupled_weight_decay"]:
+        grad = grad + group["weight_decay"] * wide(param)
+    return grad
+
+
+def measure(batch: Batch) -> Tensor:
+    """‖g_t‖, ‖x_t‖ and ‖x_t - x_{t-1}‖ of each tensor, shape [tensors, 3]; changes nothing."""
+    rule, signal, group = batch.rule, batch.signal, batch.group
+    rows = []
+    for param, raw, state, step in zip(
+        batch.params, batch.grads, batch.states, batch.steps.unbind(), strict=True
+    ):
+        grad = gradient(param, raw, group)
+        old = {name: wide(state[name]) for name in batch.names}
+
+        def proposal(grad: Tensor = grad, old: Moments = old, step: Tensor = step) -> Tensor:
+            return -batch.lr * rule.direction(rule.moments(grad, old, group), step, group)
+
+        now = signal.now(grad, proposal)
+        before = signal.before(old, partial(_retraced, batch, old, state, step - 1))
+        rows.append(torch.stack([norm(grad), norm(now), norm(now - before)]))
+    return torch.stack(rows)
+
+
+def measure_absent(batch: Batch) -> Tensor:
+    """`measure` for tensors without a gradient in a layer that has one: theirs is zero."""
+    rows = []
+    for state, step in zip(batch.states, batch.steps.unbind(), strict=True):
+        old = {name: wide(state[name]) for name in batch.names}
+        before = norm(batch.signal.before(old, partial(_retraced, batch, old, state, step)))
+        zero = torch.zeros_like(before)
+        rows.append(torch.stack([zero, zero, before]))
+    return torch.stack(rows)
+
+
+def advance(batch: Batch, rates: Tensor, remembered: Tensor, finite: Tensor | None) -> None:
+    """Takes the step: moments, history and parameters.
+
+    Args:
+        batch: what to step.
+        rates: A_t of each tensor, shape [tensors].
+        remembered: what d_t is scaled by in the update to remember, shape [tensors].
+        finite: where False, a tensor and its state stay as they are; None for all True.
+    """
+    rule, signal, group = batch.rule, batch.signal, batch.group
+    for i, (param, raw, state) in enumerate(
+        zip(batch.params, batch.grads, batch.states, strict=True)
+    ):
+        go = None if finite is None else finite[i]
+        grad = gradient(param, raw, group)
+        old = {name: wide(state[name]) for name in batch.names}
+        new = rule.moments(grad, old, group)
+        direction = rule.direction(new, batch.steps[i], group)
+        new |= signal.remember(grad, lambda d=direction, i=i: -remembered[i] * d)
+        value = wide(param)
+        if group["weight_decay"] and group["decoupled_weight_decay"]:
+            value = value * (1 - batch.lr * group["weight_decay"])
+        for name in batch.names:
+            _commit(state[name], new[name], go)
+        _commit(param, value - rates[i] * direction, go)
+
+
+def forget(batch: Batch, finite: Tensor | None) -> None:
+    """`advance` for the tensors of `measure_absent`: their previous signal becomes zero."""
+    for i, state in enumerate(batch.states):
+        for name in batch.signal.history(batch.rule, batch.group):
+            go = None if finite is None else finite[i]
+            _commit(state[name], torch.zeros_like(wide(state[name])), go)
+
+
+def _retraced(batch: Batch, old: Moments, state: dict[str, Tensor], step: Tensor) -> Tensor:
+    """u_{t-1} from the moments of step t-1; zero before the first step, where they give 0/0."""
+    prev_lr = state["prev_lr"]
+    direction = batch.rule.direction(old, step.clamp(min=1), batch.group)
+    return torch.where(prev_lr == 0, torch.zeros_like(direction), -prev_lr * direction)
+
+
+def _commit(target: Tensor, value: Tensor, go: Tensor | None) -> None:
+    target.copy_(value if go is None else torch.where(go, value, wide(target)))
