@@ -73,7 +73,7 @@ def layer_names(names: list[str] | None, count: int, layers: Layers, index: int)
         return list(names) if names else [f"param_groups.{index}.{i}" for i in range(count)]
     if layers != "module" and not callable(layers):
         raise ValueError(
-            f'layers must be "tensor", "module" or a function of a parameter\'s name, got {layers!r}'
+            f'layers must be "tensor", "module" or a function from a name to a name, got {layers!r}'
         )
     if names is None:
         raise ValueError(
@@ -224,7 +224,8 @@ class LayerwiseOptimizer(Optimizer):
                 )
             )
             for key, before, after in zip(_keys(estimator), old, new, strict=False):
-                assert before is not None and after is not None
+                assert before is not None
+                assert after is not None
                 _scatter(part, key, torch.where(finite[here], after, before) if skip else after)
             count = _gather(part, "nonfinite_steps", norms)
             _scatter(part, "nonfinite_steps", count + (~finite[here]).to(count.dtype))
@@ -264,7 +265,7 @@ class LayerwiseOptimizer(Optimizer):
         """
         loaded: dict[str, Any] = {}
         structure = [
-            {key: group[key] for key in ("layer_names", "param_names") if key in group}
+            {str(key): group[key] for key in ("layer_names", "param_names") if key in group}
             for group in self.param_groups
         ]
 

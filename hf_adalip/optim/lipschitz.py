@@ -85,20 +85,18 @@ class Estimator:
     nonfinite: Literal["skip", "raise", "propagate"] = "skip"
 
     def __post_init__(self) -> None:
-        if not _is_number(self.gamma) or not 0.0 < self.gamma < 1.0:
+        if not is_number(self.gamma) or not 0.0 < self.gamma < 1.0:
             raise ValueError(
                 f"gamma must be a number between 0 and 1, both excluded, got {self.gamma!r}"
             )
-        if self.c != "theoretical" and not (
-            _is_number(self.c) and 0.0 < float(self.c) < math.inf
-        ):
+        if self.c != "theoretical" and not (is_number(self.c) and 0.0 < float(self.c) < math.inf):
             raise ValueError(f'c must be a positive number or "theoretical", got {self.c!r}')
         if self.scale_bounds is not None:
             bounds = self.scale_bounds
             if (
                 not isinstance(bounds, (tuple, list))
                 or len(bounds) != 2
-                or not all(_is_number(b) for b in bounds)
+                or not all(is_number(b) for b in bounds)
                 or not 0.0 < bounds[0] <= bounds[1]
             ):
                 raise ValueError(
@@ -151,5 +149,6 @@ class Estimator:
         return LayerState(scale, prev_norm, c, step), factor
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """A real number, NumPy's included, and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)

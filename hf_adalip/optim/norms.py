@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _CHUNK = 4096
+
+_vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,10 +28,10 @@ def norm(x: Tensor) -> Tensor:
         flat = x.reshape(-1)
         rows = flat.numel() // _CHUNK
         body = flat[: rows * _CHUNK].view(rows, _CHUNK)
-        parts = torch.linalg.vector_norm(body, dim=1, dtype=dtype)
-        tail = torch.linalg.vector_norm(flat[rows * _CHUNK :], dtype=dtype)
-        return torch.linalg.vector_norm(torch.cat([parts, tail.reshape(1)]))
-    return torch.linalg.vector_norm(x, dtype=dtype)
+        parts = _vector_norm(body, dim=1, dtype=dtype)
+        tail = _vector_norm(flat[rows * _CHUNK :], dtype=dtype)
+        return _vector_norm(torch.cat([parts, tail.reshape(1)]))
+    return _vector_norm(x, dtype=dtype)
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -69,7 +71,7 @@ def layer_norms(tensor_norms: Tensor, layer_of: tuple[int, ...], layers: int) ->
     padded = torch.cat([tensor_norms, tensor_norms.new_zeros(1, tensor_norms.shape[1])])
     # A gather and a sum over a fixed order: index_add_ would add in any order on a GPU, and
     # two ranks could round differently.
-    return torch.linalg.vector_norm(padded[index], dim=1)
+    return _vector_norm(padded[index], dim=1)
 
 
 @lru_cache(maxsize=64)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from numbers import Real
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from .layerwise import (
     scalar,
     store,
 )
-from .lipschitz import Estimator
+from .lipschitz import Estimator, is_number
 from .norms import index_tensor, layer_norms
 from .rules import Batch, Rule
 from .signals import Signal, remembered_rates
@@ -277,7 +276,7 @@ class LipOptimizer(LayerwiseOptimizer):
                 and any(lr.device != p.device for p in group["params"])
             ):
                 raise ValueError(
-                    f"capturable=True needs lr on the parameters' device, got a tensor on {lr.device}"
+                    f"capturable=True needs lr on the parameters' device, got it on {lr.device}"
                 )
 
 
@@ -352,4 +351,4 @@ def _validate(group: dict[str, Any]) -> None:
 
 
 def _in(value: object, low: float, high: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and low <= value < high
+    return is_number(value) and low <= float(cast("float", value)) < high

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,14 +62,15 @@ class SGD(Rule):
     def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
         if not group["momentum"]:
             return {"grad": grad}
-        return {"grad": grad, "momentum_buffer": group["momentum"] * old["momentum_buffer"] + grad}
+        buffer = old["momentum_buffer"] * group["momentum"] + grad
+        return {"grad": grad, "momentum_buffer": buffer}
 
     def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
         if not group["momentum"]:
             return moments["grad"]
-        if group["nesterov"]:
-            return moments["grad"] + group["momentum"] * moments["momentum_buffer"]
-        return moments["momentum_buffer"]
+        buffer = moments["momentum_buffer"]
+        momentum: float = group["momentum"]
+        return moments["grad"] + momentum * buffer if group["nesterov"] else buffer
 
 
 class RMSprop(Rule):
@@ -79,7 +81,8 @@ class RMSprop(Rule):
 
     def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
         alpha = group["alpha"]
-        return {"grad": grad, "square_avg": alpha * old["square_avg"] + (1 - alpha) * grad * grad}
+        square = alpha * old["square_avg"] + (1 - alpha) * grad * grad
+        return {"grad": grad, "square_avg": square}
 
     def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
         return moments["grad"] / root(moments["square_avg"], group)
@@ -106,9 +109,8 @@ class Adam(Rule):
 
 def root(square: Tensor, group: Group) -> Tensor:
     """√v + ε as the paper's algorithms print it, or √(v + ε) with `eps_in_sqrt`."""
-    if group["eps_in_sqrt"]:
-        return (square + group["eps"]).sqrt()
-    return square.sqrt() + group["eps"]
+    eps: float = group["eps"]
+    return (square + eps).sqrt() if group["eps_in_sqrt"] else square.sqrt() + eps
 
 
 def bias_correction(beta: float, step: Tensor) -> Tensor:
@@ -205,7 +207,7 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, finite: Tensor | No
         old = {name: wide(state[name]) for name in batch.names}
         new = rule.moments(grad, old, group)
         direction = rule.direction(new, batch.steps[i], group)
-        new |= signal.remember(grad, lambda d=direction, i=i: -remembered[i] * d)
+        new |= signal.remember(grad, partial(mul, direction, -remembered[i]))
         value = wide(param)
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             value = value * (1 - batch.lr * group["weight_decay"])

@@ -6,7 +6,7 @@ What all of them take by keyword (`scale_bounds`, `nonfinite`, `decoupled_weight
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -72,7 +72,12 @@ class AdaLip(LipOptimizer):
         layers: Layers = "tensor",
         **options: Unpack[Options],
     ) -> None:
-        own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        own: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
         super().__init__(params, own, gamma=gamma, c=c, layers=layers, **options)
 
 
@@ -116,8 +121,8 @@ class RMSLip(LipOptimizer):
         eps_in_sqrt: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        own = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
-        own["eps_in_sqrt"] = eps_in_sqrt
+        own: dict[str, Any] = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
+        own |= {"eps_in_sqrt": eps_in_sqrt}
         super().__init__(params, own, gamma=gamma, c=c, layers=layers, **options)
 
 
@@ -161,8 +166,8 @@ class AdamLip(LipOptimizer):
         eps_in_sqrt: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        own["eps_in_sqrt"] = eps_in_sqrt
+        own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        own |= {"eps_in_sqrt": eps_in_sqrt}
         super().__init__(params, own, gamma=gamma, c=c, layers=layers, **options)
 
 
@@ -208,8 +213,13 @@ class AdaLipU(LipOptimizer):
         previous: Previous = "applied",
         **options: Unpack[Options],
     ) -> None:
-        own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        own["previous"] = previous
+        own: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
+        own |= {"previous": previous}
         super().__init__(params, own, gamma=gamma, c=c, layers=layers, **options)
 
 
@@ -253,7 +263,7 @@ class RMSLipU(LipOptimizer):
         previous: Previous = "applied",
         **options: Unpack[Options],
     ) -> None:
-        own = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
+        own: dict[str, Any] = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
         own |= {"eps_in_sqrt": eps_in_sqrt, "previous": previous}
         super().__init__(params, own, gamma=gamma, c=c, layers=layers, **options)
 
@@ -299,6 +309,6 @@ class AdamLipU(LipOptimizer):
         previous: Previous = "applied",
         **options: Unpack[Options],
     ) -> None:
-        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         own |= {"eps_in_sqrt": eps_in_sqrt, "previous": previous}
         super().__init__(params, own, gamma=gamma, c=c, layers=layers, **options)

@@ -99,7 +99,7 @@ class Lipschitz(LayerwiseOptimizer):
         super().__setstate__({})
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -107,7 +107,7 @@ class Lipschitz(LayerwiseOptimizer):
         self.optimizer.param_groups = value
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.optimizer.state
 
     @state.setter
@@ -115,7 +115,7 @@ class Lipschitz(LayerwiseOptimizer):
         self.optimizer.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self.optimizer.defaults
 
     @defaults.setter
@@ -128,9 +128,10 @@ class Lipschitz(LayerwiseOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
-            name = f"_optimizer_{kind}_hooks"  # the base does the saving and loading
-            setattr(self, name, getattr(self.optimizer, name))
+        for what in ("state_dict", "load_state_dict"):  # which the base does
+            for when in ("pre", "post"):
+                name = f"_optimizer_{what}_{when}_hooks"
+                setattr(self, name, getattr(self.optimizer, name))
 
     def __repr__(self) -> str:
         law = self._law

@@ -1,0 +1,137 @@
+"""Per-layer learning rates over a run: found, summarised, recorded and drawn (§6.1, Figs. 5-7)."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .optim.layerwise import LayerRate, LayerwiseOptimizer
+
+
+def layerwise(optimizer: Any) -> LayerwiseOptimizer | None:
+    """The optimizer with an S per layer inside what accelerate or a wrapper made of it, or None."""
+    seen: set[int] = set()
+    while isinstance(optimizer, Optimizer) and id(optimizer) not in seen:
+        if isinstance(optimizer, LayerwiseOptimizer):
+            return optimizer
+        seen.add(id(optimizer))
+        # accelerate's AcceleratedOptimizer; timm's Lookahead
+        attributes = vars(optimizer)
+        optimizer = attributes.get("optimizer", attributes.get("_base_optimizer"))
+    return None
+
+
+def summary(rates: Mapping[str, LayerRate]) -> dict[str, float]:
+    """min, median and max over the layers of S and A, and how many steps were left out.
+
+    Returns:
+        keys `lipschitz_scale/{min,median,max}`, `layer_lr/{min,median,max}` and, if there were
+        any, `nonfinite_steps` (the most in any layer). Empty before the first step.
+    """
+    if not rates:
+        return {}
+    values = {
+        "lipschitz_scale": [rate.scale for rate in rates.values()],
+        "layer_lr": [rate.lr for rate in rates.values()],
+    }
+    found = {
+        f"{name}/{what.__name__}": float(what(numbers))
+        for name, numbers in values.items()
+        for what in (min, statistics.median, max)
+    }
+    if skipped := max(rate.nonfinite_steps for rate in rates.values()):
+        found["nonfinite_steps"] = float(skipped)
+    return found
+
+
+class LayerRateHistory:
+    """S and A of every layer at the steps at which `record` was called.
+
+    `steps` is a list of step numbers; `scale` and `lr` have a list of the same length for each
+    layer, with None where the layer had no learning rate yet.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.scale: dict[str, list[float | None]] = {}
+        self.lr: dict[str, list[float | None]] = {}
+
+    def record(self, step: int, rates: Mapping[str, LayerRate]) -> None:
+        """Adds the rates at a step; `rates` is from `layer_learning_rates()`."""
+        for name in rates:
+            self.scale.setdefault(name, [None] * len(self.steps))
+            self.lr.setdefault(name, [None] * len(self.steps))
+        self.steps.append(step)
+        for name in self.scale:
+            rate = rates.get(name)
+            self.scale[name].append(None if rate is None else rate.scale)
+            self.lr[name].append(None if rate is None else rate.lr)
+
+    def truncate(self, step: int) -> None:
+        """Forgets what came after a step, so that a resumed run does not record it twice."""
+        keep = sum(s <= step for s in self.steps)
+        self.steps = self.steps[:keep]
+        for table in (self.scale, self.lr):
+            for name in table:
+                table[name] = table[name][:keep]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON with the keys steps, scale and lr; the file is whole or not there."""
+        text = json.dumps({"steps": self.steps, "scale": self.scale, "lr": self.lr})
+        partial = Path(f"{os.fspath(path)}.partial")
+        partial.write_text(text)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LayerRateHistory:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: if the file is not such a history, naming it.
+        """
+        history = cls()
+        try:
+            data = json.loads(Path(path).read_text())
+            history.steps, history.scale, history.lr = data["steps"], data["scale"], data["lr"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a history of learning rates") from error
+        return history
+
+    def plot(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Draws A of every layer over the steps, first layers dark, and S beside it.
+
+        Raises:
+            ImportError: without matplotlib, naming the extra that has it.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "drawing needs matplotlib: pip install 'hf-adalip[recipes]'"
+            ) from error
+        import matplotlib
+
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        colours = matplotlib.colormaps["viridis"]
+        panels = figure.subplots(1, 2)
+        tables = ((self.lr, "learning rate of the layer, A"), (self.scale, "its scale, S = A / lr"))
+        for axes, (table, label) in zip(panels, tables, strict=True):
+            for i, (name, values) in enumerate(table.items()):
+                numbers = [float("nan") if value is None else value for value in values]
+                colour = colours(0.9 * i / max(len(table) - 1, 1))
+                axes.plot(self.steps, numbers, color=colour, linewidth=1, label=name)
+            axes.set(xlabel="optimizer step", ylabel=label, yscale="log")
+            axes.grid(alpha=0.3, which="both")
+        if 0 < len(self.lr) <= 20:
+            panels[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if title:
+            figure.suptitle(title)
+        figure.savefig(path, dpi=120)

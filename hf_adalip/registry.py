@@ -1,0 +1,224 @@
+"""The optimizers by name: records, listing, and making one for a model."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any, Literal, cast, overload
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from .layers import parameter_groups
+from .optim import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU
+
+LIP_PREFIX = "lip-"
+
+_UNSUITED = {"lbfgs", "sparseadam"}  # several gradients a step; sparse gradients
+
+
+@dataclass(frozen=True)
+class OptimizerInfo:
+    """What is known of an optimizer.
+
+    Args:
+        name: in lower case, without underscores (timm splits names at them).
+        optimizer_class: a torch.optim.Optimizer class.
+        base: the class that S is on top of; for a `lip-` name, the one that is wrapped.
+        signal: what S is estimated from; None for an optimizer without S.
+        reference: the algorithm or equation in the paper.
+        defaults: arguments that differ from the class's own defaults.
+        description: a line for listings.
+    """
+
+    name: str
+    optimizer_class: type[Optimizer]
+    base: type[Optimizer] | None = None
+    signal: Literal["gradient", "update"] | None = None
+    reference: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name != self.name.lower() or "_" in self.name:
+            raise ValueError(f"name must be lower case and without underscores, got {self.name!r}")
+        if not (
+            isinstance(self.optimizer_class, type) and issubclass(self.optimizer_class, Optimizer)
+        ):
+            raise TypeError(
+                "optimizer_class must be a subclass of torch.optim.Optimizer, "
+                f"got {self.optimizer_class!r}"
+            )
+        object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
+        if not self.description and self.base is not None:
+            text = f"{self.base.__name__} with a learning rate per layer, from its {self.signal}s"
+            object.__setattr__(self, "description", text)
+
+    @property
+    def takes_layers(self) -> bool:
+        """Whether it has an S per layer, and so a `layers` argument."""
+        return self.signal is not None
+
+    def create(self, params: ParamsT, **arguments: Any) -> Optimizer:
+        """An optimizer over `params`; `arguments` win over `defaults`.
+
+        For a `lip-` name, arguments of `Lipschitz` go there and the others to the base.
+
+        Raises:
+            TypeError: for an argument that the class does not take.
+        """
+        arguments = {**self.defaults, **arguments}
+        make = cast("Any", self.optimizer_class)
+        if not issubclass(self.optimizer_class, Lipschitz):
+            return cast("Optimizer", make(params, **arguments))
+        own = set(inspect.signature(Lipschitz).parameters) - {"optimizer"}
+        wrapped = {key: value for key, value in arguments.items() if key not in own}
+        arguments = {key: value for key, value in arguments.items() if key in own}
+        return cast("Optimizer", make(cast("Any", self.base)(params, **wrapped), **arguments))
+
+
+_REGISTRY: dict[str, OptimizerInfo] = {}
+
+
+def register_optimizer(info: OptimizerInfo) -> None:
+    """Adds an optimizer under its name.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    if info.name in _REGISTRY:
+        raise ValueError(f"an optimizer is registered as {info.name!r} already")
+    _REGISTRY[info.name] = info
+
+
+@overload
+def list_optimizers(filter: str = "*", with_description: Literal[False] = False) -> list[str]: ...
+@overload
+def list_optimizers(
+    filter: str = "*", *, with_description: Literal[True]
+) -> list[tuple[str, str]]: ...
+def list_optimizers(
+    filter: str = "*", with_description: bool = False
+) -> list[str] | list[tuple[str, str]]:
+    """Names with an S per layer: the registered ones, and `lip-` over every torch optimizer.
+
+    Args:
+        filter: a wildcard pattern, such as "adam*" or "lip-*".
+        with_description: (name, description) pairs instead of names.
+    """
+    names = [*_REGISTRY, *(LIP_PREFIX + name for name in _torch_optimizers())]
+    found = sorted(name for name in names if fnmatchcase(name, filter.lower()))
+    if with_description:
+        return [(name, get_optimizer_info(name).description) for name in found]
+    return found
+
+
+def get_optimizer_info(name: str) -> OptimizerInfo:
+    """The record of a name.
+
+    A registered name; `lip-NAME`, for `Lipschitz` over the optimizer NAME of torch or, if it is
+    installed, timm; or the plain name of a torch optimizer ("adam", "sgd"), to compare with.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known ones.
+    """
+    key = name.lower()
+    if key in _REGISTRY:
+        return _REGISTRY[key]
+    if key.startswith(LIP_PREFIX):
+        base = _base_optimizers(key.removeprefix(LIP_PREFIX))
+        if base is not None:
+            return OptimizerInfo(
+                name=key,
+                optimizer_class=Lipschitz,
+                base=base,
+                signal="gradient",
+                reference="Eqs. 6-9",
+            )
+    elif key in _torch_optimizers():
+        found = _torch_optimizers()[key]
+        return OptimizerInfo(key, found, base=found, description=f"torch.optim.{found.__name__}")
+    known = [*list_optimizers(), *_torch_optimizers()]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    raise ValueError(
+        f"unknown optimizer {name!r}; {hint}list_optimizers() has {', '.join(_REGISTRY)}, "
+        "and lip-NAME for NAME of torch or timm"
+    )
+
+
+def create_optimizer(
+    model_or_params: nn.Module | ParamsT,
+    name: str,
+    lr: float | torch.Tensor | None = None,
+    weight_decay: float = 0.0,
+    **arguments: Any,
+) -> Optimizer:
+    """An optimizer by name.
+
+    Args:
+        model_or_params: a model, or what torch optimizers take. From a model come the
+            parameters' names, `layers="module"` as the default, and the weight-decay split of
+            `parameter_groups`.
+        name: see `get_optimizer_info`.
+        lr: learning rate; None for the class's default.
+        weight_decay: λ.
+        **arguments: of the optimizer.
+
+    Raises:
+        ValueError: for an unknown name or a bad value.
+        TypeError: for an argument that the optimizer does not take.
+    """
+    info = get_optimizer_info(name)
+    params: Any = model_or_params
+    if isinstance(model_or_params, nn.Module):
+        params = parameter_groups(model_or_params, weight_decay)
+        if info.takes_layers:
+            arguments.setdefault("layers", "module")
+    if lr is not None:
+        arguments["lr"] = lr
+    taker = info.base if info.optimizer_class is Lipschitz else info.optimizer_class
+    if weight_decay or "weight_decay" in inspect.signature(cast("Any", taker)).parameters:
+        arguments["weight_decay"] = weight_decay  # Rprop, for one, has none
+    return info.create(params, **arguments)
+
+
+def _torch_optimizers() -> dict[str, type[Optimizer]]:
+    found = {
+        cls.__name__.lower(): cls
+        for cls in vars(torch.optim).values()
+        if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
+    }
+    return {name: cls for name, cls in sorted(found.items()) if name not in _UNSUITED}
+
+
+def _base_optimizers(name: str) -> type[Optimizer] | None:
+    if name in _torch_optimizers():
+        return _torch_optimizers()[name]
+    if importlib.util.find_spec("timm") is None:
+        return None
+    from timm.optim import get_optimizer_class, list_optimizers
+
+    if name not in list_optimizers():
+        return None
+    found = get_optimizer_class(name, bind_defaults=False)
+    return found if isinstance(found, type) and issubclass(found, Optimizer) else None
+
+
+_SGD, _RMSPROP, _ADAM = torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam
+for _info in (
+    OptimizerInfo("adalip", AdaLip, _SGD, "gradient", "Algorithm 2"),
+    OptimizerInfo("rmslip", RMSLip, _RMSPROP, "gradient", "Algorithm 3"),
+    OptimizerInfo("adamlip", AdamLip, _ADAM, "gradient", "Algorithm 4"),
+    OptimizerInfo("adalipu", AdaLipU, _SGD, "update", "Algorithm 5"),
+    OptimizerInfo("rmslipu", RMSLipU, _RMSPROP, "update", "Appendix C"),
+    OptimizerInfo("adamlipu", AdamLipU, _ADAM, "update", "Appendix C"),
+):
+    register_optimizer(_info)
