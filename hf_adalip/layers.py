@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[s
     """The trainable parameters of a model, named, split by whether weight decay is for them.
 
     Biases, norms and everything else of at most one dimension are not decayed, nor is what the
-    model lists in `no_weight_decay()` (timm's convention).
+    model lists, by name or wildcard, in `no_weight_decay()` (timm's convention).
 
     Args:
         model: its frozen parameters are left out.
@@ -31,7 +32,8 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[s
     spared = set(getattr(model, "no_weight_decay", set)())
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
     for name, param in named:
-        decays = param.ndim > 1 and not name.endswith(".bias") and name not in spared
+        decays = param.ndim > 1 and not name.endswith(".bias")
+        decays = decays and not any(fnmatchcase(name, pattern) for pattern in spared)
         groups[decays].append((name, param))
     return [
         {"params": members, "weight_decay": weight_decay if decays else 0.0}

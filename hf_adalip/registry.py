@@ -18,8 +18,14 @@ from torch.optim.optimizer import ParamsT
 
 from .layers import parameter_groups
 from .optim import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU
+from .optim.layerwise import LayerwiseOptimizer
 
 LIP_PREFIX = "lip-"
+
+_NOT_DESCRIBED = {  # structure, or how rather than what is computed
+    *("params", "param_names", "layer_names", "lr", "initial_lr"),
+    *("foreach", "fused", "capturable", "differentiable"),
+}
 
 _UNSUITED = {"lbfgs", "sparseadam"}  # several gradients a step; sparse gradients
 
@@ -60,6 +66,13 @@ class OptimizerInfo:
         if not self.description and self.base is not None:
             text = f"{self.base.__name__} with a learning rate per layer, from its {self.signal}s"
             object.__setattr__(self, "description", text)
+
+    @property
+    def arguments_of(self) -> type[Optimizer]:
+        """The class whose signature has the base optimizer's own arguments."""
+        return (
+            self.base if self.optimizer_class is Lipschitz and self.base else self.optimizer_class
+        )
 
     @property
     def takes_layers(self) -> bool:
@@ -184,10 +197,28 @@ def create_optimizer(
             arguments.setdefault("layers", "module")
     if lr is not None:
         arguments["lr"] = lr
-    taker = info.base if info.optimizer_class is Lipschitz else info.optimizer_class
-    if weight_decay or "weight_decay" in inspect.signature(cast("Any", taker)).parameters:
+    if weight_decay or "weight_decay" in inspect.signature(info.arguments_of).parameters:
         arguments["weight_decay"] = weight_decay  # Rprop, for one, has none
     return info.create(params, **arguments)
+
+
+def describe_optimizer(optimizer: Optimizer) -> str:
+    """An optimizer and its hyperparameters in a line, for model cards and results.
+
+    The learning rate is the one before any schedule; of values that differ between groups, those
+    of the first group with the largest weight decay.
+    """
+    group = max(optimizer.param_groups, key=lambda group: group.get("weight_decay", 0.0))
+    shown = {"lr": group.get("initial_lr", group["lr"])}
+    shown |= {key: value for key, value in group.items() if key not in _NOT_DESCRIBED}
+    name = type(optimizer).__name__
+    if isinstance(optimizer, Lipschitz):
+        name = f"{name}({type(optimizer.optimizer).__name__})"
+        shown |= optimizer.hyperparameters
+    if isinstance(optimizer, LayerwiseOptimizer):
+        shown["layers"] = optimizer.layers
+    values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in shown.items()}
+    return f"{name} with {', '.join(f'{key}={value}' for key, value in values.items())}"
 
 
 def _torch_optimizers() -> dict[str, type[Optimizer]]:

@@ -1,6 +1,6 @@
 """Algorithms 2-5 of the AdaLip paper, Eqs. 6-9, A.3 and C4-C5, in plain float64 NumPy.
 
-Written from the paper and docs/design.md alone, with none of the package's structure, so that
+Written from the paper and the design's conventions alone, with none of the package's structure, so that
 an error in one is not repeated in the other. Slow and literal on purpose: to be compared with
 the paper line by line. Names are the paper's.
 """
@@ -68,7 +68,7 @@ class Reference:
         self.A: dict[str, dict[str, float]] = {}  # of each of its tensors: groups have their lr
         self.norm: dict[str, float] = {}  # of what the next signal will be compared with
         self.started: dict[str, bool] = {}  # has had a signal that was not zero
-        self.t: dict[str, int] = {}  # steps with a signal: Eq. A.3's t
+        self.t: dict[str, int] = {}  # "for t=1 to T": its steps
         self.c_t: dict[str, float] = {}
         # Of each tensor. "m_0 = 0, v_0 = 0"
         self.x_prev: Arrays = {}  # g_{t-1}, or u_{t-1} in the -U forms
@@ -137,9 +137,9 @@ class Reference:
         self.A.setdefault(layer, {}).update(A_t)
 
     def _S(self, layer, S_prev, norm_prev, norm_change, norm_now) -> float:
+        t = self.t[layer] = self.t.get(layer, 0) + 1
         if norm_prev == 0 and norm_now == 0:
             return S_prev  # 0/0: no signal
-        t = self.t[layer] = self.t.get(layer, 0) + 1
         c_t = self.c
         if self.c == "theoretical":
             c_t = self.c_t[layer] = self._c(layer, t, S_prev, norm_prev, norm_change)
@@ -175,8 +175,9 @@ class Reference:
         beta_1, beta_2 = self.betas
         self.m[name] = beta_1 * self.m.get(name, 0) + (1 - beta_1) * g
         self.v[name] = beta_2 * self.v.get(name, 0) + (1 - beta_2) * g**2
-        m_hat = self.m[name] / (1 - beta_1**t)
-        v_hat = self.v[name] / (1 - beta_2**t)
+        # In float64, 1 - β^t would lose three digits at β = 0.999, t = 1.
+        m_hat = self.m[name] / float(1 - np.longdouble(beta_1) ** t)
+        v_hat = self.v[name] / float(1 - np.longdouble(beta_2) ** t)
         return m_hat / self._root(v_hat)
 
     def _root(self, v: np.ndarray) -> np.ndarray:

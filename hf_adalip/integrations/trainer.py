@@ -1,6 +1,179 @@
-from typing import Any
+"""transformers.Trainer: any engine, `--optim` in unmodified scripts, logs and model cards."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..monitor import layerwise, summary
+from ..registry import create_optimizer, describe_optimizer, get_optimizer_info, list_optimizers
+from .arguments import convert_arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from transformers import Trainer
+
+_NEEDS = (
+    "hf_adalip knows transformers 5.2 to 5.23 here; install one of these, or pass "
+    "`optimizers=(optimizer, None)` to Trainer"
+)
 
 
-def attach(*a: Any) -> None: ...
-def register() -> None: ...
-def trainer_kwargs(*a: Any) -> None: ...
+class ModelOptimizer:
+    """What Trainer takes for an optimizer factory: it is given the model, so names are known."""
+
+    def __call__(self, model: nn.Module, *, name: str, **arguments: Any) -> Optimizer:
+        return create_optimizer(model, name, **arguments)
+
+
+def trainer_kwargs(name: str, **hyperparameters: Any) -> dict[str, Any]:
+    """Keyword arguments for Trainer that train with an optimizer by name, under any engine.
+
+        Trainer(model=model, args=args, ..., **trainer_kwargs("adamlip", lr=1e-3))
+
+    Trainer makes the optimizer itself, as FSDP and DeepSpeed need it, and from the model: layers
+    are modules unless `layers` says otherwise, and biases and norms get no weight decay.
+
+    Args:
+        name: a name of the registry.
+        **hyperparameters: the optimizer's. They count as given: Trainer does not put in
+            `learning_rate`, `weight_decay` or `adam_beta1` of TrainingArguments, so `lr` has
+            to be here.
+
+    Raises:
+        ValueError, TypeError: for an unknown name, a bad value or an argument that the optimizer
+            does not take, now rather than when training starts.
+    """
+    if "lr" not in hyperparameters:
+        raise ValueError(
+            "trainer_kwargs needs lr: Trainer does not pass TrainingArguments.learning_rate on; "
+            f'write trainer_kwargs("{name}", lr=args.learning_rate)'
+        )
+    create_optimizer(nn.Linear(1, 1, bias=False), name, **hyperparameters)
+    return {"optimizer_cls_and_kwargs": (ModelOptimizer, {"name": name, **hyperparameters})}
+
+
+def register() -> None:
+    """Makes every name of the registry a value of `TrainingArguments(optim=...)` and `--optim`.
+
+    Learning rate, weight decay and, for Adam's kin, betas and epsilon come from the training
+    arguments; `--optim_args gamma=0.9,layers=tensor` adds the rest. A `training_args.bin` saved
+    with such a value can be read only after this call. May be called more than once.
+
+    Raises:
+        ImportError: if transformers is not there, or is a version whose tables are unknown here.
+    """
+    try:
+        from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+        from transformers.training_args import OptimizerNames
+    except ImportError as error:
+        raise ImportError(f"cannot register with transformers: {error}. {_NEEDS}") from error
+    for name in list_optimizers():
+        if name not in OptimizerNames._value2member_map_:
+            _add_member(OptimizerNames, name)
+        _OPTIMIZER_HANDLERS[OptimizerNames(name)] = _handler(name)
+
+
+def _add_member(names: Any, value: str) -> None:
+    """Enum has no public way to add a member; argparse takes its choices from the members."""
+    member = str.__new__(names, value)
+    member._name_ = value.upper().replace("-", "_")
+    member._value_ = value
+    names._member_map_[member._name_] = member
+    names._member_names_.append(member._name_)
+    names._value2member_map_[value] = member
+
+
+def _handler(name: str) -> Callable[[Any], tuple[Any, dict[str, Any]]]:
+    def handler(context: Any) -> tuple[Any, dict[str, Any]]:
+        info = get_optimizer_info(name)
+        arguments = {"lr": context.args.learning_rate, "weight_decay": context.args.weight_decay}
+        takes = inspect.signature(info.arguments_of).parameters
+        if "betas" in takes:
+            arguments |= {k: v for k, v in context.adam_kwargs.items() if k in takes}
+        return ModelOptimizer, {
+            "name": name,
+            **arguments,
+            **convert_arguments(context.optim_args),
+        }
+
+    return handler
+
+
+def attach(trainer: Trainer, log_layers: bool = False) -> None:
+    """Shows what the optimizer does: learning rates per layer in the logs, and a true model card.
+
+    Every training log, and with it every tracker, gets min, median and max over the layers of S
+    (`lipschitz_scale/...`) and of the learning rate (`layer_lr/...`). The card that
+    `create_model_card` and `push_to_hub` write names the optimizer that ran, its arguments and
+    its learning rate, where Trainer would print the unused `args.optim`.
+
+    Args:
+        trainer: before `train()`.
+        log_layers: log every layer's values too.
+
+    Raises:
+        RuntimeError: when training starts and the optimizer has no S, as when DeepSpeed dropped
+            the one in `optimizers=`.
+    """
+    from transformers import TrainerCallback
+
+    class Check(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            optimizer = kwargs.get("optimizer")
+            if layerwise(optimizer) is None:
+                raise RuntimeError(
+                    f"Trainer trains with {type(optimizer).__name__}, which has no learning rate "
+                    "per layer. DeepSpeed drops `optimizers=`: pass "
+                    'Trainer(..., **trainer_kwargs("adamlip", lr=...)) instead'
+                )
+
+    log, create_model_card = trainer.log, trainer.create_model_card
+
+    def log_with_rates(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        found = layerwise(trainer.optimizer)
+        if found is not None and "loss" in logs:
+            rates = found.layer_learning_rates()
+            logs.update(summary(rates))
+            for name, rate in rates.items() if log_layers else ():
+                logs[f"lipschitz_scale/{name}"] = rate.scale
+                logs[f"layer_lr/{name}"] = rate.lr
+        log(logs, *args, **kwargs)
+
+    def card_with_optimizer(*args: Any, **kwargs: Any) -> None:
+        with _true_hyperparameters(trainer):
+            create_model_card(*args, **kwargs)
+
+    trainer.add_callback(Check())
+    trainer.log = log_with_rates
+    trainer.create_model_card = card_with_optimizer
+
+
+@contextmanager
+def _true_hyperparameters(trainer: Trainer) -> Iterator[None]:
+    """Within it, a model card's hyperparameters are those of the optimizer that ran."""
+    from transformers import modelcard
+
+    if not hasattr(modelcard, "extract_hyperparameters_from_trainer"):
+        raise ImportError(f"transformers.modelcard has changed. {_NEEDS}")
+    extract = modelcard.extract_hyperparameters_from_trainer
+
+    def extract_true(of: Trainer) -> dict[str, Any]:
+        found: dict[str, Any] = extract(of)
+        optimizer = layerwise(trainer.optimizer)
+        if of is trainer and optimizer is not None:
+            group = optimizer.param_groups[0]
+            found["learning_rate"] = float(group.get("initial_lr", group["lr"]))
+            found["optimizer"] = describe_optimizer(optimizer)
+        return found
+
+    modelcard.extract_hyperparameters_from_trainer = extract_true
+    try:
+        yield
+    finally:
+        modelcard.extract_hyperparameters_from_trainer = extract

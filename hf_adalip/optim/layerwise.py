@@ -94,6 +94,12 @@ class LayerwiseOptimizer(Optimizer):
     """
 
     _signal: Signal
+    _layers: Layers
+
+    @property
+    def layers(self) -> str:
+        """What shares one S: "tensor", "module", or the name of a function."""
+        return self._layers if isinstance(self._layers, str) else _name_of(self._layers)
 
     def _options(self, group: dict[str, Any]) -> Options:
         raise NotImplementedError
@@ -293,6 +299,10 @@ class LayerwiseOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _name_of(function: Callable[[str], str]) -> str:
+    return getattr(function, "__qualname__", repr(function))
 
 
 def real(x: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -133,12 +134,15 @@ class Lipschitz(LayerwiseOptimizer):
                 name = f"_optimizer_{what}_{when}_hooks"
                 setattr(self, name, getattr(self.optimizer, name))
 
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The values of the constructor's arguments, without optimizer and layers."""
+        signal = "gradient" if isinstance(self._signal, Gradients) else "update"
+        return {**asdict(self._law), "signal": signal, "previous": self._previous}
+
     def __repr__(self) -> str:
-        law = self._law
-        return (
-            f"Lipschitz(gamma={law.gamma}, c={law.c}, scale_bounds={law.scale_bounds}, "
-            f"signal={type(self._signal).__name__.lower()}, {self.optimizer!r})"
-        )
+        shown = ", ".join(f"{key}={value!r}" for key, value in self.hyperparameters.items())
+        return f"Lipschitz({shown}, {self.optimizer!r})"
 
     def _name_layers(self, group: dict[str, Any], index: int) -> None:
         group["layer_names"] = layer_names(

@@ -1,0 +1,33 @@
+"""Runs an unmodified Trainer script that can then say `--optim adamlip`.
+
+python -m hf_adalip.run run_glue.py --optim adamlip --optim_args gamma=0.9 ...
+accelerate launch -m hf_adalip.run run_glue.py --optim adamlip ...
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from .integrations.trainer import register
+
+USAGE = "usage: python -m hf_adalip.run SCRIPT [the script's arguments]"
+
+
+def main() -> None:
+    """Registers the optimizers with transformers, then runs the script as `__main__`."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(f"{USAGE}\n\n{__doc__}")
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    script = Path(sys.argv[1])
+    if not script.is_file():
+        sys.exit(f"hf_adalip.run: no script at {script}\n{USAGE}")
+    register()
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(script.resolve().parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""transformers.Trainer with small random models: every way in, logs, cards, resuming."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import hf_adalip
+from hf_adalip import attach, register, trainer_kwargs
+from hf_adalip.monitor import layerwise
+
+SIX = ["adalip", "rmslip", "adamlip", "adalipu", "rmslipu", "adamlipu"]
+
+
+def bert():
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=2,
+        )
+    )
+
+
+def texts():
+    """Sentences whose label is their first token: something a model can learn."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, 50, (64, 8), generator=generator)
+    labels = torch.arange(64) % 2
+    tokens[:, 0] = labels
+    return [{"input_ids": t, "labels": int(y)} for t, y in zip(tokens, labels, strict=True)]
+
+
+def arguments(path, **kwargs):
+    defaults = {
+        "max_steps": 12,
+        "logging_steps": 3,
+        "per_device_train_batch_size": 8,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    return TrainingArguments(output_dir=str(path), **(defaults | kwargs))
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_an_optimizer_given_to_trainer_trains(tmp_path, name):
+    model = bert()
+    cls = hf_adalip.get_optimizer_info(name).optimizer_class
+    lr = 0.3 if "ada" in name and "adam" not in name else 3e-3
+    optimizer = cls(model.named_parameters(), lr=lr, layers="module")
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=40, logging_steps=10),
+        train_dataset=texts(),
+        optimizers=(optimizer, None),
+    )
+    attach(trainer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_factory_sees_the_model(tmp_path):
+    trainer = Trainer(
+        model=bert(),
+        args=arguments(tmp_path),
+        train_dataset=texts(),
+        **trainer_kwargs("adamlip", lr=1e-3, weight_decay=0.01, gamma=0.7),
+    )
+    trainer.train()
+    optimizer = layerwise(trainer.optimizer)
+    assert isinstance(optimizer, hf_adalip.AdamLip)
+    assert optimizer.param_groups[0]["gamma"] == 0.7
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.01, 0.0]
+    # Trainer's own rule for what to decay
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    assert set(optimizer.param_groups[0]["param_names"]) == set(decayed)
+    assert "bert.encoder.layer.0.attention.self.query" in optimizer.layer_learning_rates()
+
+
+def test_a_vision_transformer_in_bf16_trains(tmp_path):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_labels=2,
+    )
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        {"pixel_values": torch.randn(3, 8, 8, generator=generator) + i % 2, "labels": i % 2}
+        for i in range(32)
+    ]
+    trainer = Trainer(
+        model=ViTForImageClassification(config),
+        args=arguments(tmp_path, bf16=True, max_steps=30, logging_steps=10),
+        train_dataset=images,
+        **trainer_kwargs("adamlip", lr=3e-3),
+    )
+    attach(trainer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    state = layerwise(trainer.optimizer).state
+    assert {s["lipschitz_scale"].dtype for s in state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("way", ["optimizers", "kwargs", "optim"])
+def test_resuming_is_bit_exact(tmp_path, way):
+    def trainer(path):
+        model = bert()
+        options, extra = {}, {"save_strategy": "steps", "save_steps": 5}
+        if way == "optimizers":
+            options["optimizers"] = (hf_adalip.AdamLip(model.parameters(), lr=1e-3), None)
+        elif way == "kwargs":
+            options.update(trainer_kwargs("adamlipu", lr=1e-3, weight_decay=0.1))
+        else:
+            register()
+            extra |= {"optim": "rmslip", "optim_args": "alpha=0.9,layers=tensor"}
+        args = arguments(path, **extra)
+        return Trainer(model=model, args=args, train_dataset=texts(), **options)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    again = trainer(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert torch.equal(weights(whole), weights(again))
+    rates = [layerwise(t.optimizer).layer_learning_rates() for t in (whole, again)]
+    assert rates[0] == rates[1]
+
+
+def test_registered_names_take_the_training_arguments(tmp_path):
+    register()
+    register()  # twice is once
+    args = arguments(
+        tmp_path,
+        optim="adamlip",
+        optim_args="gamma=0.9,c=theoretical,scale_bounds=0.2:5",
+        learning_rate=2e-3,
+        weight_decay=0.03,
+        adam_beta1=0.8,
+        adam_epsilon=1e-6,
+    )
+    trainer = Trainer(model=bert(), args=args, train_dataset=texts())
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, hf_adalip.AdamLip)
+    group = optimizer.param_groups[0]
+    expected = {
+        "lr": 2e-3,
+        "weight_decay": 0.03,
+        "betas": (0.8, 0.999),
+        "eps": 1e-6,
+        "gamma": 0.9,
+        "c": "theoretical",
+        "scale_bounds": (0.2, 5),
+    }
+    assert {key: group[key] for key in expected} == expected
+    assert optimizer.layers == "module"
+
+
+def test_logs_reach_the_history_and_every_callback(tmp_path):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            seen.append(dict(logs))
+
+    trainer = Trainer(
+        model=bert(),
+        args=arguments(tmp_path),
+        train_dataset=texts(),
+        callbacks=[Tracker()],
+        **trainer_kwargs("adamlip", lr=1e-3),
+    )
+    attach(trainer, log_layers=True)
+    trainer.train()
+    rates = layerwise(trainer.optimizer).layer_learning_rates()
+    for logged in (seen[-2], trainer.state.log_history[-2]):
+        assert logged["lipschitz_scale/min"] <= logged["lipschitz_scale/median"]
+        assert logged["layer_lr/max"] == max(rate.lr for rate in rates.values())
+        assert logged["lipschitz_scale/classifier"] == rates["classifier"].scale
+    assert not any("/" in key for key in seen[-1])  # the summary at the end is no training log
+
+
+def test_the_model_card_names_what_ran(tmp_path):
+    trainer = Trainer(
+        model=bert(),
+        args=arguments(tmp_path),
+        train_dataset=texts(),
+        **trainer_kwargs("adamlip", lr=3e-3, gamma=0.7),
+    )
+    attach(trainer)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "- learning_rate: 0.003\n" in card
+    assert "- optimizer: AdamLip with lr=0.003, " in card
+    assert "gamma=0.7" in card
+    assert "OptimizerNames" not in card
+
+
+def test_attach_refuses_a_trainer_without_s(tmp_path):
+    trainer = Trainer(model=bert(), args=arguments(tmp_path), train_dataset=texts())
+    attach(trainer)
+    before = weights(trainer)
+    with pytest.raises(RuntimeError, match="no learning rate per layer"):
+        trainer.train()
+    assert torch.equal(before, weights(trainer))
+
+
+@pytest.mark.parametrize(
+    ("arguments_", "error", "message"),
+    [
+        ({"name": "adamlip"}, ValueError, "needs lr"),
+        ({"name": "adamlp", "lr": 1e-3}, ValueError, "did you mean adamlip"),
+        ({"name": "adamlip", "lr": -1.0}, ValueError, r"lr must be .* got -1\.0"),
+        ({"name": "adamlip", "lr": 1e-3, "gama": 0.9}, TypeError, "gama"),
+        ({"name": "adamlip", "lr": 1e-3, "layers": "block"}, ValueError, "'block'"),
+    ],
+)
+def test_trainer_kwargs_refuses_what_would_fail_later(arguments_, error, message):
+    with pytest.raises(error, match=message):
+        trainer_kwargs(**arguments_)
+
+
+SCRIPT = """
+import torch
+from dataclasses import dataclass
+from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser
+from transformers import Trainer, TrainingArguments
+
+(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+model = BertForSequenceClassification(BertConfig(
+    vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+    intermediate_size=32))
+data = [{"input_ids": torch.full((4,), i % 50), "labels": i % 2} for i in range(16)]
+trainer = Trainer(model=model, args=args, train_dataset=data)
+trainer.train()
+group = trainer.optimizer.param_groups[0]
+print("RAN", type(trainer.optimizer.optimizer).__name__, group["gamma"], args.optim.value)
+"""
+
+
+def run(*command, cwd):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m"]]
+)
+def test_an_unmodified_script_takes_optim(tmp_path, launcher):
+    Path(tmp_path / "train.py").write_text(SCRIPT)
+    done = run(
+        *launcher,
+        *("hf_adalip.run", "train.py", "--output_dir", "out", "--max_steps", "2"),
+        *("--use_cpu", "true", "--report_to", "none", "--save_strategy", "no"),
+        *("--optim", "adamlip", "--optim_args", "gamma=0.9"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "RAN AdamLip 0.9 adamlip" in done.stdout
+
+
+def test_run_says_how_it_is_used(tmp_path):
+    done = run("hf_adalip.run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "usage: python -m hf_adalip.run SCRIPT" in done.stdout
+    done = run("hf_adalip.run", "missing.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "no script at missing.py" in done.stderr

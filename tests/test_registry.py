@@ -1,0 +1,158 @@
+"""The registry: names, records, and optimizers made for a model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import hf_adalip
+from hf_adalip import (
+    OptimizerInfo,
+    create_optimizer,
+    get_optimizer_info,
+    list_optimizers,
+    register_optimizer,
+)
+from hf_adalip.layers import parameter_groups
+from hf_adalip.registry import _REGISTRY, describe_optimizer
+
+SIX = {
+    "adalip": hf_adalip.AdaLip,
+    "rmslip": hf_adalip.RMSLip,
+    "adamlip": hf_adalip.AdamLip,
+    "adalipu": hf_adalip.AdaLipU,
+    "rmslipu": hf_adalip.RMSLipU,
+    "adamlipu": hf_adalip.AdamLipU,
+}
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+
+
+def test_the_six_are_listed_with_their_records():
+    assert set(SIX) <= set(list_optimizers())
+    assert list_optimizers("adam*") == ["adamlip", "adamlipu"]
+    assert all(text for _, text in list_optimizers(with_description=True))
+    for name, cls in SIX.items():
+        info = get_optimizer_info(name)
+        assert info.optimizer_class is cls
+        assert info.signal == ("update" if name.endswith("u") else "gradient")
+        assert info.reference
+
+
+def test_a_record_cannot_be_changed():
+    info = get_optimizer_info("adamlip")
+    with pytest.raises(AttributeError):
+        info.name = "other"
+    with pytest.raises(TypeError):
+        info.defaults["lr"] = 1.0
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_a_model_gives_names_layers_and_the_weight_decay_split(name):
+    optimizer = create_optimizer(model(), name, lr=0.1, weight_decay=0.01)
+    assert type(optimizer) is SIX[name]
+    decayed, spared = optimizer.param_groups
+    assert decayed["param_names"] == ["0.weight", "2.weight"]
+    assert spared["param_names"] == ["0.bias", "1.weight", "1.bias", "2.bias"]
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
+    assert decayed["layer_names"] == ["0", "2"]
+    assert spared["layer_names"] == ["0", "1", "1", "2"]
+    assert optimizer.defaults["lr"] == 0.1
+
+
+def test_parameters_keep_torchs_meaning():
+    optimizer = create_optimizer(model().parameters(), "adamlip", weight_decay=0.5, gamma=0.5)
+    (group,) = optimizer.param_groups
+    assert (group["weight_decay"], group["gamma"], group["lr"]) == (0.5, 0.5, 1e-3)
+    assert len(set(group["layer_names"])) == 6  # without names a layer is a tensor
+
+
+def test_frozen_parameters_and_the_models_own_list_are_respected():
+    net = model()
+    net[0].requires_grad_(False)
+    net.no_weight_decay = lambda: {"2.*"}
+    groups = parameter_groups(net, weight_decay=0.1)
+    assert [name for group in groups for name, _ in group["params"]] == [
+        "1.weight",
+        "1.bias",
+        "2.weight",
+        "2.bias",
+    ]
+    assert all(group["weight_decay"] == 0.0 for group in groups)
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match="Sequential has no parameter with requires_grad"):
+        create_optimizer(model().requires_grad_(False), "adamlip")
+
+
+@pytest.mark.parametrize("base", ["sgd", "nadam", "adamw", "rprop", "adafactor"])
+def test_lip_names_wrap_any_torch_optimizer(base):
+    optimizer = create_optimizer(model(), f"lip-{base}", lr=0.1, gamma=0.6)
+    assert isinstance(optimizer, hf_adalip.Lipschitz)
+    assert type(optimizer.optimizer).__name__.lower() == base
+    assert optimizer.hyperparameters["gamma"] == 0.6
+    assert optimizer.param_groups[0]["layer_names"][0] == "0"
+
+
+def test_lip_names_reach_timms_optimizers():
+    timm_optim = pytest.importorskip("timm.optim")
+    optimizer = create_optimizer(model(), "lip-lamb", lr=0.1)
+    assert isinstance(optimizer.optimizer, timm_optim.Lamb)
+
+
+def test_plain_names_are_the_base_optimizers_to_compare_with():
+    optimizer = create_optimizer(model(), "adamw", lr=0.1, weight_decay=0.0)
+    assert type(optimizer) is torch.optim.AdamW
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
+
+
+@pytest.mark.parametrize("name", ["adamlp", "lip-nadamm", "nothing-like-it", "lip-lbfgs"])
+def test_an_unknown_name_is_named_with_its_neighbours(name):
+    with pytest.raises(ValueError, match=f"unknown optimizer '{name}'") as error:
+        create_optimizer(model(), name)
+    if name == "adamlp":
+        assert "did you mean adamlip" in str(error.value)
+
+
+def test_an_argument_that_the_optimizer_does_not_take_is_refused():
+    with pytest.raises(TypeError, match="momentum"):
+        create_optimizer(model(), "adamlip", momentum=0.9)
+    with pytest.raises(TypeError, match="amsgrad"):
+        create_optimizer(model(), "adamlip", amsgrad=True)
+
+
+def test_an_optimizer_can_be_registered_once(monkeypatch):
+    monkeypatch.setattr("hf_adalip.registry._REGISTRY", dict(_REGISTRY))
+    info = OptimizerInfo("slowlip", hf_adalip.AdamLip, defaults={"gamma": 0.95})
+    register_optimizer(info)
+    assert create_optimizer(model(), "slowlip").defaults["gamma"] == 0.95
+    assert create_optimizer(model(), "slowlip", gamma=0.5).defaults["gamma"] == 0.5
+    with pytest.raises(ValueError, match="registered as 'slowlip' already"):
+        register_optimizer(info)
+
+
+@pytest.mark.parametrize("name", ["Adam", "adam_lip", ""])
+def test_names_that_timm_or_a_shell_would_mangle_are_refused(name):
+    with pytest.raises(ValueError, match="lower case and without underscores"):
+        OptimizerInfo(name, hf_adalip.AdamLip)
+
+
+def test_only_optimizer_classes_are_registered():
+    with pytest.raises(TypeError, match=r"subclass of torch\.optim\.Optimizer"):
+        OptimizerInfo("thing", lambda params: None)
+
+
+def test_a_description_says_what_ran():
+    optimizer = create_optimizer(model(), "adamlip", lr=0.5, weight_decay=0.1, gamma=0.7)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    text = describe_optimizer(optimizer)
+    assert text.startswith("AdamLip with lr=0.5, ")
+    for part in ("weight_decay=0.1", "gamma=0.7", "layers=module", "scale_bounds=(0.1, 10.0)"):
+        assert part in text
+    wrapped = describe_optimizer(create_optimizer(model(), "lip-nadam", lr=0.5))
+    assert wrapped.startswith("Lipschitz(NAdam) with lr=0.5, ")
+    assert "signal=gradient" in wrapped
