@@ -17,6 +17,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from .lipschitz import NO_PREDECESSOR, Estimator, LayerState
 from .norms import index_tensor
+from .shards import is_sharded, sum_over_shards
 from .signals import Signal
 
 State = dict[str, Any]
@@ -29,6 +30,10 @@ as every checkpoint format wants it."""
 
 SCALARS = (*LAYER_SCALARS, "step", "layer_lr", "prev_lr")
 """All state that is one number, on the parameter's device, and never of its dtype."""
+
+
+ROOT = "(root)"
+"""The layer of parameters that belong to the outermost module itself."""
 
 
 class LayerRate(NamedTuple):
@@ -80,7 +85,7 @@ def layer_names(names: list[str] | None, count: int, layers: Layers, index: int)
             f"layers={layers!r} needs the parameters' names: pass model.named_parameters() instead "
             'of model.parameters(), use create_optimizer(model, ...), or choose layers="tensor"'
         )
-    keys = [layers(n) if callable(layers) else n.rpartition(".")[0] or n for n in names]
+    keys = [layers(n) if callable(layers) else n.rpartition(".")[0] or ROOT for n in names]
     for name, key in zip(names, keys, strict=True):
         if not isinstance(key, str):
             raise ValueError(f"layers must return a string, got {key!r} for {name!r}")
@@ -175,11 +180,39 @@ class LayerwiseOptimizer(Optimizer):
         assert param.grad is not None
         if param.grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-        if hasattr(param, "placements") or getattr(param, "_fsdp_flattened", False):
+        if getattr(param, "_fsdp_flattened", False):
             raise NotImplementedError(
-                f"{type(self).__name__} does not support sharded parameters (DTensor, FSDP) yet: "
-                "the norm of a shard is not the norm of its layer"
+                f"{type(self).__name__} does not support FSDP1, which hides how its parameters are "
+                "sharded: set fsdp_version: 2 in accelerate's configuration, or use fully_shard"
             )
+
+    def _home(self) -> torch.device:
+        """Where vectors over layers are: with the first parameter."""
+        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        return next((p.device for p in params), torch.device("cpu"))
+
+    def _whole_norms(self, norms: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """Norms of whole parameters from those of this rank's shards.
+
+        Every rank that has a part of any parameter takes part in the same collectives, also when
+        it has no gradient.
+
+        Args:
+            norms: shape [parameters, columns].
+            params: the parameter of each row.
+        """
+        sharded = [p for group in self.param_groups for p in group["params"] if is_sharded(p)]
+        if not sharded:
+            return norms
+        position = {id(p): i for i, p in enumerate(sharded)}
+        rows = tuple(i for i, p in enumerate(params) if id(p) in position)
+        places = tuple(position[id(params[i])] for i in rows)
+        here, there = index_tensor(rows, norms.device), index_tensor(places, norms.device)
+        table = norms.new_zeros(len(sharded), norms.shape[1])
+        table[there] = norms[here].square()
+        whole = norms.clone()
+        whole[here] = sum_over_shards(table, sharded).sqrt()[there]
+        return whole
 
     def _finite(self, layers: list[Layer], norms: Tensor) -> Tensor:
         """Which layers have finite norms; raises for those that are to raise.

@@ -51,6 +51,8 @@ def mixed_norms(tensors: Sequence[Tensor], home: torch.device) -> Tensor:
     for indices in alike.values():
         values = norms([tensors[i] for i in indices]).to(home)
         found.update(zip(indices, values.unbind(), strict=True))
+    if not tensors:
+        return torch.zeros(0, device=home)
     return torch.stack([found[i] for i in range(len(tensors))])
 
 

@@ -32,6 +32,7 @@ from .layerwise import (
 from .lipschitz import Estimator, is_number
 from .norms import index_tensor, layer_norms
 from .rules import Batch, Rule
+from .shards import local, local_grad
 from .signals import Signal, remembered_rates
 
 _BUCKET = 2**22
@@ -116,12 +117,14 @@ class LipOptimizer(LayerwiseOptimizer):
         Raises:
             ValueError: for a bad option, or a parameter given twice; nothing is added then.
         """
-        if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
-            param_group = dict(param_group, params=list(param_group["params"]))
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        _validate(self.defaults | param_group)
+        if not isinstance(param_group["params"], (Tensor, set)):
+            param_group["params"] = list(param_group["params"])
             given = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
             if len({id(p) for p in given}) != len(given):
                 raise ValueError("some parameters appear more than once in a parameter group")
-        _validate(self.defaults | param_group)
         layers = param_group.pop("layers", self._layers)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -184,22 +187,25 @@ class LipOptimizer(LayerwiseOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        layers = self._collect()
-        if layers:
-            self._step(layers)
+        self._step(self._collect())
         return loss
 
     def _step(self, layers: list[Layer]) -> None:
         batches = self._batches(layers, "members")
         silent = self._batches(layers, "absent")
         forms = [_form(batch) for batch in batches]
-        home = batches[0].steps.device
+        home = self._home()
 
         # Measure. Nothing is changed here.
         rows = [form.measure(b).to(home) for form, b in zip(forms, batches, strict=True)]
         rows += [rules.measure_absent(b).to(home) for b in silent]
         owner = tuple(i for b in batches + silent for i in b.layer_of)
-        norms = layer_norms(torch.cat(rows), owner, len(layers))
+        owned = [m.param for b in batches + silent for m in b.members]
+        rows = rows or [torch.zeros(0, 3, device=home)]  # other ranks may have gradients
+        norms = self._whole_norms(torch.cat(rows), owned)
+        if not layers:
+            return
+        norms = layer_norms(norms, owner, len(layers))
         finite = self._finite(layers, norms)
 
         # Follow: S of every layer, and what it makes of every tensor's learning rate.
@@ -240,7 +246,7 @@ class LipOptimizer(LayerwiseOptimizer):
         batches = []
         for run in runs.values():
             group = run[0][1].group
-            multi = which == "members" and _wants_foreach(group, [m.param for _, m in run])
+            multi = which == "members" and _wants_foreach(group, [local(m.param) for _, m in run])
             for part in _buckets(run) if multi else [run]:
                 batches.append(self._batch(group, part, multi))
         return batches
@@ -250,16 +256,17 @@ class LipOptimizer(LayerwiseOptimizer):
         device = members[0].param.device
         lr = group["lr"]
         steps = torch.stack([m.state["step"] for m in members])
-        gradients = [m.param.grad for m in members if m.param.grad is not None]
+        present = [m.param for m in members if m.param.grad is not None]
         return Batch(
             rule=self.rule,
             signal=self.signal,
             group=group,
             foreach=multi,
-            params=[real(m.param) for m in members],
-            grads=[real(g) for g in gradients],
-            states=[{name: real(x) for name, x in m.state.items()} for m in members],
-            steps=steps + 1 if gradients else steps,
+            members=members,
+            params=[real(local(m.param)) for m in members],
+            grads=[real(local_grad(p)) for p in present],
+            states=[{name: real(local(x)) for name, x in m.state.items()} for m in members],
+            steps=steps + 1 if present else steps,
             lr=lr.to(device).squeeze() if isinstance(lr, Tensor) else lr,
             layer_of=[i for i, _ in run],
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 from .norms import norm, wide_dtype
 
 if TYPE_CHECKING:
+    from .layerwise import Member
     from .signals import Signal
 
 Group = Mapping[str, Any]
@@ -124,13 +125,15 @@ def bias_correction(beta: float, step: Tensor) -> Tensor:
 class Batch:
     """Tensors of one parameter group on one device, to be stepped together.
 
-    The tensors are real views: a complex parameter is seen as its real and imaginary parts.
+    The tensors are views of `members`: the local shard of a sharded parameter, the real and
+    imaginary parts of a complex one.
     """
 
     rule: Rule
     signal: Signal
     group: Group
     foreach: bool
+    members: list[Member]
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Tensor]]

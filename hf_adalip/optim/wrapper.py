@@ -24,6 +24,7 @@ from .layerwise import (
 from .lipschitz import Estimator
 from .norms import index_tensor, layer_norms, mixed_norms
 from .rules import wide
+from .shards import local, local_grad
 from .signals import Gradients, Signal, Updates
 
 
@@ -192,9 +193,7 @@ class Lipschitz(LayerwiseOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        layers = self._collect()
-        if layers:
-            self._step(layers)
+        self._step(self._collect())
         return loss
 
     def _step(self, layers: list[Layer]) -> None:
@@ -202,23 +201,31 @@ class Lipschitz(LayerwiseOptimizer):
         history = "prev_grad" if by_gradient else "prev_update"
         members = [m for layer in layers for m in layer.members]
         silent = [m for layer in layers for m in layer.absent]
+        owned = [m.param for m in members + silent]
         owner = tuple(i for i, layer in enumerate(layers) for _ in layer.members)
-        home = members[0].param.device
-        params = [real(m.param) for m in members]
-        grads = [real(m.param.grad) for m in members]
-        before = [wide(real(m.state[history])) for m in members]
-        silence = [wide(real(m.state[history])) for m in silent]
         everyone = owner + tuple(i for i, layer in enumerate(layers) for _ in layer.absent)
+        home = self._home()
+        params = [real(local(m.param)) for m in members]
+        grads = [real(local_grad(m.param)) for m in members]
+        before = [_previous(m, history) for m in members]
+        silence = [_previous(m, history) for m in silent]
 
         def signal_norms(now: list[Tensor]) -> Tensor:
+            """‖x_t‖ and ‖x_t - x_{t-1}‖ of the layers."""
             size = mixed_norms(now, home)
             change = mixed_norms([x - y for x, y in zip(now, before, strict=True)] + silence, home)
             size = torch.cat([size, size.new_zeros(len(silent))])
-            return layer_norms(torch.stack([size, change], dim=1), everyone, len(layers))
+            norms = self._whole_norms(torch.stack([size, change], dim=1), owned)
+            return layer_norms(norms, everyone, len(layers)) if layers else norms
 
-        grad_norms = layer_norms(mixed_norms(grads, home)[:, None], owner, len(layers))
-        norms = signal_norms([wide(g) for g in grads]) if by_gradient else grad_norms
-        finite = self._finite(layers, torch.cat([grad_norms, norms], dim=1))
+        if by_gradient:
+            norms = grad_norms = signal_norms([wide(g) for g in grads])
+        elif self._law.nonfinite == "propagate":
+            grad_norms = torch.zeros(len(layers), 1, device=home)
+        else:
+            grad_norms = self._whole_norms(mixed_norms(grads, home)[:, None], owned[: len(members)])
+            grad_norms = layer_norms(grad_norms, owner, len(layers)) if layers else grad_norms
+        finite = self._finite(layers, grad_norms)
 
         old = [p.clone() for p in params]
         moved = self._base_step(layers, finite)
@@ -226,6 +233,8 @@ class Lipschitz(LayerwiseOptimizer):
         if not by_gradient:
             norms = signal_norms(updates)
             finite = finite & norms.isfinite().all(dim=1)
+        if not layers:  # other ranks may have gradients; this one took part in the norms
+            return
         self._keep(layers)
         factor = self._follow(layers, norms, finite)
 
@@ -242,9 +251,9 @@ class Lipschitz(LayerwiseOptimizer):
             if skip and not by_gradient:  # a finite gradient may still give a non-finite update
                 ok = ok.to(p.device)
                 applied = torch.where(ok, applied, wide(q))
-                remembered = torch.where(ok, remembered, wide(real(m.state[history])))
+                remembered = torch.where(ok, remembered, _previous(m, history))
             p.copy_(applied)
-            real(m.state[history]).copy_(remembered)
+            real(local(m.state[history])).copy_(remembered)
         for m in silent:
             m.state[history].zero_()
         self._keep_rates(members, factor[index_tensor(owner, home)], moved)
@@ -274,3 +283,8 @@ class Lipschitz(LayerwiseOptimizer):
                 lr = lr.to(factor.device) if isinstance(lr, Tensor) else lr
                 rates = factor[index_tensor(here, factor.device)] * lr
                 store([members[i].state["layer_lr"] for i in here], rates)
+
+
+def _previous(member: Member, history: str) -> Tensor:
+    """x_{t-1} of this rank's shard."""
+    return wide(real(local(member.state[history])))
