@@ -10,7 +10,9 @@ from hypothesis import settings
 torch.set_num_threads(1)
 
 # The same examples in every run, so that a red run can be repeated.
-settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.register_profile(
+    "repeatable", max_examples=40, deadline=None, derandomize=True, database=None
+)
 settings.load_profile("repeatable")
 
 

@@ -1,8 +1,8 @@
 """Algorithms 2-5 of the AdaLip paper, Eqs. 6-9, A.3 and C4-C5, in plain float64 NumPy.
 
-Written from the paper and the design's conventions alone, with none of the package's structure, so that
-an error in one is not repeated in the other. Slow and literal on purpose: to be compared with
-the paper line by line. Names are the paper's.
+Written from the paper and the design's conventions alone, with none of the package's structure,
+so that an error in one is not repeated in the other. Slow and literal on purpose: to be compared
+with the paper line by line. Names are the paper's.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Reference:
         x_prev = {name: self.x_prev[name] for name in tensors}
 
         # line 4: S_t
-        S_t = self._S(
+        S_t = self._next_scale(
             layer, S_prev, norm(x_prev), norm({n: x_t[n] - x_prev[n] for n in tensors}), norm(x_t)
         )
         # §4.2: "the overall learning rate will start at the initial learning rate"
@@ -136,7 +136,7 @@ class Reference:
         self.S[layer] = S_t
         self.A.setdefault(layer, {}).update(A_t)
 
-    def _S(self, layer, S_prev, norm_prev, norm_change, norm_now) -> float:
+    def _next_scale(self, layer, S_prev, norm_prev, norm_change, norm_now) -> float:
         t = self.t[layer] = self.t.get(layer, 0) + 1
         if norm_prev == 0 and norm_now == 0:
             return S_prev  # 0/0: no signal

@@ -64,6 +64,7 @@ class Adam:
 
     def directions(self, moments: Moments, steps: Tensor, group: Group) -> Tensors:
         beta1, beta2 = group["betas"]
+        steps = steps.to(moments["exp_avg"][0].dtype)
         directions = _divide(moments["exp_avg"], bias_correction(beta1, steps))
         squares = _divide(moments["exp_avg_sq"], bias_correction(beta2, steps))
         torch._foreach_div_(directions, _root_(squares, group))

@@ -4,6 +4,7 @@ its serialisation, and the step of S."""
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ State = dict[str, Any]
 Options = tuple[Estimator, str | None]  # with -U's `previous`
 Layers = Literal["tensor", "module"] | Callable[[str], str]
 
-LAYER_SCALARS = ("lipschitz_scale", "prev_norm", "nonfinite_steps", "lipschitz_c", "lipschitz_step")
+LAYER_SCALARS = ("lipschitz_scale", "prev_norm", "nonfinite_steps", "lipschitz_c")
 """Numbers of a layer. Each of its parameters keeps a copy, so that state stays per parameter,
 as every checkpoint format wants it."""
 
@@ -68,14 +69,22 @@ class Layer:
         return self.members + self.absent
 
 
-def layer_names(names: list[str] | None, count: int, layers: Layers, index: int) -> list[str]:
-    """The layer of each of the `count` parameters of the parameter group number `index`.
+def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
+    """Gives the last of the groups its "layer_names": the layer of each of its parameters.
 
     Raises:
-        ValueError: if `layers` is unknown, or needs names and there are none.
+        ValueError: if `layers` is unknown, or needs names and there are none, or there are two
+            parameters of one name. Nothing has been changed then.
     """
+    group = groups[-1]
+    names: list[str] | None = group.get("param_names")
+    known = itertools.chain.from_iterable(g.get("param_names", ()) for g in groups)
+    twice = {name for name, count in Counter(known).items() if count > 1}
     if layers == "tensor":
-        return list(names) if names else [f"param_groups.{index}.{i}" for i in range(count)]
+        places = [f"param_groups.{len(groups) - 1}.{i}" for i in range(len(group["params"]))]
+        named = zip(names or places, places, strict=True)
+        group["layer_names"] = [f"{n} ({place})" if n in twice else n for n, place in named]
+        return
     if layers != "module" and not callable(layers):
         raise ValueError(
             f'layers must be "tensor", "module" or a function from a name to a name, got {layers!r}'
@@ -85,11 +94,16 @@ def layer_names(names: list[str] | None, count: int, layers: Layers, index: int)
             f"layers={layers!r} needs the parameters' names: pass model.named_parameters() instead "
             'of model.parameters(), use create_optimizer(model, ...), or choose layers="tensor"'
         )
+    if twice:
+        raise ValueError(
+            f"two parameters are named {min(twice)!r}, and layers={layers!r} would make one layer "
+            "of them; give them different names"
+        )
     keys = [layers(n) if callable(layers) else n.rpartition(".")[0] or ROOT for n in names]
     for name, key in zip(names, keys, strict=True):
         if not isinstance(key, str):
             raise ValueError(f"layers must return a string, got {key!r} for {name!r}")
-    return keys
+    group["layer_names"] = keys
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -109,17 +123,36 @@ class LayerwiseOptimizer(Optimizer):
     def _options(self, group: dict[str, Any]) -> Options:
         raise NotImplementedError
 
-    def _new_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        """The state of a parameter before its first step."""
+    def _name_last_group(self, layers: Layers) -> None:
+        try:
+            name_layers(self.param_groups, layers)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What a parameter of the group keeps: tensors of its shape, and numbers."""
         raise NotImplementedError
 
-    def _layer_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        """The numbers of a layer before its first step."""
+    def _complete(self, state: State, param: Tensor, group: dict[str, Any]) -> None:
+        """Adds to a parameter's state what it lacks, as it is before a first step.
+
+        It lacks everything at first, and later what an older checkpoint did not have or an
+        option that was changed calls for.
+        """
+        shaped, numbers = self._state_keys(group)
         estimator, _ = self._options(group)
-        initial = {"lipschitz_scale": 1.0, "prev_norm": NO_PREDECESSOR, "nonfinite_steps": 0.0}
+        for name in shaped:
+            if name not in state:
+                zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
+                state[name] = zeros.detach()
+        initial = {"lipschitz_scale": 1.0, "prev_norm": NO_PREDECESSOR}
         if estimator.theoretical:
-            initial |= {"lipschitz_c": estimator.initial_c, "lipschitz_step": 0.0}
-        return {name: scalar(value, param) for name, value in (initial | {"layer_lr": 0.0}).items()}
+            initial["lipschitz_c"] = estimator.initial_c
+        initial |= dict.fromkeys((*numbers, "nonfinite_steps", "layer_lr"), 0.0)
+        for name, value in initial.items():
+            if name not in state:
+                state[name] = scalar(value, param)
 
     def _collect(self) -> list[Layer]:
         """The layers that have a gradient now, those with the same estimator side by side.
@@ -164,11 +197,12 @@ class LayerwiseOptimizer(Optimizer):
             )
         known = next((m for m in layer.all if m.state), None)
         for member in layer.members:
-            if not member.state:
-                member.state = self._new_state(member.param, member.group)
-                for key in LAYER_SCALARS if known else ():
+            new = not member.state
+            self._complete(member.state, member.param, member.group)
+            if new and known is not None:
+                for key in LAYER_SCALARS:
                     if key in member.state:
-                        member.state[key].copy_(known.state[key])  # type: ignore[union-attr]
+                        member.state[key].copy_(known.state[key])
 
     def _keep(self, layers: list[Layer]) -> None:
         for layer in layers:
@@ -254,7 +288,8 @@ class LayerwiseOptimizer(Optimizer):
             here = slice(start, start := start + len(part))
             skip = estimator.nonfinite == "skip"
             old = LayerState(*(_gather(part, key, norms) for key in _keys(estimator)))
-            new, factor = estimator.update(old, norms[here, 0], norms[here, 1])
+            step = self._steps_taken(norms) + 1.0 if estimator.theoretical else None
+            new, factor = estimator.update(old, norms[here, 0], norms[here, 1], step)
             new = new._replace(
                 prev_norm=torch.where(
                     new.prev_norm < 0,
@@ -270,6 +305,22 @@ class LayerwiseOptimizer(Optimizer):
             _scatter(part, "nonfinite_steps", count + (~finite[here]).to(count.dtype))
             factors.append(factor)
         return torch.cat(factors)
+
+    def _steps_taken(self, like: Tensor) -> Tensor:
+        """t-1 of Eq. A.3: how often the optimizer, and with it the scheduler, has stepped.
+
+        Not how often a layer has: one that misses steps sees α decay all the same.
+        """
+        counts = [g["lipschitz_step"] for g in self.param_groups if "lipschitz_step" in g]
+        return torch.stack([like.new_zeros(()), *(x.to(like.device) for x in counts)]).max()
+
+    def _count_step(self) -> None:
+        """Ends every step that was taken, also one in which no layer had a gradient."""
+        for group in self.param_groups:
+            if self._options(group)[0].theoretical:
+                if "lipschitz_step" not in group:
+                    group["lipschitz_step"] = torch.zeros((), device=self._home())
+                group["lipschitz_step"] += 1.0
 
     def layer_learning_rates(self) -> dict[str, LayerRate]:
         """{layer: (S_t, A_t, ‖g_t‖, non-finite steps)} as of each layer's last step.
@@ -295,6 +346,11 @@ class LayerwiseOptimizer(Optimizer):
                 rates[name] = LayerRate(scale, lr, max(norm, 0.0), int(skipped))
         return {name: rate for name, rate in rates.items() if rate is not None}
 
+    def _restore_numbers(self, param: Tensor, saved: State) -> None:
+        for name in SCALARS:
+            if isinstance(saved.get(name), Tensor):
+                self.state[param][name] = saved[name].detach().to(param.device, copy=True)
+
     @contextmanager
     def _loading(self) -> Iterator[None]:
         """Within it, load_state_dict keeps our numbers exactly as they were saved.
@@ -315,11 +371,7 @@ class LayerwiseOptimizer(Optimizer):
             saved = itertools.chain.from_iterable(g["params"] for g in loaded["param_groups"])
             params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
             for key, param in zip(saved, params, strict=True):
-                source = loaded["state"].get(key, {})
-                for name in SCALARS if "lipschitz_scale" in source else ():
-                    if isinstance(source.get(name), Tensor):
-                        value = source[name].detach()
-                        self.state[param][name] = value.to(param.device, copy=True)
+                self._restore_numbers(param, loaded["state"].get(key, {}))
             for group, own in zip(self.param_groups, structure, strict=True):
                 group.update(own)
 
@@ -361,8 +413,7 @@ def store(targets: Sequence[Tensor], values: Tensor) -> None:
 @lru_cache(maxsize=8)
 def _keys(estimator: Estimator) -> tuple[str, ...]:
     """The state keys of LayerState's fields."""
-    theoretical = ("lipschitz_c", "lipschitz_step") if estimator.theoretical else ()
-    return ("lipschitz_scale", "prev_norm", *theoretical)
+    return ("lipschitz_scale", "prev_norm", *(("lipschitz_c",) if estimator.theoretical else ()))
 
 
 def _gather(layers: list[Layer], key: str, like: Tensor) -> Tensor:

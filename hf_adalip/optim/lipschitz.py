@@ -38,8 +38,7 @@ class LayerState(NamedTuple):
 
     scale: Tensor  # S_{t-1}
     prev_norm: Tensor  # ‖x_{t-1}‖, or NO_PREDECESSOR
-    c: Tensor | None = None  # c_{t-1}; with c="theoretical"
-    step: Tensor | None = None  # t-1; with c="theoretical"
+    c: Tensor | None = None  # c_{t-1}, with c="theoretical"
 
 
 def ratio(prev_norm: Tensor, change: Tensor, c: Tensor | float) -> Tensor:
@@ -116,13 +115,16 @@ class Estimator:
     def initial_c(self) -> float:
         return FIRST_C if self.c == "theoretical" else self.c
 
-    def update(self, layer: LayerState, norm: Tensor, change: Tensor) -> tuple[LayerState, Tensor]:
+    def update(
+        self, layer: LayerState, norm: Tensor, change: Tensor, step: Tensor | None = None
+    ) -> tuple[LayerState, Tensor]:
         """One step of S for all layers.
 
         Args:
             layer: the state after step t-1.
             norm: ‖x_t‖.
             change: ‖x_t - x_{t-1}‖; where there is no predecessor, x_{t-1} = 0.
+            step: t, the scheduler's, of which α_t is a function; for c="theoretical".
 
         Returns:
             the state after step t (its `prev_norm` is ‖x_t‖), and the factor A_t/α_t:
@@ -134,9 +136,8 @@ class Estimator:
         signal = (norm > 0) | (before > 0) | norm.isnan()
         first = signal & (layer.prev_norm < 0)
 
-        c, step = layer.c, layer.step
+        c = layer.c
         if c is not None and step is not None:
-            step = step + 1.0
             needed = theoretical_c(layer.scale, before, change, c, step, self.gamma)
             c = torch.where(signal, needed, c)
         observed = ratio(before, change, self.initial_c if c is None else c)
@@ -146,7 +147,7 @@ class Estimator:
         scale = torch.where(signal, scale, layer.scale)
         prev_norm = torch.where(signal, norm, layer.prev_norm)
         factor = torch.where(first, torch.ones_like(scale), scale)
-        return LayerState(scale, prev_norm, c, step), factor
+        return LayerState(scale, prev_norm, c), factor
 
 
 def is_number(value: object) -> bool:

@@ -23,14 +23,11 @@ from .layerwise import (
     LayerwiseOptimizer,
     Member,
     Options,
-    State,
-    layer_names,
     real,
-    scalar,
     store,
 )
 from .lipschitz import Estimator, is_number
-from .norms import index_tensor, layer_norms
+from .norms import index_tensor, layer_norms, wide_dtype
 from .rules import Batch, Rule
 from .shards import local, local_grad
 from .signals import Signal, remembered_rates
@@ -119,22 +116,15 @@ class LipOptimizer(LayerwiseOptimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        _validate(self.defaults | param_group)
-        if not isinstance(param_group["params"], (Tensor, set)):
-            param_group["params"] = list(param_group["params"])
-            given = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+        group = {key: value for key, value in param_group.items() if key != "layers"}
+        _validate(self.defaults | group)
+        if not isinstance(group["params"], (Tensor, set)):
+            group["params"] = list(group["params"])
+            given = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
             if len({id(p) for p in given}) != len(given):
                 raise ValueError("some parameters appear more than once in a parameter group")
-        layers = param_group.pop("layers", self._layers)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            group["layer_names"] = layer_names(
-                group.get("param_names"), len(group["params"]), layers, len(self.param_groups) - 1
-            )
-        except Exception:
-            self.param_groups.pop()
-            raise
+        super().add_param_group(group)
+        self._name_last_group(param_group.get("layers", self._layers))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_layers": self._layers}
@@ -156,17 +146,12 @@ class LipOptimizer(LayerwiseOptimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if state := self.state.get(param):
-                    for name, value in self._new_state(param, group).items():
-                        state.setdefault(name, value)
+                    self._complete(state, param, group)
 
-    def _new_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        state: State = {"step": scalar(0.0, param)}
-        for name in self.rule.kept(group) + self.signal.history(self.rule, group):
-            zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state[name] = zeros.detach()
-        if self.signal.retraces(self.rule, group):
-            state["prev_lr"] = scalar(0.0, param)
-        return state | self._layer_state(param, group)
+    def _state_keys(self, group: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        shaped = self.rule.kept(group) + self.signal.history(self.rule, group)
+        own = ("prev_lr",) if self.signal.retraces(self.rule, group) else ()
+        return shaped, ("step", *own)
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -188,6 +173,7 @@ class LipOptimizer(LayerwiseOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._step(self._collect())
+        self._count_step()
         return loss
 
     def _step(self, layers: list[Layer]) -> None:
@@ -221,7 +207,7 @@ class LipOptimizer(LayerwiseOptimizer):
             here = slice(start, start := start + len(batch.params))
             device = batch.steps.device
             go = finite[here].to(device) if batch.group["nonfinite"] == "skip" else None
-            rates = batch.lr * factor[here].to(device)
+            rates = batch.lr * factor[here].to(device, wide_dtype(batch.params[0].dtype))
             remembered = remembered_rates(rates, batch.lr, batch.group.get("previous", "applied"))
             form.advance(batch, rates, remembered, go)
             _keep_scalar(batch, "step", batch.steps, go)

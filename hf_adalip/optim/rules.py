@@ -104,6 +104,7 @@ class Adam(Rule):
 
     def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
         beta1, beta2 = group["betas"]
+        step = step.to(moments["exp_avg"].dtype)
         mean = moments["exp_avg"] / bias_correction(beta1, step)
         return mean / root(moments["exp_avg_sq"] / bias_correction(beta2, step), group)
 
@@ -152,13 +153,18 @@ def wide(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x.dtype))
 
 
+def _read(x: Tensor, group: Group) -> Tensor:
+    """A parameter or state to compute with, apart from what the step will write into it."""
+    return wide(x).clone() if group["differentiable"] else wide(x)
+
+
 def gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
     """g_t: the gradient to descend, with λp added when weight decay is coupled."""
     grad = grad.to(wide_dtype(param.dtype))
     if group["maximize"]:
         grad = -grad
     if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        grad = grad + group["weight_decay"] * wide(param)
+        grad = grad + group["weight_decay"] * _read(param, group)
     return grad
 
 
@@ -170,7 +176,7 @@ def measure(batch: Batch) -> Tensor:
         batch.params, batch.grads, batch.states, batch.steps.unbind(), strict=True
     ):
         grad = gradient(param, raw, group)
-        old = {name: wide(state[name]) for name in batch.names}
+        old = {name: _read(state[name], batch.group) for name in batch.names}
 
         def proposal(grad: Tensor = grad, old: Moments = old, step: Tensor = step) -> Tensor:
             return -batch.lr * rule.direction(rule.moments(grad, old, group), step, group)
@@ -185,7 +191,7 @@ def measure_absent(batch: Batch) -> Tensor:
     """`measure` for tensors without a gradient in a layer that has one: theirs is zero."""
     rows = []
     for state, step in zip(batch.states, batch.steps.unbind(), strict=True):
-        old = {name: wide(state[name]) for name in batch.names}
+        old = {name: _read(state[name], batch.group) for name in batch.names}
         before = norm(batch.signal.before(old, partial(_retraced, batch, old, state, step)))
         zero = torch.zeros_like(before)
         rows.append(torch.stack([zero, zero, before]))
@@ -207,11 +213,11 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, finite: Tensor | No
     ):
         go = None if finite is None else finite[i]
         grad = gradient(param, raw, group)
-        old = {name: wide(state[name]) for name in batch.names}
+        old = {name: _read(state[name], batch.group) for name in batch.names}
         new = rule.moments(grad, old, group)
         direction = rule.direction(new, batch.steps[i], group)
         new |= signal.remember(grad, partial(mul, direction, -remembered[i]))
-        value = wide(param)
+        value = _read(param, group)
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             value = value * (1 - batch.lr * group["weight_decay"])
         for name in batch.names:
@@ -229,7 +235,7 @@ def forget(batch: Batch, finite: Tensor | None) -> None:
 
 def _retraced(batch: Batch, old: Moments, state: dict[str, Tensor], step: Tensor) -> Tensor:
     """u_{t-1} from the moments of step t-1; zero before the first step, where they give 0/0."""
-    prev_lr = state["prev_lr"]
+    prev_lr = _read(state["prev_lr"], batch.group)
     direction = batch.rule.direction(old, step.clamp(min=1), batch.group)
     return torch.where(prev_lr == 0, torch.zeros_like(direction), -prev_lr * direction)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -11,13 +13,14 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from .layerwise import (
+    SCALARS,
     Layer,
     Layers,
     LayerwiseOptimizer,
     Member,
     Options,
     State,
-    layer_names,
+    name_layers,
     real,
     store,
 )
@@ -38,8 +41,8 @@ class Lipschitz(LayerwiseOptimizer):
     included. `Lipschitz(torch.optim.Adam(...))` agrees with AdamLip to rounding, at the price
     of a copy of the parameters during the step.
 
-    It is a torch.optim.Optimizer itself and has the base's param_groups and state, to which it
-    adds its own keys; schedulers, GradScaler, accelerate and Trainer take it.
+    It is a torch.optim.Optimizer itself and has the base's param_groups; schedulers, GradScaler,
+    accelerate and Trainer take it. `state` has its own part of the state, `state_dict()` both.
 
     Args:
         optimizer: the base optimizer; step it only through this one.
@@ -94,11 +97,16 @@ class Lipschitz(LayerwiseOptimizer):
         self._signal: Signal = Gradients() if signal == "gradient" else Updates()
         self._previous = previous or ("applied" if signal == "update" else None)
         self._layers = layers
+        named: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            named.append(dict(group))
+            name_layers(named, layers)
+        for group, copy in zip(optimizer.param_groups, named, strict=True):
+            group["layer_names"] = copy["layer_names"]
         self.optimizer = optimizer
-        for index, group in enumerate(optimizer.param_groups):
-            self._name_layers(group, index)
+        self.state: defaultdict[Tensor, State] = defaultdict(dict)
         # What torch does to make an optimizer of a dict: hooks, and the profiled step.
-        super().__setstate__({})
+        self.__setstate__({})
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -109,14 +117,6 @@ class Lipschitz(LayerwiseOptimizer):
         self.optimizer.param_groups = value
 
     @property
-    def state(self) -> Any:
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.optimizer.state = value
-
-    @property
     def defaults(self) -> dict[str, Any]:
         return self.optimizer.defaults
 
@@ -125,15 +125,8 @@ class Lipschitz(LayerwiseOptimizer):
         self.optimizer.defaults = value
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "_law", "_signal", "_previous", "_layers")
+        names = ("optimizer", "state", "_law", "_signal", "_previous", "_layers")
         return {name: self.__dict__[name] for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for what in ("state_dict", "load_state_dict"):  # which the base does
-            for when in ("pre", "post"):
-                name = f"_optimizer_{what}_{when}_hooks"
-                setattr(self, name, getattr(self.optimizer, name))
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -145,35 +138,68 @@ class Lipschitz(LayerwiseOptimizer):
         shown = ", ".join(f"{key}={value!r}" for key, value in self.hyperparameters.items())
         return f"Lipschitz({shown}, {self.optimizer!r})"
 
-    def _name_layers(self, group: dict[str, Any], index: int) -> None:
-        group["layer_names"] = layer_names(
-            group.get("param_names"), len(group["params"]), self._layers, index
-        )
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the base's."""
-        self.optimizer.add_param_group(param_group)
-        self._name_layers(self.param_groups[-1], len(self.param_groups) - 1)
+        """As the base's, with `layers` for the group; if it is refused, nothing is added."""
+        group = {key: value for key, value in param_group.items() if key != "layers"}
+        self.optimizer.add_param_group(group)
+        self._name_last_group(param_group.get("layers", self._layers))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base's."""
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state_dict, with S, norms and history in each parameter's state."""
-        return self.optimizer.state_dict()
+        """The base's state_dict, with S, norms and history beside the base's own state."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        packed = self.optimizer.state_dict()
+        state = dict(packed["state"])
+        for key, param in zip(_ids(packed), self._parameters(), strict=True):
+            if param in self.state:
+                state[key] = {**state.get(key, {}), **self.state[param]}
+        packed = {**packed, "state": state}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            packed = after(self, packed) or packed
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave; S and norms come back bit for bit."""
-        with self._loading():
-            self.optimizer.load_state_dict(state_dict)
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        own = {*SCALARS, self._history} - {"step"}
+        names = [group["layer_names"] for group in self.param_groups]
+        saved = state_dict["state"]
+        based = {k: {n: v for n, v in s.items() if n not in own} for k, s in saved.items()}
+        based = {key: state for key, state in based.items() if state}
+        self.optimizer.load_state_dict({**state_dict, "state": based})
+        for group, layers in zip(self.param_groups, names, strict=True):
+            group["layer_names"] = layers
+        self.state = defaultdict(dict)
+        for key, param in zip(_ids(state_dict), self._parameters(), strict=True):
+            mine = {name: v for name, v in saved.get(key, {}).items() if name in own}
+            if mine:
+                self._restore_numbers(param, mine)
+                if self._history in mine:
+                    history = mine[self._history].to(param.device, param.dtype)
+                    self.state[param][self._history] = history
+                group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
+                self._complete(self.state[param], param, group)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+
+    @property
+    def _history(self) -> str:
+        return "prev_grad" if isinstance(self._signal, Gradients) else "prev_update"
 
     def _options(self, group: dict[str, Any]) -> Options:
         return self._law, self._previous
 
-    def _new_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        key = "prev_grad" if isinstance(self._signal, Gradients) else "prev_update"
-        return {key: torch.zeros_like(param)} | self._layer_state(param, group)
+    def _state_keys(self, group: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (self._history,), ()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -194,11 +220,12 @@ class Lipschitz(LayerwiseOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._step(self._collect())
+        self._count_step()
         return loss
 
     def _step(self, layers: list[Layer]) -> None:
         by_gradient = isinstance(self._signal, Gradients)
-        history = "prev_grad" if by_gradient else "prev_update"
+        history = self._history
         members = [m for layer in layers for m in layer.members]
         silent = [m for layer in layers for m in layer.absent]
         owned = [m.param for m in members + silent]
@@ -254,8 +281,10 @@ class Lipschitz(LayerwiseOptimizer):
                 remembered = torch.where(ok, remembered, _previous(m, history))
             p.copy_(applied)
             real(local(m.state[history])).copy_(remembered)
-        for m in silent:
-            m.state[history].zero_()
+        for m, layer in zip(silent, everyone[len(members) :], strict=True):
+            x = real(local(m.state[history]))
+            gone = torch.zeros_like(x)
+            x.copy_(torch.where(finite[layer].to(x.device), gone, x) if skip else gone)
         self._keep_rates(members, factor[index_tensor(owner, home)], moved)
 
     def _base_step(self, layers: list[Layer], finite: Tensor) -> list[bool]:
@@ -283,6 +312,11 @@ class Lipschitz(LayerwiseOptimizer):
                 lr = lr.to(factor.device) if isinstance(lr, Tensor) else lr
                 rates = factor[index_tensor(here, factor.device)] * lr
                 store([members[i].state["layer_lr"] for i in here], rates)
+
+
+def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
+    """What a state_dict calls the parameters, in the order of the groups."""
+    return itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
 
 
 def _previous(member: Member, history: str) -> Tensor:

@@ -48,7 +48,9 @@ def named_params(
 ) -> Named:
     """Parameters of standard normal numbers."""
     generator = torch.Generator().manual_seed(seed)
-    values = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+    values = {
+        n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()
+    }
     dtype = dtype or torch.get_default_dtype()
     return {name: value.to(dtype).requires_grad_() for name, value in values.items()}
 
@@ -92,7 +94,9 @@ def assert_same(actual: Any, expected: Any, where: str = "") -> None:
             actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{where}: {m}"
         )
     elif isinstance(expected, dict):
-        assert actual.keys() == expected.keys(), f"{where}: {actual.keys()} is not {expected.keys()}"
+        assert actual.keys() == expected.keys(), (
+            f"{where}: {actual.keys()} is not {expected.keys()}"
+        )
         for key in expected:
             assert_same(actual[key], expected[key], f"{where}.{key}")
     elif isinstance(expected, list | tuple):
@@ -103,7 +107,9 @@ def assert_same(actual: Any, expected: Any, where: str = "") -> None:
         assert actual == expected, f"{where}: {actual!r} is not {expected!r}"
 
 
-def wrap(name: str, params: Any, *, lr: float, foreach: bool | None = None, **base: Any) -> Lipschitz:
+def wrap(
+    name: str, params: Any, *, lr: float, foreach: bool | None = None, **base: Any
+) -> Lipschitz:
     """Lipschitz over torch's optimizer that the optimizer `name` extends."""
     kind = {"adalip": torch.optim.SGD, "rmslip": torch.optim.RMSprop, "adamlip": torch.optim.Adam}
     lipschitz = {

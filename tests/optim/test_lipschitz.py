@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,7 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm()
 
 
-sequences = st.builds(
-    vectors, st.integers(2, 12), st.integers(1, 6), st.integers(0, 2**16)
-)
+sequences = st.builds(vectors, st.integers(2, 12), st.integers(1, 6), st.integers(0, 2**16))
 gammas = st.floats(0.05, 0.95)
 
 
@@ -108,6 +107,23 @@ def test_independent_gradients_of_equal_norm() -> None:
     assert np.mean(scales[50:]) == pytest.approx(1 / math.sqrt(2), abs=0.01)
 
 
+@pytest.mark.parametrize(("size", "low", "high"), [(1, 0.02, 0.06), (3, 0.0, 0.0)])
+def test_noise_in_few_dimensions(size: int, low: float, high: float) -> None:
+    """Why S has bounds: in one dimension pure noise exceeds 10 in 4 % of steps, in three never."""
+    layers, steps = 200, 60
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.zeros(size, requires_grad=True) for _ in range(layers)]
+    optimizer = AdaLip(params, scale_bounds=None, foreach=True)
+    wild = 0
+    for t in range(steps + 10):
+        for p in params:
+            p.grad = torch.randn(size, generator=generator)
+        optimizer.step()
+        scales = [rate.scale for rate in optimizer.layer_learning_rates().values()]
+        wild += sum(scale > 10 for scale in scales) if t >= 10 else 0
+    assert low <= wild / (layers * steps) <= high
+
+
 @given(sequences, st.sampled_from([1e-6, 1e-3, 1e3, 1e6]))
 def test_the_scale_of_the_loss_does_not_matter(grads: list[Tensor], by: float) -> None:
     options = {"c": 1e-30, "scale_bounds": None}
@@ -148,14 +164,14 @@ def test_bounds_of_lemma_2(grads: list[Tensor], gamma: float, c: float) -> None:
 
 
 def assert_never_increases(rates: Sequence[float]) -> None:
-    for before, after in zip(rates[:-1], rates[1:], strict=True):
+    for before, after in pairwise(rates):
         assert after <= before * (1 + 1e-12)
 
 
-@given(sequences, gammas)
-def test_lemma_5(grads: list[Tensor], gamma: float) -> None:
-    """c="theoretical" with α_0/√t: A_t never increases."""
-    _, rates = follow(grads, inverse_sqrt=True, gamma=gamma, c="theoretical", scale_bounds=None)
+@given(sequences, gammas, st.sampled_from([None, (0.1, 10.0)]))
+def test_lemma_5(grads: list[Tensor], gamma: float, bounds: tuple[float, float] | None) -> None:
+    """c="theoretical" with α_0/√t: A_t never increases; bounds of S, once inside, keep it so."""
+    _, rates = follow(grads, inverse_sqrt=True, gamma=gamma, c="theoretical", scale_bounds=bounds)
     assert_never_increases(rates)
 
 
@@ -179,6 +195,22 @@ def test_lemma_5_with_zero_gradients(kind: str) -> None:
     g = [torch.ones(5) + 0.1 * x for x in vectors(20)]
     zero = torch.zeros(5)
     grads = [zero] * 5 + g if kind == "zero first" else [*g[:4], zero, zero, *g[4:9], zero, *g[9:]]
+    _, rates = follow(grads, inverse_sqrt=True, c="theoretical", scale_bounds=None)
+    assert_never_increases(rates)
+
+
+@pytest.mark.parametrize("kind", ["first gradient late", "a step skipped"])
+def test_lemma_5_when_steps_pass_without_the_layer(kind: str) -> None:
+    """α_t goes on falling while a layer has no gradient (frozen, unused) or skips a bad one.
+
+    Eq. A.3's t is the scheduler's: were it the number of the layer's own steps, √(t/(t-1))
+    would be larger than α_{t-1}/α_t, c_t too small, and A_t would grow.
+    """
+    grads: list[Tensor | None] = [torch.ones(5) + 0.1 * g for g in vectors(40)]
+    if kind == "first gradient late":
+        grads = [None] * 20 + grads
+    else:
+        grads[5] = torch.full((5,), math.nan)
     _, rates = follow(grads, inverse_sqrt=True, c="theoretical", scale_bounds=None)
     assert_never_increases(rates)
 
@@ -209,44 +241,47 @@ def test_the_default_c_lets_the_learning_rate_increase() -> None:
 def test_theorem_1(gamma: float, seed: int) -> None:
     """The regret of projected AdaLip on random convex losses is below the printed bound.
 
-    f_t(w) = |⟨a_t, w⟩ - b_t|: gradients ±a_t have norms in [1, 2]. The printed bound goes with
-    the large c_T and 1/c_1 and is loose; that regret per step vanishes is checked besides it.
+    f_t(w) = |⟨a_t, w⟩ - b_t|, whose gradients ±a_t have norms in [1, 2]. With its 1/c_1 the
+    printed bound is far away; the proof's line before it puts S's worst case, which has A_t
+    itself, is checked too, and is within reach.
     """
     rng = np.random.default_rng(seed)
-    dim, steps, radius, lr = 4, 2000, 1.0, 0.5
-    a = rng.standard_normal((steps, dim))
-    a *= (rng.uniform(1.0, 2.0, steps) / np.linalg.norm(a, axis=1))[:, None]
+    dim, T, r, lr = 4, 500, 1.0, 0.5
+    a = rng.standard_normal((T, dim))
+    a *= (rng.uniform(1.0, 2.0, T) / np.linalg.norm(a, axis=1))[:, None]
     truth = rng.standard_normal(dim)
-    truth *= 0.7 * radius / np.linalg.norm(truth)
-    b = a @ truth + 0.1 * rng.standard_normal(steps)
+    truth *= 0.7 * r / np.linalg.norm(truth)
+    b = a @ truth + 0.1 * rng.standard_normal(T)
     A, B = torch.tensor(a), torch.tensor(b)
 
     w = torch.zeros(dim, requires_grad=True)
     optimizer = AdaLip([w], lr=lr, gamma=gamma, c="theoretical", scale_bounds=None)
     schedule = LambdaLR(optimizer, lambda t: 1 / math.sqrt(t + 1))
-    visited = []
-    for t in range(steps):
+    visited, rates = [], []
+    for t in range(T):
         visited.append(w.detach().clone())
         optimizer.zero_grad()
         (A[t] @ w - B[t]).abs().backward()
         optimizer.step()
+        rates.append(optimizer.state[w]["layer_lr"].item())
         schedule.step()
         with torch.no_grad():  # the projection Π_D onto the ball
-            w *= min(1.0, radius / w.norm().item())
+            w *= min(1.0, r / w.norm().item())
 
-    losses = ((A * torch.stack(visited)).sum(1) - B).abs()
-    # Any point of the ball bounds the regret's comparator from above; the truth is near the best.
-    best = (A @ torch.tensor(truth) - B).abs()
-    average_regret = (losses - best).sum().item() / steps
+    def losses(points: Tensor) -> Tensor:
+        return ((A * points).sum(dim=1) - B).abs()
+
+    path = torch.stack(visited)
+    # w* as near as there is; any point of the ball is a comparator that the proof allows.
+    rivals = (torch.tensor(truth), path.mean(dim=0), path[T // 2 :].mean(dim=0))
+    regret = losses(path).sum().item() - min(losses(x).sum().item() for x in rivals)
     G, M = np.linalg.norm(a, axis=1).max(), np.linalg.norm(a, axis=1).min()
-    c_T = optimizer.state[w]["lipschitz_c"].item()
-    c_1 = 1e-8
-    bound = 2 * radius**2 * (2 * G + c_T) / (lr * M * (1 - gamma) * math.sqrt(steps))
-    bound += G**2 * lr / math.sqrt(steps) * (1 + G / c_1)
-    assert average_regret <= bound
-    # The bound before S is replaced by its worst case (A.: 2r²/A_T + G²/2 ΣA_t) is not loose.
-    early = (losses - best)[:200].mean().item()
-    assert average_regret < 0.5 * early
+    c_T, c_1 = optimizer.state[w]["lipschitz_c"].item(), 1e-8
+    printed = 2 * r**2 * (2 * G + c_T) / (lr * M * (1 - gamma) * math.sqrt(T))
+    printed += G**2 * lr / math.sqrt(T) * (1 + G / c_1)
+    assert regret / T <= printed
+    assert regret <= 2 * r**2 / rates[-1] + G**2 / 2 * sum(rates)
+    assert_never_increases(rates)
 
 
 # First step, no signal
@@ -273,7 +308,7 @@ def test_silence_before_the_first_gradient_changes_nothing(name: str, silence: s
     assert scales[:-4] == [1.0] * (3 if silence == "zeros" else 0)
 
 
-def test_silence_keeps_S() -> None:
+def test_silence_keeps_the_scale() -> None:
     """g_t = 0 after a gradient is a signal (the change is the whole gradient); a second is not."""
     grads = vectors(3)
     zero = torch.zeros(5)
@@ -341,7 +376,7 @@ def test_proposed_updates_are_not_singular_at_one() -> None:
     assert scales == pytest.approx(by_gradient, rel=1e-9)
     applied, _ = follow(grads, AdaLipU, c=1e-12, scale_bounds=None)
     # Where S passes near 1 ± 0.1 the applied form gives other numbers altogether.
-    assert not applied == pytest.approx(by_gradient, rel=0.5)
+    assert applied != pytest.approx(by_gradient, rel=0.5)
 
 
 @pytest.mark.parametrize("name", UPDATE)

@@ -1,0 +1,87 @@
+"""Checkpoints that are whole or not there: a manifest with the sha256 of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .options import TrainingArguments, UsageError
+
+MANIFEST = "checkpoint.json"
+
+
+def write_manifest(folder: Path, step: int, settings: Mapping[str, Any]) -> None:
+    """Writes down every file of a checkpoint, the last act before it gets its name.
+
+    Args:
+        folder: of the checkpoint.
+        step: optimizer steps done.
+        settings: what a run that resumes from it must have in common with it.
+    """
+    files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    manifest = {"step": step, "settings": settings, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there as they were written.
+
+    Raises:
+        UsageError: saying what is wrong.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        for name, digest in manifest["files"].items():
+            if _sha256(path / name) != digest:
+                raise UsageError(f"{path / name} is damaged")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is no whole checkpoint: {error.filename} is missing") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path / MANIFEST} cannot be read") from error
+    return manifest
+
+
+def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from and its manifest; None if none was asked for.
+
+    Raises:
+        UsageError: if there is no whole one.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted != "latest":
+        if not Path(wanted).is_dir():
+            raise UsageError(f"--resume_from_checkpoint: there is no folder {wanted}")
+        return Path(wanted), read_checkpoint(Path(wanted))
+    sound, problems = [], []
+    for path in [*folder.glob("step_*"), *folder.glob("epoch_*")]:
+        if path.suffix != ".partial":
+            try:
+                sound.append((path, read_checkpoint(path)))
+            except UsageError as error:
+                problems.append(str(error))
+    if not sound:
+        why = "; ".join(problems) or "there is no checkpoint"
+        raise UsageError(f"--resume_from_checkpoint latest: nothing to resume in {folder}: {why}")
+    chosen = max(sound, key=lambda found: found[1]["step"])
+    for problem in problems:
+        print(f"warning: {problem}; going on from {chosen[0]}", file=sys.stderr)
+    return chosen
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write` with a temporary path beside `path`, and renames what it wrote to `path`."""
+    partial = path.with_name(f"{path.name}.partial")
+    write(partial)
+    partial.replace(path)

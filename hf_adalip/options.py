@@ -1,0 +1,279 @@
+"""The options of the recipes: names, values, and what is checked before a run starts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .integrations.arguments import parse_arguments
+from .registry import create_optimizer, get_optimizer_info
+
+try:
+    import yaml  # type: ignore[import-untyped]
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+except ImportError as error:
+    raise ImportError(
+        "hf_adalip.options needs accelerate and pyyaml: pip install 'hf-adalip[recipes]'"
+    ) from error
+
+SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
+"""Of transformers' names, those that need no further arguments."""
+
+
+class UsageError(ValueError):
+    """What is wrong with the arguments, in one line for the user."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment of the paper.
+
+    Args:
+        name: of the experiment, in outputs and trackers.
+        description: the text of --help.
+        build_model: from (channels, height, width) of the images and the number of classes.
+        defaults: of the fields of `TrainingArguments` that differ from theirs.
+        optimizer_defaults: arguments of an optimizer, "lr" included, by the class that is, or
+            that S is on top of: those of `torch.optim.Adam` are for adam, adamlip and adamlipu.
+    """
+
+    name: str
+    description: str
+    build_model: Callable[[tuple[int, int, int], int], nn.Module]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    optimizer_defaults: Mapping[type[Optimizer], Mapping[str, Any]] = field(default_factory=dict)
+
+
+def option(default: Any, help: str, type: Callable[[str], Any] = str) -> Any:
+    return field(default=default, metadata={"help": help, "type": type})
+
+
+@dataclass
+class TrainingArguments:
+    """The options of a recipe; the names are those of the transformers and accelerate examples."""
+
+    dataset_name: str = option("digits", "Hub id, folder, or digits (of scikit-learn, no download)")
+    image_column_name: str | None = option(None, "default: the only column of images")
+    label_column_name: str | None = option(None, "default: the only column of class labels")
+    max_train_samples: int | None = option(None, "train on so many images only", int)
+    max_eval_samples: int | None = option(None, "evaluate on so many images only", int)
+    per_device_train_batch_size: int = option(128, "images a process takes at a time", int)
+    per_device_eval_batch_size: int = option(500, "the same in evaluation", int)
+    optim: str = option(
+        "adamlip",
+        "adalip, rmslip, adamlip, adalipu, rmslipu, adamlipu, lip-NAME or NAME for an optimizer "
+        "NAME of torch.optim (sgd, rmsprop, adam, ...), or another registered name",
+    )
+    optim_args: str = option("", "further arguments of the optimizer: key=value,key=value")
+    layers: str | None = option(
+        None, "tensor or module: which parameters share a learning rate; tensor by default"
+    )
+    scale_bounds: str | None = option(
+        None, "LOW:HIGH to keep S between, or none, the default and the paper's"
+    )
+    learning_rate: float | None = option(None, "", float)  # the help is the recipe's
+    weight_decay: float = option(0.0, "decoupled where the optimizer's is", float)
+    num_train_epochs: int = option(15, "times to go through the training set", int)
+    max_train_steps: int | None = option(None, "optimizer steps; overrides the epochs", int)
+    gradient_accumulation_steps: int = option(1, "batches to an optimizer step", int)
+    lr_scheduler_type: str = option("constant", ", ".join(SCHEDULERS))
+    num_warmup_steps: int = option(0, "optimizer steps of warm-up, for a schedule with one", int)
+    seed: int = option(0, "of the initial weights and the order of the images", int)
+    output_dir: str | None = option(None, "default: outputs/RECIPE-OPTIM")
+    overwrite_output_dir: bool = option(False, "replace the results that are there", bool)
+    checkpointing_steps: str | None = option(
+        None, "N to save step_N every N optimizer steps, or epoch to save epoch_N after each"
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "folder of a checkpoint, or latest for the last whole one in the output_dir"
+    )
+    with_tracking: bool = option(False, "log to trackers", bool)
+    report_to: str | None = option(
+        None, "tensorboard (default), trackio, wandb, ...; several with commas"
+    )
+    mixed_precision: str | None = option(None, "no, fp16 or bf16; default: accelerate's setting")
+    cpu: bool = option(False, "stay on the CPU", bool)
+
+
+AT_LEAST = {
+    "max_train_samples": 1,
+    "max_eval_samples": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "num_train_epochs": 1,
+    "max_train_steps": 1,
+    "gradient_accumulation_steps": 1,
+    "num_warmup_steps": 0,
+    "seed": 0,
+}
+
+OWN_OPTION = {"lr": "learning_rate"} | {
+    name: name for name in ("weight_decay", "layers", "scale_bounds")
+}
+"""Arguments of optimizers that have an option of their own."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(message)
+
+
+def parse(recipe: Recipe, argv: Sequence[str]) -> TrainingArguments:
+    """The arguments of a command line, over those of its --config file, over the recipe's.
+
+    Raises:
+        UsageError: for an unknown option or a bad value. Optimizer and folders are not looked at.
+    """
+    parser = _Parser(
+        description=recipe.description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file of options, which the command line overrides")
+    for entry in dataclasses.fields(TrainingArguments):
+        text, kind = entry.metadata["help"], entry.metadata["type"]
+        default = recipe.defaults.get(entry.name, entry.default)
+        if entry.name == "learning_rate":
+            rates = recipe.optimizer_defaults.items()
+            known = ", ".join(f"{a['lr']:g} on top of {c.__name__}" for c, a in rates if "lr" in a)
+            text = f"α; default: {known}, else the optimizer's own"
+        elif kind is not bool and default not in (None, ""):
+            text += f" (default: {default})"
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{entry.name}", default=default, help=text, **how)
+    given = vars(parser.parse_args(argv))
+    if config := given.pop("config"):
+        given = vars(parser.parse_args([*_config_options(config), *argv]))
+        given.pop("config")
+    args = TrainingArguments(**given)
+    _check_values(args)
+    return args
+
+
+def _config_options(path: str) -> list[str]:
+    """A YAML file as command-line options, so that both are read by the same rules."""
+    try:
+        found = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"--config {path} must have lines of `option: value`")
+    names = {entry.name: entry.metadata["type"] for entry in dataclasses.fields(TrainingArguments)}
+    options = []
+    for key, value in found.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"--config {path}: unknown option {key!r}{hint}")
+        if names[key] is bool and not isinstance(value, bool):
+            raise UsageError(f"--config {path}: {key} must be true or false, got {value!r}")
+        if isinstance(value, bool):
+            options.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, (list, dict)):
+            raise UsageError(f"--config {path}: {key} must be one value, got {value!r}")
+        elif value is not None:
+            options.append(f"--{key}={value}")
+    return options
+
+
+def _check_values(args: TrainingArguments) -> None:
+    for name, least in AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name} must be at least {least}, got {value}")
+    if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
+        raise UsageError(f"--learning_rate must be a positive number, got {args.learning_rate}")
+    if not 0 <= args.weight_decay < math.inf:
+        raise UsageError(f"--weight_decay must be a number from 0 on, got {args.weight_decay}")
+    choices = {
+        "mixed_precision": (None, "no", "fp16", "bf16"),
+        "layers": (None, "tensor", "module"),
+        "lr_scheduler_type": SCHEDULERS,
+    }
+    for name, allowed in choices.items():
+        if (value := getattr(args, name)) not in allowed:
+            words = ", ".join(word for word in allowed if word)
+            raise UsageError(f"--{name} must be one of {words}, got {value!r}")
+    if args.lr_scheduler_type == "constant" and args.num_warmup_steps:
+        raise UsageError("--num_warmup_steps needs an --lr_scheduler_type with a warm-up")
+    every = args.checkpointing_steps
+    if every not in (None, "epoch") and not (every.isdecimal() and int(every)):
+        raise UsageError(f"--checkpointing_steps must be a number of steps or epoch, got {every!r}")
+    if args.resume_from_checkpoint and args.overwrite_output_dir:
+        raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
+    if args.report_to is not None and not args.with_tracking:
+        raise UsageError("--report_to needs --with_tracking")
+
+
+def trackers(args: TrainingArguments) -> list[str]:
+    """The names of the trackers to log to.
+
+    Raises:
+        UsageError: for an unknown name, or one that is not installed.
+    """
+    if not args.with_tracking:
+        return []
+    names = [name.strip() for name in (args.report_to or "tensorboard").split(",")]
+    available = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise UsageError(f"--report_to: unknown tracker {name!r}; there are {known}")
+        if name not in available:
+            raise UsageError(f"--report_to: {name} is not installed; pip install {name}")
+    return names
+
+
+def optimizer_arguments(args: TrainingArguments, recipe: Recipe) -> dict[str, Any]:
+    """What `create_optimizer` is to be called with, besides model and name; all of it is checked.
+
+    Raises:
+        UsageError: for an unknown optimizer, or an argument that it does not take.
+    """
+    try:
+        info = get_optimizer_info(args.optim)
+        given = parse_arguments(args.optim_args)
+        for key in set(given) & set(OWN_OPTION):
+            raise UsageError(f"--optim_args: give {key} as --{OWN_OPTION[key]}")
+        arguments = {**recipe.optimizer_defaults.get(info.base or info.optimizer_class, {})}
+        arguments |= {**given, "weight_decay": args.weight_decay}
+        if args.learning_rate is not None:
+            arguments["lr"] = args.learning_rate
+        own = {"layers": args.layers, "scale_bounds": args.scale_bounds}
+        if info.takes_layers:
+            bounds = parse_arguments(f"scale_bounds={args.scale_bounds or 'none'}")
+            arguments |= {"layers": args.layers or "tensor", **bounds}
+        elif unused := [f"--{key}" for key, value in own.items() if value is not None]:
+            raise UsageError(f"{args.optim} has no learning rate per layer: {unused[0]} is not for")
+        create_optimizer(nn.Linear(2, 2, bias=False), args.optim, **arguments)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{error}") from error
+    return arguments
+
+
+def scheduler_factory() -> Any:
+    try:
+        from transformers import get_scheduler
+    except ImportError as error:
+        raise UsageError(
+            "--lr_scheduler_type other than constant needs transformers: "
+            "pip install 'hf-adalip[trainer]'"
+        ) from error
+    return get_scheduler

@@ -1,0 +1,636 @@
+"""The training loop that the recipes share: arguments, checkpoints, evaluation and results.
+
+A recipe is a network and defaults (`Recipe`); `main(recipe)` is its command line. The loop is
+accelerate's, so a recipe runs under `python`, `accelerate launch` and `torchrun` alike.
+
+What makes a resumed run equal to one that was never stopped: the order of the samples is a
+function of (seed, epoch); a checkpoint holds everything else that changes; and it gets its name
+only when it is whole, with the sha256 of each of its files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import operator
+import os
+import platform
+import shlex
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .checkpoints import find_checkpoint, whole, write_manifest
+from .data import DataError, ImageData, ImageDataset, load_image_dataset
+from .metrics import Accuracy
+from .monitor import LayerRateHistory, layerwise, summary
+from .options import (
+    Recipe,
+    TrainingArguments,
+    UsageError,
+    optimizer_arguments,
+    parse,
+    scheduler_factory,
+    trackers,
+)
+from .registry import create_optimizer
+from .version import __version__
+
+try:
+    import accelerate
+    import datasets
+    from accelerate import Accelerator
+    from accelerate.logging import get_logger
+    from accelerate.utils import GradientAccumulationPlugin, set_seed
+    from safetensors.torch import save_file
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
+except ImportError as error:
+    raise ImportError(
+        "hf_adalip.training needs accelerate: pip install 'hf-adalip[recipes]'"
+    ) from error
+
+logger = get_logger(__name__)
+
+RECORDS = 500
+"""How often in a run the loss and the layers' learning rates are copied from the device."""
+
+RESULTS, WEIGHTS, RATES = "all_results.json", "model.safetensors", "layer_learning_rates"
+INTERRUPTED = 130  # exit status, as the shell's
+
+
+class Interrupted(Exception):  # noqa: N818 (it is no error)
+    """The user stopped the run, and it has been saved."""
+
+
+@dataclass
+class Progress:
+    """How far a run is; what accelerate saves and loads beside model, optimizer and RNG states."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done
+    batch: int = 0  # batches done in the epoch after those
+    seconds: float = 0.0  # of training and evaluation, in all sessions
+    totals: list[list[float]] = field(default_factory=list)  # of each process, see Training
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # what each epoch came to
+
+    def state_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """A random order that is a function of (seed, epoch) alone."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self.epoch = 0  # no set_epoch(): accelerate would call it with a count of its own
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        key = hashlib.sha256(f"{self.seed} {self.epoch}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
+        yield from torch.randperm(self.size, generator=generator).tolist()
+
+
+class Training:
+    """One run.
+
+    Args:
+        args: what the user asked for.
+        recipe: the network and its name.
+        arguments: of the optimizer, from `optimizer_arguments`.
+        data: what to train and evaluate on.
+        accelerator: where to; from `make_accelerator`.
+        folder: where the run writes.
+        command: the command line, for the results.
+
+    Raises:
+        UsageError: if network or optimizer cannot be made for these images.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        recipe: Recipe,
+        arguments: Mapping[str, Any],
+        data: ImageData,
+        accelerator: Accelerator,
+        folder: Path,
+        command: str = "",
+    ) -> None:
+        self.args, self.recipe, self.data = args, recipe, data
+        self.accelerator, self.folder, self.command = accelerator, folder, command
+        set_seed(args.seed)
+        try:
+            model = recipe.build_model(data.image_shape, data.num_classes)
+            optimizer = create_optimizer(model, args.optim, **arguments)
+        except (ValueError, TypeError) as error:
+            raise UsageError(str(error)) from error
+        self.sampler = EpochSampler(len(data.train), args.seed)
+        loader = _loader(data.train, args.per_device_train_batch_size, self.sampler)
+        eval_loader = _loader(data.test, args.per_device_eval_batch_size)
+        self.model, self.optimizer, self.loader, self.eval_loader = accelerator.prepare(
+            model, optimizer, loader, eval_loader
+        )
+        self.steps_per_epoch = math.ceil(len(self.loader) / accelerator.gradient_accumulation_steps)
+        epochs = args.num_train_epochs
+        self.total_steps = args.max_train_steps or epochs * self.steps_per_epoch
+        self.record_every = math.ceil(self.total_steps / RECORDS)
+        self.settings = self._settings(arguments)  # before a scheduler changes the learning rate
+        self.scheduler = _scheduler(args, optimizer, self.total_steps)
+        self.progress, self.rates = Progress(), LayerRateHistory()
+        accelerator.register_for_checkpointing(self.progress)
+        if self.scheduler is not None:
+            accelerator.register_for_checkpointing(self.scheduler)
+        wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        # loss, correct answers and images of this epoch so far, summed over this process's batches
+        self.totals = torch.zeros(3, dtype=wide, device=accelerator.device)
+        self.stop_asked = False
+
+    def _settings(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What a run and the one that it resumes must have in common."""
+        accelerator, args = self.accelerator, self.args
+        return {
+            "recipe": self.recipe.name,
+            "optimizer": args.optim.lower(),
+            "optimizer_arguments": json.loads(json.dumps(arguments)),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "weight_decay": args.weight_decay,
+            "lr_scheduler_type": args.lr_scheduler_type,
+            "num_warmup_steps": args.num_warmup_steps,
+            "seed": args.seed,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+            "num_processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+            "dataset_fingerprint": self.data.fingerprint(),
+        }
+
+    @property
+    def done(self) -> bool:
+        return self.progress.step >= self.total_steps
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end; returns the results, which are in the folder too (main process).
+
+        Raises:
+            Interrupted: if the user stopped it; the run has been saved then.
+        """
+        started = time.perf_counter() - self.progress.seconds
+        with _asked_to_stop(self), logging_redirect_tqdm():
+            self.bar = tqdm(
+                total=self.total_steps,
+                initial=self.progress.step,
+                unit="step",
+                smoothing=0.0,  # the mean so far, with evaluation in it: the honest estimate
+                mininterval=0.1 if sys.stderr.isatty() else 30.0,
+                disable=not self.accelerator.is_local_main_process,
+            )
+            with self.bar:
+                while not self.done:
+                    self._train_epoch(started)
+                    self._end_epoch(started)
+        return self._write_results(finished=True)
+
+    def _train_epoch(self, started: float) -> None:
+        accelerator, progress = self.accelerator, self.progress
+        self.sampler.epoch = progress.epoch
+        self.model.train()
+        for batch in self._batches_left():
+            with accelerator.accumulate(self.model):
+                images, labels = batch["pixel_values"], batch["labels"]
+                logits = self.model(images)
+                loss = F.cross_entropy(logits, labels)
+                accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            correct = (logits.argmax(-1) == labels).sum()
+            sums = [loss.detach() * len(labels), correct, correct.new_tensor(len(labels))]
+            self.totals += torch.stack([x.to(self.totals.dtype) for x in sums])
+            progress.batch += 1
+            if accelerator.sync_gradients:
+                self._after_step(loss.detach(), started)
+                if self.done:
+                    break
+
+    def _batches_left(self) -> Any:
+        """The batches of this epoch that a resumed run has not seen."""
+        seen = self.progress.batch
+        if not seen:
+            return self.loader
+        if seen == len(self.loader):
+            return ()
+        return self.accelerator.skip_first_batches(self.loader, seen)
+
+    def _after_step(self, loss: Tensor, started: float) -> None:
+        progress = self.progress
+        progress.step += 1
+        if self.scheduler is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.bar.update()
+        if progress.step == 1 or progress.step % self.record_every == 0:
+            self._record(loss)
+        progress.seconds = time.perf_counter() - started
+        every = self.args.checkpointing_steps
+        if every and every != "epoch" and progress.step % int(every) == 0:
+            self.save(f"step_{progress.step}")
+        if self._all_asked_to_stop():
+            self._stop()
+
+    def _record(self, loss: Tensor) -> None:
+        """What needs a copy from the device: the loss and the layers' learning rates."""
+        if not self.accelerator.is_main_process:
+            return
+        step, optimizer = self.progress.step, layerwise(self.optimizer)
+        found = optimizer.layer_learning_rates() if optimizer else {}
+        if found:
+            self.rates.record(step, found)
+        values = {"train_batch_loss": loss.item(), "learning_rate": self._learning_rate()}
+        self.bar.set_postfix(loss=f"{values['train_batch_loss']:.4f}", refresh=False)
+        self.accelerator.log({**values, **summary(found)}, step=step)
+
+    def _learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _end_epoch(self, started: float) -> None:
+        """Evaluates, and writes down what the epoch, or the part of it that was run, came to."""
+        progress = self.progress
+        loss, correct, count = self.accelerator.reduce(self.totals, reduction="sum").tolist()
+        entry = {
+            "epoch": progress.epoch + progress.batch / len(self.loader),
+            "step": progress.step,
+            "train_loss": loss / count,
+            "train_accuracy": correct / count,
+            **self.evaluate(),
+        }
+        progress.seconds = time.perf_counter() - started
+        entry["seconds"] = progress.seconds
+        progress.epochs.append(entry)
+        if progress.batch == len(self.loader):
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+            self.totals.zero_()
+        self.accelerator.log(entry, step=progress.step)
+        if self.accelerator.is_main_process:
+            shown = [f"{name} {entry[name]:.4f}" for name in _METRICS]
+            logger.info(f"epoch {entry['epoch']:g}: {', '.join(shown)} ({progress.seconds:.0f} s)")
+        if self.args.checkpointing_steps == "epoch" and not progress.batch:
+            self.save(f"epoch_{progress.epoch - 1}")
+        if not self.done and self._all_asked_to_stop(always=True):
+            self._stop()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """eval_loss and eval_accuracy on the test set; empty but on the main process."""
+        self.model.eval()
+        metric, total = Accuracy(keep_in_memory=True), 0.0
+        for batch in self.eval_loader:
+            logits, labels = self.model(batch["pixel_values"]), batch["labels"]
+            losses = F.cross_entropy(logits.float(), labels, reduction="none")
+            found = self.accelerator.gather_for_metrics((logits.argmax(-1), labels, losses))
+            if self.accelerator.is_main_process:
+                answers, labels, losses = (tensor.cpu() for tensor in found)
+                metric.add_batch(predictions=answers, references=labels)
+                total += losses.double().sum().item()
+        if not self.accelerator.is_main_process:
+            return {}
+        accuracy = metric.compute()["accuracy"]
+        return {"eval_loss": total / len(self.data.test), "eval_accuracy": accuracy}
+
+    # What is asked of one process must be done by all at the same step.
+    def _all_asked_to_stop(self, always: bool = False) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.stop_asked
+        if not always and self.progress.step % 20:
+            return False
+        asked = torch.tensor(float(self.stop_asked), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum").item())
+
+    def _stop(self) -> None:
+        path = self.save(f"step_{self.progress.step}")
+        self._write_results(finished=False)
+        raise Interrupted(
+            f"stopped at step {self.progress.step} of {self.total_steps} and saved {path}; to go "
+            "on, run the same command with --resume_from_checkpoint latest"
+        )
+
+    def save(self, name: str) -> Path:
+        """Saves a checkpoint in the folder; it has its name only when it is whole."""
+        accelerator, path = self.accelerator, self.folder / name
+        partial = path.with_name(f"{name}.partial")
+        self.progress.totals = accelerator.gather(self.totals[None]).tolist()
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.rates.save(partial / f"{RATES}.json")
+            write_manifest(partial, self.progress.step, self.settings)
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+        accelerator.wait_for_everyone()
+        return path
+
+    def load(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        """Goes back to a checkpoint.
+
+        Raises:
+            UsageError: if it was made with other settings, naming them.
+        """
+        saved = manifest["settings"]
+        changed = [
+            f"{name} was {saved.get(name)!r}, is {value!r}"
+            for name, value in self.settings.items()
+            if saved.get(name) != value
+        ]
+        if changed:
+            raise UsageError(f"{path} is of a different run: {'; '.join(changed)}")
+        self.accelerator.load_state(str(path))
+        self.rates = LayerRateHistory.load(path / f"{RATES}.json")
+        mine = self.progress.totals[self.accelerator.process_index]
+        self.totals.copy_(torch.tensor(mine, dtype=self.totals.dtype))
+        logger.info(f"resumed from {path} at step {self.progress.step}")
+
+    def results(self, finished: bool) -> dict[str, Any]:
+        """What all_results.json has."""
+        epochs = self.progress.epochs
+        last = epochs[-1] if epochs else {}
+        best = {
+            f"best_{name}": (max if name.endswith("accuracy") else min)(values)
+            for name in _METRICS
+            if (values := [e[name] for e in epochs if math.isfinite(e[name])])
+        }
+        return {
+            **{name: last.get(name) for name in _METRICS},
+            **best,
+            "finished": finished,
+            "epoch": self.progress.epoch + self.progress.batch / len(self.loader),
+            "step": self.progress.step,
+            **self.settings,
+            "per_device_eval_batch_size": self.args.per_device_eval_batch_size,
+            "dataset_name": self.data.name,
+            "train_samples": len(self.data.train),
+            "eval_samples": len(self.data.test),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "device": _device(self.accelerator.device),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "accelerate": accelerate.__version__,
+                "datasets": datasets.__version__,
+                "hf_adalip": __version__,
+            },
+            "seconds": self.progress.seconds,
+            "command": self.command,
+            "epochs": epochs,
+        }
+
+    def _write_results(self, finished: bool) -> dict[str, Any]:
+        results = self.results(finished) if self.accelerator.is_main_process else {}
+        if results:
+            model = self.accelerator.unwrap_model(self.model)
+            weights = {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
+            if finished:
+                whole(self.folder / WEIGHTS, lambda path: save_file(weights, path))
+            if self.rates.steps:
+                title = (
+                    f"{self.recipe.name}, {self.args.optim}, lr {self.settings['learning_rate']:g}"
+                )
+                self.rates.save(self.folder / f"{RATES}.json")
+                self.rates.plot(self.folder / f"{RATES}.png", title)
+            text = json.dumps(_finite(results), indent=2, allow_nan=False)
+            whole(self.folder / RESULTS, lambda path: path.write_text(text + "\n"))
+        self.accelerator.wait_for_everyone()
+        return results
+
+    def table(self) -> str:
+        """The run in a few lines."""
+        epochs = self.progress.epochs
+        lines = [f"{'':16}{'final':>10}{'best':>10}  in epoch"]
+        for name in _METRICS:
+            better = max if name.endswith("accuracy") else min
+            entry = better(epochs, key=operator.itemgetter(name))
+            numbers = f"{epochs[-1][name]:10.4f}{entry[name]:10.4f}"
+            lines.append(f"{name:16}{numbers}  {entry['epoch']:g}")
+        if self.rates.steps:
+            lines += ["", f"{'layer':16}{'median S':>10}{'last S':>10}{'last A':>12}"]
+        for layer, scales in self.rates.scale.items():
+            known = [scale for scale in scales if scale is not None]
+            last = f"{known[-1]:10.3f}{self.rates.lr[layer][-1] or math.nan:12.2e}"
+            lines.append(f"{layer:16}{statistics.median(known):10.3f}{last}")
+        return "\n".join(lines)
+
+
+_METRICS = ("train_accuracy", "train_loss", "eval_accuracy", "eval_loss")
+
+
+def _loader(
+    dataset: ImageDataset, batch_size: int, sampler: EpochSampler | None = None
+) -> torch.utils.data.DataLoader[Any]:
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        collate_fn=dataset.collate,
+        # of its own: an iterator draws a number when it is made, and a resumed run makes one more
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _scheduler(args: TrainingArguments, optimizer: Optimizer, total_steps: int) -> Any:
+    """A schedule in optimizer steps, or None for a constant learning rate."""
+    if args.lr_scheduler_type == "constant":
+        return None
+    return scheduler_factory()(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.num_warmup_steps,
+        num_training_steps=total_steps,
+    )
+
+
+@contextmanager
+def _asked_to_stop(training: Training) -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM (of torchrun, of a queue) wait for the end of the step; a second
+    one does not wait."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        training.stop_asked = True
+        for key, handler in before.items():
+            signal.signal(key, handler)
+
+    before = {key: signal.getsignal(key) for key in (signal.SIGINT, signal.SIGTERM)}
+    for key in before:
+        signal.signal(key, ask)
+    try:
+        yield
+    finally:
+        for key, handler in before.items():
+            signal.signal(key, handler)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity; a diverged run has null there."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
+    """Where the run is to write.
+
+    Raises:
+        UsageError: if there are results already, and neither resuming nor overwriting was asked.
+    """
+    path = Path(args.output_dir or f"outputs/{recipe.name}-{args.optim.lower()}")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--output_dir {path} is a file")
+    if _own_files(path) and not args.resume_from_checkpoint and not args.overwrite_output_dir:
+        raise UsageError(
+            f"{path} has results already: choose another --output_dir, or "
+            "--overwrite_output_dir, or --resume_from_checkpoint latest"
+        )
+    return path
+
+
+def _own_files(folder: Path) -> list[Path]:
+    patterns = (RESULTS, WEIGHTS, f"{RATES}.*", "step_*", "epoch_*")
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def make_accelerator(args: TrainingArguments, folder: Path) -> Accelerator:
+    """The accelerator of a run.
+
+    Raises:
+        UsageError: if the device cannot do the mixed precision.
+    """
+    try:
+        accelerator = Accelerator(
+            cpu=args.cpu,
+            mixed_precision=args.mixed_precision,
+            # a plugin, because `accelerate launch` sets an environment variable that beats a number
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=args.gradient_accumulation_steps
+            ),
+            log_with=trackers(args) or None,
+            project_dir=str(folder),
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError("--mixed_precision fp16 needs a GPU; accelerate would ignore it here")
+    return accelerator
+
+
+def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
+    """A recipe's run with these options; nothing is loaded or written before they are checked.
+
+    Raises:
+        UsageError: for a bad option.
+        DataError: if the data cannot be had.
+        Interrupted: if the user stopped it; the run has been saved then.
+    """
+    args = parse(recipe, argv)
+    arguments = optimizer_arguments(args, recipe)
+    if args.lr_scheduler_type != "constant":
+        scheduler_factory()
+    trackers(args)
+    folder = output_dir(args, recipe)
+    checkpoint = find_checkpoint(args, folder)
+
+    accelerator = make_accelerator(args, folder)
+    with accelerator.main_process_first():  # the others find what it put in the cache
+        data = load_image_dataset(
+            args.dataset_name,
+            args.image_column_name,
+            args.label_column_name,
+            args.max_train_samples,
+            args.max_eval_samples,
+        )
+    training = Training(args, recipe, arguments, data, accelerator, folder, command)
+    if checkpoint is not None:
+        training.load(*checkpoint)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        stale = _own_files(folder) if args.overwrite_output_dir else folder.glob("*_*.partial")
+        for path in stale:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if args.with_tracking:
+        config = {key: _flat(value) for key, value in training.settings.items()}
+        accelerator.init_trackers(recipe.name, config)
+    _say_what(training)
+    try:
+        training.run()
+    finally:
+        accelerator.end_training()
+    return training
+
+
+def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
+    """The command line of a recipe; returns the exit status.
+
+    0 when the run is finished, 2 for bad options or data (one line on stderr says what), 130 when
+    the user stopped it.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("hf_adalip").setLevel(logging.INFO)
+    try:
+        training = train(recipe, given, shlex.join([sys.argv[0], *given]))
+    except (UsageError, DataError) as error:
+        if first:
+            print(f"{recipe.name}: error: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if first:
+            print(f"{recipe.name}: {stop or 'stopped, nothing saved'}", file=sys.stderr)
+        return INTERRUPTED
+    if training.accelerator.is_main_process:
+        print(f"\n{training.table()}\n\nresults in {training.folder}")
+    return 0
+
+
+def _say_what(training: Training) -> None:
+    data, settings = training.data, training.settings
+    logger.info(
+        f"{settings['optimizer']}, lr {settings['learning_rate']:g}, on {data.name} "
+        f"({len(data.train)} images to train on, {len(data.test)} to evaluate on), "
+        f"{training.total_steps} steps of {training.steps_per_epoch} to an epoch, "
+        f"{training.accelerator.num_processes} process(es) on {training.accelerator.device.type}"
+    )
+
+
+def _flat(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str)) else json.dumps(value)

@@ -1,0 +1,492 @@
+"""What an optimizer keeps, and that saving and loading it loses nothing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_adalip import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz
+from hf_adalip.optim import LipOptimizer
+from tests.optim.cases import (
+    CLASSES,
+    Named,
+    assert_same,
+    forms,
+    named_params,
+    six,
+    snapshot,
+    train,
+    wrap,
+)
+
+SCALARS = {"step", "lipschitz_scale", "prev_norm", "layer_lr", "nonfinite_steps"}
+THEORETICAL = {"lipschitz_c", "lipschitz_step"}
+
+KEPT: list[tuple[str, dict[str, Any], set[str], set[str]]] = [
+    # of the parameter's shape; scalars beside SCALARS
+    ("adalip", {}, {"prev_grad"}, set()),
+    ("adalip", {"momentum": 0.9}, {"prev_grad", "momentum_buffer"}, set()),
+    ("adalip", {"momentum": 0.9, "nesterov": True}, {"prev_grad", "momentum_buffer"}, set()),
+    ("rmslip", {}, {"prev_grad", "square_avg"}, set()),
+    ("adamlip", {}, {"prev_grad", "exp_avg", "exp_avg_sq"}, set()),
+    ("adamlip", {"c": "theoretical"}, {"prev_grad", "exp_avg", "exp_avg_sq"}, THEORETICAL),
+    ("adalipu", {}, {"prev_update"}, set()),
+    # -U forms compute the previous update again where their moments allow it: no history.
+    ("adalipu", {"momentum": 0.9}, {"momentum_buffer"}, {"prev_lr"}),
+    ("adalipu", {"momentum": 0.9, "nesterov": True}, {"momentum_buffer", "prev_update"}, set()),
+    ("rmslipu", {}, {"square_avg", "prev_update"}, set()),
+    ("adamlipu", {}, {"exp_avg", "exp_avg_sq"}, {"prev_lr"}),
+    ("adamlipu", {"c": "theoretical"}, {"exp_avg", "exp_avg_sq"}, {"prev_lr"} | THEORETICAL),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "shaped", "scalars"), KEPT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@forms
+def test_what_is_kept(
+    name: str,
+    options: dict[str, Any],
+    shaped: set[str],
+    scalars: set[str],
+    dtype: torch.dtype,
+    foreach: bool,
+) -> None:
+    """torch's names; tensors of the parameter's shape and dtype; float32 numbers."""
+    params = named_params(dtype=dtype)
+    optimizer = CLASSES[name](params.items(), foreach=foreach, **options)
+    train(optimizer, params, range(2))
+    for p in params.values():
+        state = optimizer.state[p]
+        assert {k for k, v in state.items() if v.dim()} == shaped
+        assert {k for k, v in state.items() if not v.dim()} == SCALARS | scalars
+        for key, value in state.items():
+            if key in shaped:
+                assert (value.shape, value.dtype) == (p.shape, dtype)
+            else:
+                assert (value.shape, value.dtype) == ((), torch.float32)
+            assert not value.requires_grad
+
+
+@six
+@pytest.mark.usefixtures("float64")
+def test_numbers_follow_the_default_dtype(name: str) -> None:
+    """As torch.optim's `step` does."""
+    params = named_params(dtype=torch.float32)
+    optimizer = CLASSES[name](params.items())
+    train(optimizer, params, [0])
+    for state in optimizer.state.values():
+        assert {v.dtype for v in state.values() if not v.dim()} == {torch.float64}
+
+
+@six
+def test_no_state_before_a_step(name: str) -> None:
+    optimizer = CLASSES[name](named_params().items())
+    assert not optimizer.state
+    assert optimizer.state_dict()["state"] == {}
+
+
+# Round trips
+
+Kind = Callable[[Named], torch.optim.Optimizer]
+
+
+def builders() -> dict[str, Kind]:
+    """The six, with all the options that state depends on, and Lipschitz over some others."""
+
+    def lip(name: str, **options: Any) -> Kind:
+        return lambda params: CLASSES[name](params.items(), lr=0.05, layers="module", **options)
+
+    def over(name: str, **options: Any) -> Kind:
+        return lambda params: wrap(name, params.items(), lr=0.05, **options)
+
+    def nadam(params: Named) -> Lipschitz:
+        return Lipschitz(torch.optim.NAdam(params.items(), lr=0.05), c="theoretical")
+
+    kinds = {name: lip(name) for name in CLASSES}
+    kinds |= {f"{name} momentum": lip(name, momentum=0.9) for name in ("adalip", "adalipu")}
+    kinds["adalipu nesterov"] = lip("adalipu", momentum=0.9, nesterov=True)
+    kinds |= {f"{name} theoretical": lip(name, c="theoretical") for name in ("adalip", "adamlipu")}
+    kinds |= {f"Lipschitz {name}": over(name) for name in CLASSES}
+    kinds["Lipschitz momentum"] = over("adalip", momentum=0.9)
+    kinds["Lipschitz nadam"] = nadam
+    return kinds
+
+
+BUILDERS = builders()
+
+
+def through_file(state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint does; weights_only refuses what is not plain tensors and numbers."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+TRIPS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda state: pickle.loads(pickle.dumps(state)),
+    "file": through_file,
+}
+
+DTYPES = ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    # torch.optim.NAdam's own load_state_dict makes a bf16 of its mu_product.
+    [(k, d) for k in BUILDERS for d in DTYPES if d == "float32" or "nadam" not in k],
+)
+@pytest.mark.parametrize("trip", TRIPS)
+def test_round_trip(kind: str, trip: str, dtype: str) -> None:
+    """Bit for bit (S stays float32 though the parameters are not), and then the same steps."""
+    params = named_params(dtype=getattr(torch, dtype))
+    optimizer = BUILDERS[kind](params)
+    train(optimizer, params, range(3))
+    before = snapshot(optimizer, params)
+
+    others = {n: p.detach().clone().requires_grad_() for n, p in params.items()}
+    restored = BUILDERS[kind](others)
+    restored.load_state_dict(TRIPS[trip](optimizer.state_dict()))
+    assert_same(snapshot(restored, others), before)
+    assert_same(snapshot(optimizer, params), before)
+
+    train(optimizer, params, range(3, 6))
+    train(restored, others, range(3, 6))
+    assert_same(snapshot(restored, others), snapshot(optimizer, params))
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_the_optimizer_itself(kind: str, copied: Callable[[Any], Any]) -> None:
+    """With its parameters, as torch.optim's: independent, and stepping alike."""
+    params = named_params()
+    optimizer = BUILDERS[kind](params)
+    train(optimizer, params, range(2))
+    clone, others = copied((optimizer, params))
+    train(optimizer, params, range(2, 4))
+    train(clone, others, range(2, 4))
+    assert_same(snapshot(clone, others), snapshot(optimizer, params))
+    train(optimizer, params, [4])
+    assert not torch.equal(params["a.weight"], others["a.weight"])
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_loaded_state_is_a_copy(kind: str) -> None:
+    """Stepping what was saved does not change what was loaded, nor the other way round."""
+    params = named_params()
+    optimizer = BUILDERS[kind](params)
+    train(optimizer, params, range(2))
+    others = named_params()
+    restored = BUILDERS[kind](others)
+    restored.load_state_dict(optimizer.state_dict())
+    loaded = copy.deepcopy(restored.state_dict())
+    train(optimizer, params, range(2, 4))
+    assert_same(restored.state_dict(), loaded)
+    kept = copy.deepcopy(optimizer.state_dict())
+    train(restored, others, range(2, 4))
+    assert_same(optimizer.state_dict(), kept)
+
+
+@six
+def test_state_loads_into_the_other_form(name: str) -> None:
+    """foreach is in the state_dict of a group, as in torch, and the numbers fit either."""
+    params, others = named_params(), named_params()
+    loop = CLASSES[name](params.items(), foreach=False)
+    train(loop, params, range(2))
+    multi = CLASSES[name](others.items(), foreach=True)
+    multi.load_state_dict(copy.deepcopy(loop.state_dict()))
+    multi.param_groups[0]["foreach"] = True
+    for n in params:
+        others[n].data.copy_(params[n])
+    train(loop, params, range(2, 4))
+    train(multi, others, range(2, 4))
+    for n in params:
+        torch.testing.assert_close(params[n], others[n])
+
+
+def test_state_moves_to_the_dtype_of_the_parameters() -> None:
+    """A float32 checkpoint into a bf16 model: moments are cast, S is not."""
+    params, others = named_params(), named_params(dtype=torch.bfloat16)
+    optimizer, restored = AdamLip(params.items()), AdamLip(others.items())
+    train(optimizer, params, range(3))
+    restored.load_state_dict(optimizer.state_dict())
+    for n in params:
+        saved, loaded = optimizer.state[params[n]], restored.state[others[n]]
+        for key, value in saved.items():
+            if value.dim():
+                assert_same(loaded[key], value.bfloat16())
+            else:
+                assert_same(loaded[key], value)
+    train(restored, others, [3])
+
+
+@six
+def test_an_empty_state_loads(name: str) -> None:
+    params = named_params()
+    optimizer = CLASSES[name](params.items())
+    fresh = copy.deepcopy(optimizer.state_dict())
+    train(optimizer, params, range(2))
+    optimizer.load_state_dict(fresh)
+    assert not optimizer.state
+    train(optimizer, params, [0])
+    for rate in optimizer.layer_learning_rates().values():
+        assert rate.lr == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+# Checkpoints of other versions
+
+NEW_OPTIONS = [
+    "gamma",
+    "c",
+    "scale_bounds",
+    "nonfinite",
+    "decoupled_weight_decay",
+    "foreach",
+    "maximize",
+    "capturable",
+    "differentiable",
+    "layer_names",
+]
+
+
+@six
+@pytest.mark.parametrize("option", NEW_OPTIONS)
+def test_an_older_group_takes_the_options_of_the_optimizer(name: str, option: str) -> None:
+    params, others = named_params(), named_params()
+    given = {"gamma": 0.7, "c": 1e-3, "scale_bounds": (0.2, 5.0), "nonfinite": "propagate"}
+    optimizer = CLASSES[name](params.items(), **given)
+    train(optimizer, params, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["param_groups"][0][option]
+    restored = CLASSES[name](others.items(), **given)
+    restored.load_state_dict(state)
+    assert restored.param_groups[0][option] == optimizer.param_groups[0][option]
+    train(restored, others, range(2, 4))
+
+
+def test_options_come_from_the_checkpoint() -> None:
+    """As in torch: what was saved is what training goes on with."""
+    params = named_params()
+    optimizer = AdamLip(params.items(), lr=0.3, gamma=0.7, scale_bounds=None)
+    train(optimizer, params, [0])
+    restored = AdamLip(named_params().items(), lr=0.1)
+    restored.load_state_dict(optimizer.state_dict())
+    (group,) = restored.param_groups
+    assert (group["lr"], group["gamma"], group["scale_bounds"]) == (0.3, 0.7, None)
+
+
+def test_layers_come_from_the_model() -> None:
+    """Names are not loaded: that a checkpoint was made with others is no reason to follow it."""
+    params = named_params()
+    optimizer = AdamLip(params.items(), layers="module")
+    train(optimizer, params, [0])
+    renamed = {f"module.{n}": p for n, p in named_params().items()}
+    restored = AdamLip(renamed.items(), layers="module")
+    restored.load_state_dict(optimizer.state_dict())
+    assert list(restored.layer_learning_rates()) == ["module.a", "module.b"]
+
+
+def test_scale_bounds_survive_json() -> None:
+    """Some engines keep param_groups as JSON, where a tuple becomes a list."""
+    params = named_params()
+    optimizer = AdamLip(params.items())
+    train(optimizer, params, [0])
+    state = copy.deepcopy(optimizer.state_dict())
+    group = state["param_groups"][0]
+    group["scale_bounds"], group["betas"] = list(group["scale_bounds"]), list(group["betas"])
+    optimizer.load_state_dict(state)
+    train(optimizer, params, [1])
+
+
+@six
+@pytest.mark.parametrize("key", ["nonfinite_steps", "layer_lr", "prev_norm"])
+@forms
+def test_state_that_is_missing_starts_as_before_a_first_step(
+    name: str, key: str, foreach: bool
+) -> None:
+    params, others = named_params(), named_params()
+    optimizer = CLASSES[name](params.items(), foreach=foreach)
+    train(optimizer, params, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    for tensor_state in state["state"].values():
+        del tensor_state[key]
+    restored = CLASSES[name](others.items(), foreach=foreach)
+    restored.load_state_dict(state)
+    initial = {"nonfinite_steps": 0.0, "layer_lr": 0.0, "prev_norm": -1.0}
+    for p in others.values():
+        assert restored.state[p][key].item() == initial[key]
+        assert restored.state[p][key].dtype == torch.float32
+    train(restored, others, range(2, 4))
+    assert all(p.isfinite().all() for p in others.values())
+
+
+def test_a_constant_c_continues_as_a_theoretical_one() -> None:
+    params, others = named_params(), named_params()
+    optimizer = AdamLip(params.items())
+    train(optimizer, params, range(2))
+    restored = AdamLip(others.items(), c="theoretical")
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["c"] = "theoretical"
+    restored.load_state_dict(state)
+    train(restored, others, range(2, 4))
+    assert all(s["lipschitz_c"] >= 1e-8 for s in restored.state.values())
+
+
+def test_a_checkpoint_of_torch_adam() -> None:
+    """Its moments and step are taken over; S starts."""
+    params, others = named_params(), named_params()
+    adam = torch.optim.Adam(params.items(), lr=0.01)
+    train(adam, params, range(3))
+    restored = AdamLip(others.items(), lr=0.01)
+    restored.load_state_dict(adam.state_dict())
+    for n in params:
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert_same(restored.state[others[n]][key], adam.state[params[n]][key])
+    train(restored, others, [3])
+    for rate in restored.layer_learning_rates().values():
+        assert rate.lr == pytest.approx(0.01)
+
+
+# Hooks
+
+
+@pytest.mark.parametrize("kind", ["adamlip", "Lipschitz adamlip"])
+def test_the_users_load_hooks_are_honoured(kind: str) -> None:
+    """One that renames keys of an old format, as torch documents load_state_dict_pre_hook."""
+    params, others = named_params(dtype=torch.bfloat16), named_params(dtype=torch.bfloat16)
+    optimizer, restored = BUILDERS[kind](params), BUILDERS[kind](others)
+    train(optimizer, params, range(3))
+    old = copy.deepcopy(optimizer.state_dict())
+    for tensor_state in old["state"].values():
+        tensor_state["S"] = tensor_state.pop("lipschitz_scale")
+
+    def rename(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        state = copy.deepcopy(state)
+        for tensor_state in state["state"].values():
+            tensor_state["lipschitz_scale"] = tensor_state.pop("S")
+        return state
+
+    seen = []
+    restored.register_load_state_dict_pre_hook(rename)
+    restored.register_load_state_dict_post_hook(
+        lambda o: seen.extend(s["lipschitz_scale"].clone() for s in o.state.values())
+    )
+    restored.load_state_dict(old)
+    for n in params:
+        for key, value in optimizer.state[params[n]].items():
+            assert_same(restored.state[others[n]][key], value, key)
+    # The user's post-hook sees what was restored, not torch's cast.
+    assert {s.dtype for s in seen} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["adamlip", "Lipschitz adamlip"])
+def test_state_dict_hooks(kind: str) -> None:
+    params = named_params()
+    optimizer = BUILDERS[kind](params)
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_state_dict_post_hook(lambda *_: calls.append("post"))
+    optimizer.state_dict()
+    assert calls == ["pre", "post"]
+
+
+def test_loading_leaves_no_hooks_behind() -> None:
+    params = named_params()
+    optimizer = AdamLip(params.items())
+    before = len(optimizer._optimizer_load_state_dict_pre_hooks)
+    for _ in range(3):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == before
+    assert len(optimizer._optimizer_load_state_dict_post_hooks) == 0
+
+
+# What does not fit
+
+
+def wrong(state: dict[str, Any], how: str) -> dict[str, Any]:
+    state = copy.deepcopy(state)
+    if how == "groups":
+        state["param_groups"].append(dict(state["param_groups"][0]))
+    else:
+        state["param_groups"][0]["params"].pop()
+    return state
+
+
+@pytest.mark.parametrize("kind", ["adalip", "adamlipu", "Lipschitz adamlip"])
+@pytest.mark.parametrize("how", ["groups", "params"])
+def test_a_state_of_another_model_is_refused(kind: str, how: str) -> None:
+    """With torch's ValueError, nothing changed, and the optimizer still loads what fits."""
+    params = named_params()
+    optimizer = BUILDERS[kind](params)
+    train(optimizer, params, range(2))
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match="param"):
+        optimizer.load_state_dict(wrong(optimizer.state_dict(), how))
+    assert_same(snapshot(optimizer, params), before)
+    optimizer.load_state_dict(copy.deepcopy(before["state"]))
+    assert_same(snapshot(optimizer, params), before)
+
+
+def test_groups_with_different_state_round_trip() -> None:
+    """A tensor of a group without momentum has no buffer to save."""
+
+    def build(params: Named) -> LipOptimizer:
+        first, second, third = params.items()
+        groups: list[dict[str, Any]] = [
+            {"params": [first], "momentum": 0.9},
+            {"params": [second], "c": "theoretical"},
+            {"params": [third]},
+        ]
+        return AdaLipU(groups)
+
+    params, others = named_params(), named_params()
+    optimizer, restored = build(params), build(others)
+    train(optimizer, params, range(3))
+    restored.load_state_dict(through_file(optimizer.state_dict()))
+    for n in params:
+        others[n].data.copy_(params[n])
+    train(optimizer, params, range(3, 5))
+    train(restored, others, range(3, 5))
+    assert_same(snapshot(restored, others), snapshot(optimizer, params))
+
+
+def test_frozen_parameters_have_no_state_to_save() -> None:
+    params = named_params()
+    params["a.bias"].requires_grad_(False)
+    optimizer = AdaLip(params.items())
+    train(optimizer, {n: p for n, p in params.items() if n != "a.bias"}, range(2))
+    state = optimizer.state_dict()
+    assert sorted(state["state"]) == [0, 2]
+    restored = AdaLip(named_params().items())
+    restored.load_state_dict(state)
+    assert list(restored.layer_learning_rates()) == ["a.weight", "b.weight"]
+
+
+def test_a_momentum_that_is_switched_on_later() -> None:
+    """A scheduler or a user may change any option of a group between steps."""
+    params = named_params()
+    optimizer = AdaLip(params.items())
+    train(optimizer, params, [0])
+    optimizer.param_groups[0]["momentum"] = 0.9
+    train(optimizer, params, range(1, 3))
+    assert all(isinstance(s["momentum_buffer"], Tensor) for s in optimizer.state.values())
+
+
+def test_retraced_updates_need_no_more_memory_than_adam() -> None:
+    params, others = named_params(), named_params()
+    ours, adam = AdamLipU(params.items()), torch.optim.Adam(others.items())
+    train(ours, params, [0])
+    train(adam, others, [0])
+
+    def size(optimizer: torch.optim.Optimizer) -> int:
+        return sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.dim())
+
+    assert size(ours) == size(adam)

@@ -1,0 +1,563 @@
+"""Lipschitz: the same S on top of any torch.optim.Optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+from hf_adalip import AdaLip, Lipschitz
+from tests.optim.cases import (
+    CLASSES,
+    UPDATE,
+    Named,
+    assert_same,
+    forms,
+    named_params,
+    random_grads,
+    set_grads,
+    six,
+    snapshot,
+    train,
+    wrap,
+)
+from tests.reference import Reference
+
+Base = Callable[[Any], torch.optim.Optimizer]
+
+
+def timm_optimizer(name: str) -> Base:
+    def make(params: Any) -> torch.optim.Optimizer:
+        timm_optim = pytest.importorskip("timm.optim")
+        return getattr(timm_optim, name)(params, lr=0.01, weight_decay=0.1)
+
+    return make
+
+
+BASES: dict[str, Base] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "AMSGrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "Lamb": timm_optimizer("Lamb"),
+    "Lion": timm_optimizer("Lion"),
+}
+bases = pytest.mark.parametrize("base", BASES)
+
+
+# Against our own optimizers
+
+
+@pytest.mark.usefixtures("float64")
+@six
+@forms
+@pytest.mark.parametrize("options", [{}, {"scale_bounds": None}, {"c": "theoretical"}], ids=str)
+def test_equals_the_optimizer_of_its_own(name: str, foreach: bool, options: dict[str, Any]) -> None:
+    a, b = named_params(), named_params()
+    own = CLASSES[name](a.items(), lr=0.01, layers="module", foreach=foreach, **options)
+    over = wrap(name, b.items(), lr=0.01, layers="module", foreach=foreach, **options)
+    for seed in range(30):
+        train(own, a, [seed])
+        train(over, b, [seed])
+    for n in a:
+        torch.testing.assert_close(b[n], a[n], rtol=1e-9, atol=1e-11)
+    rates = own.layer_learning_rates()
+    assert rates.keys() == over.layer_learning_rates().keys()
+    for layer, rate in over.layer_learning_rates().items():
+        assert rate == pytest.approx(rates[layer], rel=1e-8)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", UPDATE)
+def test_equals_the_proposed_form(name: str) -> None:
+    a, b = named_params(), named_params()
+    own = CLASSES[name](a.items(), lr=0.01, previous="proposed")
+    over = wrap(name, b.items(), lr=0.01, previous="proposed")
+    for seed in range(30):
+        train(own, a, [seed])
+        train(over, b, [seed])
+    for n in a:
+        torch.testing.assert_close(b[n], a[n], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["adalip", "adamlip"])
+def test_equals_with_silent_tensors(name: str) -> None:
+    """None and zero gradients, and a learning rate that starts at 0."""
+    a, b = named_params(), named_params()
+    own = CLASSES[name](a.items(), lr=0.01, layers="module")
+    over = wrap(name, b.items(), lr=0.01, layers="module")
+    silent = [("b.weight",), (), ("a.bias",), ("a.weight", "b.weight"), ()]
+    for seed, names in enumerate(silent):
+        for optimizer, params in ((own, a), (over, b)):
+            optimizer.param_groups[0]["lr"] = 0.01 * seed
+            grads: dict[str, Any] = random_grads(params, seed)
+            grads |= dict.fromkeys(names)
+            if seed == 1:
+                grads["a.weight"].zero_()
+            set_grads(params, grads)
+            optimizer.step()
+        for n in a:
+            torch.testing.assert_close(b[n], a[n], rtol=1e-11, atol=1e-12)
+        for layer, rate in over.layer_learning_rates().items():
+            assert rate == pytest.approx(own.layer_learning_rates()[layer], rel=1e-11)
+
+
+# Over any base
+
+
+@pytest.mark.usefixtures("float64")
+@bases
+@pytest.mark.parametrize("layers", ["tensor", "module"])
+def test_scales_the_step_of_the_base(base: str, layers: str) -> None:
+    """S is the reference's, and the parameter moves by S times what the base alone would do."""
+    params, twin = named_params(), named_params()
+    optimizer = Lipschitz(BASES[base](list(params.items())), layers=layers)
+    alone = BASES[base](list(twin.items()))
+
+    def layer_of(name: str) -> str:
+        return name.rpartition(".")[0] if layers == "module" else name
+
+    reference = Reference(layer_of=layer_of)
+    w = {n: np.zeros(p.shape) for n, p in params.items()}
+    for t in range(10):
+        grads = random_grads(params, t)
+        set_grads(params, grads)
+        set_grads(twin, grads)
+        before = {n: p.detach().clone() for n, p in params.items()}
+        for n in params:  # decay and trust ratios depend on where the parameters are
+            twin[n].data.copy_(before[n])
+        optimizer.step()
+        alone.step()
+        reference.step(w, {n: g.numpy() for n, g in grads.items()}, 1.0)
+        rates = optimizer.layer_learning_rates()
+        assert rates.keys() == reference.S.keys()
+        for n in params:
+            rate = rates[layer_of(n)]
+            assert rate.scale == pytest.approx(reference.S[layer_of(n)], rel=1e-12)
+            assert rate.norm == pytest.approx(reference.norm[layer_of(n)], rel=1e-12)
+            factor = 1.0 if t == 0 else rate.scale
+            expected = before[n] + factor * (twin[n].detach() - before[n])
+            torch.testing.assert_close(params[n].detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+@bases
+@pytest.mark.parametrize("previous", ["applied", "proposed"])
+def test_update_signal_is_the_step_of_the_base(base: str, previous: str) -> None:
+    """Eq. 8 on the parameters' own movement (Appendix C)."""
+    params, twin = named_params(), named_params()
+    optimizer = Lipschitz(
+        BASES[base](list(params.items())), signal="update", previous=previous, scale_bounds=None
+    )
+    alone = BASES[base](list(twin.items()))
+    S = dict.fromkeys(params, 1.0)
+    u: Named = {n: torch.zeros_like(p) for n, p in params.items()}
+    for t in range(8):
+        grads = random_grads(params, t)
+        set_grads(params, grads)
+        set_grads(twin, grads)
+        before = {n: p.detach().clone() for n, p in params.items()}
+        for n in params:
+            twin[n].data.copy_(before[n])
+        optimizer.step()
+        alone.step()
+        rates = optimizer.layer_learning_rates()
+        for n in params:
+            u_hat = twin[n].detach() - before[n]
+            ratio = u[n].norm() / ((u_hat - u[n]).norm() + 1e-8)
+            S[n] = 0.8 * S[n] + 0.2 * ratio.item()
+            factor = 1.0 if t == 0 else S[n]
+            u[n] = u_hat * factor if previous == "applied" else u_hat
+            assert rates[n].scale == pytest.approx(S[n], rel=1e-7)
+            assert rates[n].norm == pytest.approx(u[n].norm().item(), rel=1e-7)
+            moved = params[n].detach() - before[n]
+            torch.testing.assert_close(moved, u_hat * factor, rtol=1e-6, atol=1e-11)
+
+
+@bases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_low_precision(base: str, dtype: torch.dtype) -> None:
+    params = named_params(dtype=dtype)
+    optimizer = Lipschitz(BASES[base](list(params.items())))
+    train(optimizer, params, range(4))
+    for p in params.values():
+        assert p.isfinite().all()
+        assert optimizer.state[p]["lipschitz_scale"].dtype == torch.float32
+        assert optimizer.state[p]["prev_grad"].dtype == dtype
+
+
+def test_complex_parameters() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4, dtype=torch.complex64, generator=generator).requires_grad_()
+    x = torch.view_as_real(z.detach().clone()).requires_grad_()
+    over_z, over_x = (Lipschitz(torch.optim.SGD([p], lr=0.1)) for p in (z, x))
+    for _ in range(4):
+        z.grad = torch.randn(4, dtype=torch.complex64, generator=generator)
+        x.grad = torch.view_as_real(z.grad).clone()
+        over_z.step()
+        over_x.step()
+    torch.testing.assert_close(torch.view_as_real(z.detach()), x.detach())
+    assert over_z.layer_learning_rates() == over_x.layer_learning_rates()
+
+
+# One optimizer to the outside
+
+
+def test_shares_groups_and_state_with_the_base() -> None:
+    params = named_params()
+    base = torch.optim.Adam(params.items(), lr=0.1)
+    optimizer = Lipschitz(base)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is base.param_groups
+    assert optimizer.state is base.state
+    assert optimizer.defaults is base.defaults
+    train(optimizer, params, [0])
+    assert {"exp_avg", "lipschitz_scale", "prev_grad"} <= base.state[params["a.bias"]].keys()
+    assert "Adam" in repr(optimizer)
+    assert "gamma=0.8" in repr(optimizer)
+
+
+def test_schedulers_act_on_the_base() -> None:
+    params = named_params()
+    base = torch.optim.Adam(params.items(), lr=1.0)
+    optimizer = Lipschitz(base)
+    schedule = LambdaLR(optimizer, lambda t: 1 / (1 + t))
+    for t in range(4):
+        train(optimizer, params, [t])
+        assert base.param_groups[0]["lr"] == pytest.approx(1 / (1 + t))
+        for rate in optimizer.layer_learning_rates().values():
+            assert rate.lr == pytest.approx((1.0 if t == 0 else rate.scale) / (1 + t))
+        schedule.step()
+
+
+def test_one_cycle_lr_cycles_the_betas_of_the_base() -> None:
+    params = named_params()
+    optimizer = Lipschitz(torch.optim.Adam(params.items()))
+    schedule = OneCycleLR(optimizer, max_lr=0.1, total_steps=5)
+    seen = set()
+    for t in range(4):
+        train(optimizer, params, [t])
+        schedule.step()
+        seen.add(optimizer.optimizer.param_groups[0]["betas"][0])
+    assert len(seen) == 4
+
+
+def test_lr_tensor() -> None:
+    results = []
+    for make in (float, torch.tensor):
+        params = named_params()
+        optimizer = Lipschitz(torch.optim.SGD(params.values(), lr=make(0.125)))
+        train(optimizer, params, range(3))
+        results.append({n: p.detach() for n, p in params.items()})
+        assert isinstance(optimizer.layer_learning_rates()["param_groups.0.0"].lr, float)
+    assert_same(*results)
+
+
+def test_closure_is_called_once() -> None:
+    """And not handed to the base, which would call it again."""
+    params = named_params()
+    optimizer = Lipschitz(torch.optim.SGD(params.values(), lr=0.1))
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = sum((p**2).sum() for p in params.values())
+        loss.backward()
+        return loss
+
+    expected = sum((p**2).sum() for p in params.values()).item()
+    assert optimizer.step(closure).item() == expected
+    assert calls == [True]
+
+
+def test_step_hooks_of_both_are_called_once() -> None:
+    params = named_params()
+    base = torch.optim.SGD(params.values(), lr=0.1)
+    optimizer = Lipschitz(base)
+    calls = []
+    base.register_step_pre_hook(lambda *_: calls.append("base pre"))
+    base.register_step_post_hook(lambda *_: calls.append("base post"))
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    train(optimizer, params, [0])
+    assert calls == ["pre", "base pre", "base post", "post"]
+
+
+def test_zero_grad() -> None:
+    params = named_params()
+    optimizer = Lipschitz(torch.optim.SGD(params.values(), lr=0.1))
+    set_grads(params, random_grads(params, 0))
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params.values())
+
+
+def test_a_group_added_later() -> None:
+    params = named_params()
+    first, *rest = params.items()
+    base = torch.optim.Adam([first], lr=0.1)
+    optimizer = Lipschitz(base, layers="module")
+    train(optimizer, params, range(2))
+    optimizer.add_param_group({"params": rest, "lr": 0.01})
+    assert len(base.param_groups) == 2
+    train(optimizer, params, range(2, 4))
+    assert list(optimizer.layer_learning_rates()) == ["a", "b"]
+    states = [optimizer.state[params[n]]["lipschitz_scale"] for n in ("a.weight", "a.bias")]
+    assert states[0] == states[1]
+
+
+def test_frozen_parameters_and_no_gradients() -> None:
+    params = named_params()
+    params["a.bias"].requires_grad_(False)
+    optimizer = Lipschitz(torch.optim.AdamW(params.items(), lr=0.1))
+    optimizer.step()
+    assert not optimizer.state
+    live = {n: p for n, p in params.items() if p.requires_grad}
+    train(optimizer, live, range(2))
+    assert list(optimizer.layer_learning_rates()) == ["a.weight", "b.weight"]
+
+
+def test_sparse_gradients_are_refused() -> None:
+    params = named_params()
+    optimizer = Lipschitz(torch.optim.SGD(params.values(), lr=0.1))
+    train(optimizer, params, [0])
+    before = snapshot(optimizer, params)
+    params["b.weight"].grad = params["b.weight"].grad.to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert_same(snapshot(optimizer, params), before)
+
+
+# Gradients that are not finite
+
+bads = pytest.mark.parametrize("bad", [math.inf, math.nan], ids=str)
+
+
+def spoiled(params: Named, seed: int, bad: float) -> Named:
+    grads = random_grads(params, seed)
+    grads["a.bias"][0] = bad
+    return grads
+
+
+@bases
+@bads
+@pytest.mark.parametrize("signal", ["gradient", "update"])
+@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "later"])
+def test_skip_leaves_the_layer_alone(base: str, bad: float, signal: str, steps: int) -> None:
+    """Parameters, the base's moments, S; and the gradients are there again after the step."""
+    params = named_params()
+    optimizer = Lipschitz(BASES[base](list(params.items())), layers="module", signal=signal)
+    train(optimizer, params, range(steps))
+    hit = ("a.weight", "a.bias")
+    before = {
+        n: (
+            params[n].detach().clone(),
+            {k: _copy(v) for k, v in optimizer.state[params[n]].items()},
+        )
+        for n in hit
+    }
+    other = params["b.weight"].detach().clone()
+    set_grads(params, spoiled(params, steps, bad))
+    held = {n: p.grad for n, p in params.items()}
+    optimizer.step()
+    assert all(p.grad is held[n] for n, p in params.items())
+    for n in hit:
+        value, state = before[n]
+        assert torch.equal(params[n], value)
+        now = optimizer.state[params[n]]
+        for key in state.keys() - {"nonfinite_steps"}:
+            assert_same(now[key], state[key], f"{n} {key}")
+    assert not torch.equal(params["b.weight"], other)
+    counts = {n: r.nonfinite_steps for n, r in optimizer.layer_learning_rates().items()}
+    assert counts == {"a": 1, "b": 0}
+
+    # And the step after it is as good as any, the very first one included.
+    train(optimizer, params, range(steps + 1, steps + 3))
+    for p in params.values():
+        assert p.isfinite().all()
+        for value in optimizer.state[p].values():
+            assert not isinstance(value, Tensor) or value.isfinite().all()
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+@bads
+@pytest.mark.parametrize("signal", ["gradient", "update"])
+def test_after_a_skip_training_goes_on_as_without_it(bad: float, signal: str) -> None:
+    results = []
+    for step in (bad, None):
+        params = named_params()
+        base = torch.optim.Adam(params.items(), lr=0.1)
+        optimizer = Lipschitz(base, signal=signal)
+        train(optimizer, params, range(2))
+        grads: dict[str, Any] = spoiled(params, 2, bad)
+        if step is None:
+            grads["a.bias"] = None
+        set_grads(params, grads)
+        optimizer.step()
+        train(optimizer, params, range(3, 5))
+        results.append(snapshot(optimizer, params))
+    for result in results:
+        for state in result["state"]["state"].values():
+            del state["nonfinite_steps"]
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("signal", ["gradient", "update"])
+def test_a_bad_tensor_and_one_without_gradient(signal: str) -> None:
+    """The silent tensor's history becomes zero in a good step; a skipped one keeps it."""
+    params = named_params()
+    optimizer = Lipschitz(torch.optim.Adam(params.items()), layers="module", signal=signal)
+    train(optimizer, params, range(2))
+    key = "prev_grad" if signal == "gradient" else "prev_update"
+    history = optimizer.state[params["a.bias"]][key]
+    before = history.clone()
+    for grad, expected in ((math.nan, before), (1.0, torch.zeros(3))):
+        params["a.weight"].grad = torch.full((3, 4), grad)
+        params["a.bias"].grad = None
+        optimizer.step()
+        assert_same(optimizer.state[params["a.bias"]][key], expected)
+
+
+def test_a_finite_gradient_whose_update_is_not() -> None:
+    """The base has moved by then: its step is undone, and not remembered."""
+    p = torch.zeros(2, requires_grad=True)
+    optimizer = Lipschitz(torch.optim.SGD([p], lr=0.1), signal="update")
+    for lr, grad in ((0.1, [1.0, 2.0]), (1e30, [1e15, 0.0]), (0.1, [2.0, 1.0])):
+        optimizer.param_groups[0]["lr"] = lr
+        p.grad = torch.tensor(grad)
+        optimizer.step()
+        assert p.isfinite().all()
+    (rate,) = optimizer.layer_learning_rates().values()
+    assert rate.nonfinite_steps == 1
+    assert all(value.isfinite().all() for value in optimizer.state[p].values() if value is not None)
+
+
+def test_skip_restores_gradients_when_the_base_fails() -> None:
+    params = named_params()
+    base = torch.optim.SGD(params.values(), lr=0.1)
+    optimizer = Lipschitz(base)
+    set_grads(params, spoiled(params, 0, math.nan))
+    held = {n: p.grad for n, p in params.items()}
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    base.register_step_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert all(p.grad is held[n] for n, p in params.items())
+
+
+@bads
+@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "later"])
+def test_raise_changes_nothing(bad: float, steps: int) -> None:
+    params = named_params()
+    optimizer = Lipschitz(torch.optim.Adam(params.items()), nonfinite="raise")
+    train(optimizer, params, range(steps))
+    before = snapshot(optimizer, params)
+    set_grads(params, spoiled(params, steps, bad))
+    with pytest.raises(RuntimeError, match=r"a\.bias"):
+        optimizer.step()
+    assert_same(snapshot(optimizer, params), before)
+
+
+def test_propagate() -> None:
+    params = named_params()
+    optimizer = Lipschitz(torch.optim.Adam(params.items()), nonfinite="propagate")
+    train(optimizer, params, [0])
+    set_grads(params, spoiled(params, 1, math.nan))
+    optimizer.step()
+    assert not params["a.bias"].isfinite().all()
+    assert params["a.weight"].isfinite().all()
+
+
+# Errors
+
+
+def test_needs_an_optimizer() -> None:
+    params = list(named_params().values())
+    for wrong in (torch.optim.SGD, params, None, "sgd"):
+        with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
+            Lipschitz(wrong)
+
+
+def test_refuses_lbfgs() -> None:
+    with pytest.raises(ValueError, match="LBFGS"):
+        Lipschitz(torch.optim.LBFGS(named_params().values()))
+
+
+def test_refuses_a_second_scale() -> None:
+    params = named_params()
+    for inner in (AdaLip(params.values()), Lipschitz(torch.optim.SGD(params.values()))):
+        with pytest.raises(ValueError, match=type(inner).__name__):
+            Lipschitz(inner)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"signal": "angle"}, "signal.*'angle'"),
+        ({"previous": "applied"}, "previous='applied'.*signal"),
+        ({"previous": "proposed", "signal": "gradient"}, "previous='proposed'.*signal"),
+        ({"previous": "next", "signal": "update"}, "previous.*'next'"),
+        ({"gamma": 1.0}, "gamma.*1.0"),
+        ({"gamma": math.nan}, "gamma.*nan"),
+        ({"c": 0}, "c must.*0"),
+        ({"c": "theory"}, "c must.*'theory'"),
+        ({"scale_bounds": (2, 1)}, r"scale_bounds.*\(2, 1\)"),
+        ({"nonfinite": "ignore"}, "nonfinite.*'ignore'"),
+        ({"layers": "row"}, "layers.*'row'"),
+        ({"layers": "module"}, "layers='module'.*named_parameters"),
+        ({"layers": lambda name: name}, "named_parameters"),
+    ],
+)
+def test_bad_values(options: dict[str, Any], message: str) -> None:
+    """Named, with the value; the base stays as it was."""
+    base = torch.optim.SGD(named_params().values())
+    groups = [dict(group) for group in base.param_groups]
+    with pytest.raises(ValueError, match=message):
+        Lipschitz(base, **options)
+    assert base.param_groups == groups
+
+
+def test_a_layer_function_that_fails_leaves_the_base_alone() -> None:
+    first, *rest = named_params().items()
+    base = torch.optim.SGD([{"params": [first]}, {"params": rest}])
+    with pytest.raises(ValueError, match=r"7.*a\.bias"):
+        Lipschitz(base, layers=lambda name: 7 if name == "a.bias" else name)
+    assert all("layer_names" not in group for group in base.param_groups)
+
+
+def test_a_group_that_cannot_be_added() -> None:
+    params = named_params()
+    first, *rest = params.items()
+    optimizer = Lipschitz(torch.optim.SGD([first], lr=0.1), layers=lambda n: 7 if "b" in n else n)
+    with pytest.raises(ValueError, match="must return a string"):
+        optimizer.add_param_group({"params": rest})
+    assert len(optimizer.param_groups) == 1
+    train(optimizer, params, range(2))
+
+
+def test_sharded_parameters_are_not_scaled_silently() -> None:
+    """A replaced parameter list (flat buffers) no longer has layers to tell apart."""
+    params = named_params()
+    optimizer = Lipschitz(torch.optim.SGD(params.items(), lr=0.1))
+    flat = torch.zeros(21, requires_grad=True)
+    flat.grad = torch.ones(21)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match="layer"):
+        optimizer.step()
+    assert not flat.any()

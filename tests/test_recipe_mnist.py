@@ -1,0 +1,462 @@
+"""recipes/mnist.py as a user runs it, on the digits of scikit-learn.
+
+Real processes where that is the point (kill -9, two ranks, launchers); the rest in this one,
+because a process takes several seconds to import evaluate.
+"""
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+from hf_adalip import training
+from hf_adalip.checkpoints import MANIFEST
+from hf_adalip.training import main
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "recipes" / "mnist.py"
+spec = importlib.util.spec_from_file_location("recipe_mnist", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+mnist = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(mnist)
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+BASE = ["--dataset_name=digits", "--cpu"]
+SHORT = [*BASE, "--max_train_samples=300", "--num_train_epochs=1"]
+RUN = [*BASE, "--max_train_samples=500", "--num_train_epochs=6", "--checkpointing_steps=1"]
+TIMES = ("seconds", "command")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def recipe(*options: str, of: training.Recipe = mnist.RECIPE) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return main(of, options)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "all_results.json").read_text())
+    return found
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """Everything in the results but times, and the rates and weights."""
+    found = {key: value for key, value in results(folder).items() if key not in TIMES}
+    for entry in found["epochs"]:
+        entry.pop("seconds")
+    found["rates"] = json.loads((folder / "layer_learning_rates.json").read_text())
+    found["weights"] = (folder / "model.safetensors").read_bytes()
+    return found
+
+
+def start(*options: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *options],
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+# Training sees more than chance (0.1) after 3 epochs; seen on seeds 0-2: 0.59-0.64 for SGD's,
+# 0.91-0.96 for RMSProp's, 0.86-0.92 for Adam's.
+@pytest.mark.parametrize(
+    ("optim", "least"),
+    [
+        ("adalip", 0.45),
+        ("adalipu", 0.45),
+        ("sgd", 0.45),
+        ("rmslip", 0.85),
+        ("rmslipu", 0.85),
+        ("rmsprop", 0.85),
+        ("adamlip", 0.78),
+        ("adamlipu", 0.78),
+        ("adam", 0.78),
+        ("lip-nadam", 0.78),
+    ],
+)
+def test_every_optimizer_learns(optim: str, least: float, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    options = (*BASE, "--num_train_epochs=3", f"--optim={optim}", f"--output_dir={folder}")
+    assert recipe(*options) == 0
+    found = results(folder)
+    assert found["train_accuracy"] > least
+    assert found["eval_accuracy"] > 0.25
+    assert found["finished"]
+    assert (found["epoch"], found["step"], len(found["epochs"])) == (3.0, 36, 3)
+    assert (folder / "layer_learning_rates.png").exists() == ("lip" in optim)
+
+
+def test_results_say_how_they_came_about(tmp_path: Path) -> None:
+    assert recipe(*SHORT, "--optim=rmslip", "--seed=3", f"--output_dir={tmp_path / 'out'}") == 0
+    found = results(tmp_path / "out")
+    assert (found["optimizer"], found["learning_rate"], found["seed"]) == ("rmslip", 7e-4, 3)
+    assert found["optimizer_arguments"]["alpha"] == 0.999
+    assert found["optimizer_arguments"]["scale_bounds"] is None
+    assert found["optimizer_arguments"]["layers"] == "tensor"
+    assert (found["train_samples"], found["eval_samples"]) == (300, 360)
+    assert len(found["dataset_fingerprint"]) == 16
+    assert found["versions"]["torch"] == torch.__version__
+    assert "--seed=3" in found["command"]
+    rates = json.loads((tmp_path / "out" / "layer_learning_rates.json").read_text())
+    assert list(rates["lr"]) == ["conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"]
+    assert rates["steps"] == [1, 2, 3]
+
+
+def test_seeds_decide(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert recipe(*SHORT, f"--seed={seed}", f"--output_dir={tmp_path / name}") == 0
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+    assert numbers(tmp_path / "a") != numbers(tmp_path / "c")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped: 24 steps, a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert recipe(*RUN, f"--output_dir={folder}") == 0
+    return folder
+
+
+def resume(folder: Path, *options: str) -> int:
+    return recipe(*RUN, f"--output_dir={folder}", "--resume_from_checkpoint=latest", *options)
+
+
+def kill_when(seen: Any, folder: Path) -> None:
+    """Starts a run in the folder and kills it as soon as `seen()`."""
+    process = start(*RUN, f"--output_dir={folder}")
+    deadline = time.monotonic() + 100
+    while not seen() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_at_any_moment_and_resumed(whole: Path, tmp_path: Path) -> None:
+    folder, step = tmp_path / "out", random.SystemRandom().randint(2, 18)
+    kill_when(lambda: (folder / f"step_{step}").exists(), folder)
+    assert not (folder / "all_results.json").exists()
+    assert resume(folder) == 0
+    assert numbers(folder) == numbers(whole), f"killed after step {step}"
+
+
+def test_killed_while_saving_and_resumed(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    kill_when(
+        lambda: (folder / "step_2").exists() and any(folder.glob("step_*.partial")),
+        folder,
+    )
+    assert resume(folder) == 0
+    assert numbers(folder) == numbers(whole)
+    assert not list(folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize("step", [1, 4, 10])  # in an epoch, and at the end of one (4 steps)
+def test_resumed_from_any_step(whole: Path, tmp_path: Path, step: int) -> None:
+    folder = tmp_path / "out"
+    path = whole / f"step_{step}"
+    assert recipe(*RUN, f"--output_dir={folder}", f"--resume_from_checkpoint={path}") == 0
+    assert numbers(folder) == numbers(whole)
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", MANIFEST]
+)
+def test_a_truncated_checkpoint_is_passed_over(
+    whole: Path, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    for step in (7, 8):
+        shutil.copytree(whole / f"step_{step}", folder / f"step_{step}")
+    damaged = folder / "step_8" / file
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    assert resume(folder) == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert str(damaged) in warning
+    assert "step_7" in warning
+    assert numbers(folder) == numbers(whole)
+
+
+def test_only_a_truncated_checkpoint(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(whole / "step_8", folder / "step_8")
+    (folder / "step_8" / "optimizer.bin").write_bytes(b"")
+    assert resume(folder) == 2
+    assert "nothing to resume" in (message := capsys.readouterr().err)
+    assert "optimizer.bin is damaged" in message
+
+
+def test_resuming_a_different_run(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole / "step_8", tmp_path / "out" / "step_8")
+    assert resume(tmp_path / "out", "--learning_rate=0.5", "--seed=4") == 2
+    message = capsys.readouterr().err
+    assert "learning_rate was 0.001, is 0.5" in message
+    assert "seed was 0, is 4" in message
+
+
+def test_a_schedule_accumulation_and_dropout_resume(tmp_path: Path) -> None:
+    class Dropping(nn.Sequential):
+        def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
+            super().__init__(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, classes))
+
+    dropping = replace(mnist.RECIPE, build_model=Dropping)
+    options = [*BASE, "--max_train_samples=500", "--num_train_epochs=4", "--checkpointing_steps=3"]
+    options += ["--gradient_accumulation_steps=3", "--lr_scheduler_type=linear"]
+    options += [
+        "--num_warmup_steps=2",
+        "--mixed_precision=bf16",
+        "--optim_args=gamma=0.9",
+        "--layers=module",
+    ]
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert recipe(*options, f"--output_dir={a}", of=dropping) == 0
+    resumed = f"--resume_from_checkpoint={a / 'step_3'}"
+    assert recipe(*options, f"--output_dir={b}", resumed, of=dropping) == 0
+    assert numbers(a) == numbers(b)
+    assert results(a)["step"] == 8  # of 4 batches: 3, and the 1 that is left
+    assert list(json.loads((a / "layer_learning_rates.json").read_text())["lr"]) == ["2"]
+
+
+def test_checkpoints_of_epochs_and_more_epochs(tmp_path: Path) -> None:
+    options = (*BASE, "--max_train_samples=300", "--checkpointing_steps=epoch")
+    out = f"--output_dir={tmp_path / 'out'}"
+    assert recipe(*options, out, "--num_train_epochs=2") == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("epoch_*")) == [
+        "epoch_0",
+        "epoch_1",
+    ]
+    assert recipe(*options, out, "--num_train_epochs=3", "--resume_from_checkpoint=latest") == 0
+    assert len(results(tmp_path / "out")["epochs"]) == 3
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record = training.Training._record
+
+    def press(self: training.Training, loss: torch.Tensor) -> None:
+        record(self, loss)
+        if self.progress.step == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Training, "_record", press)
+        assert recipe(*RUN, f"--output_dir={tmp_path / 'out'}") == 130
+    message = capsys.readouterr().err
+    assert "stopped at step 6 of 24" in message
+    assert "--resume_from_checkpoint latest" in message
+    partial = results(tmp_path / "out")
+    assert (partial["finished"], partial["step"]) == (False, 6)
+    assert resume(tmp_path / "out") == 0
+    assert numbers(tmp_path / "out") == numbers(whole)
+
+
+def test_results_are_not_written_over_by_accident(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = f"--output_dir={tmp_path / 'out'}"
+    assert recipe(*SHORT, out, "--checkpointing_steps=2") == 0
+    assert recipe(*SHORT, out) == 2
+    assert "has results already" in capsys.readouterr().err
+    assert recipe(*SHORT, out, "--seed=5", "--overwrite_output_dir") == 0
+    assert results(tmp_path / "out")["seed"] == 5
+    assert not list((tmp_path / "out").glob("step_*"))
+
+
+def test_a_config_file_is_under_the_command_line(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "dataset_name: digits\ncpu: true\nlearning_rate: 1e-3\nmax_train_steps: 4\nseed: 9\n"
+        "optim: adalip\noptim_args: gamma=0.7\nscale_bounds: 0.5:2\n"
+    )
+    out = f"--output_dir={tmp_path / 'out'}"
+    assert recipe(f"--config={config}", "--seed=2", "--max_train_samples=300", out) == 0
+    found = results(tmp_path / "out")
+    assert (found["seed"], found["step"], found["optimizer"]) == (2, 4, "adalip")
+    assert found["optimizer_arguments"]["scale_bounds"] == [0.5, 2]
+    assert found["optimizer_arguments"]["gamma"] == 0.7
+    assert found["learning_rate"] == 0.001
+
+
+def test_trackers_get_the_layers_rates(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert recipe(*SHORT, "--with_tracking", f"--output_dir={tmp_path / 'out'}") == 0
+    (file,) = (tmp_path / "out" / "mnist").glob("events*")
+    tags = EventAccumulator(str(file)).Reload().Tags()["scalars"]
+    assert {"lipschitz_scale/median", "layer_lr/max", "eval_accuracy", "learning_rate"} <= {*tags}
+
+
+def test_a_run_that_diverges_ends_with_valid_json(tmp_path: Path) -> None:
+    options = ("--optim=sgd", "--learning_rate=1e30", f"--output_dir={tmp_path / 'out'}")
+    assert recipe(*SHORT, *options) == 0
+    assert results(tmp_path / "out")["train_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--num_train_epochs=-1", "--num_train_epochs must be at least 1, got -1"),
+        ("--num_train_epochs=two", "invalid int value: 'two'"),
+        ("--per_device_train_batch_size=0", "--per_device_train_batch_size must be at least 1"),
+        ("--max_train_samples=0", "--max_train_samples must be at least 1, got 0"),
+        ("--learning_rate=-1", "--learning_rate must be a positive number, got -1"),
+        ("--learning_rate=nan", "--learning_rate must be a positive number, got nan"),
+        ("--weight_decay=-0.1", "--weight_decay must be a number from 0 on"),
+        ("--optim=adamlp", "unknown optimizer 'adamlp'; did you mean adamlip"),
+        ("--optim_args=momentum=0.9", "unexpected keyword argument 'momentum'"),
+        ("--optim_args=gamma=2", "gamma must be a number between 0 and 1"),
+        ("--optim_args=gamma", "optimizer arguments are key=value"),
+        ("--optim_args=lr=1", "give lr as --learning_rate"),
+        ("--optim=sgd --layers=module", "sgd has no learning rate per layer: --layers is not"),
+        ("--optim=sgd --scale_bounds=1:2", "--scale_bounds is not for"),
+        ("--scale_bounds=2:1", "scale_bounds must be None or (low, high)"),
+        ("--layers=block", "--layers must be one of tensor, module, got 'block'"),
+        ("--lr_scheduler_type=cosin", "--lr_scheduler_type must be one of constant"),
+        ("--num_warmup_steps=5", "--num_warmup_steps needs an --lr_scheduler_type"),
+        ("--checkpointing_steps=often", "must be a number of steps or epoch, got 'often'"),
+        ("--mixed_precision=fp8", "--mixed_precision must be one of no, fp16, bf16"),
+        ("--mixed_precision=fp16", "--mixed_precision fp16 needs a GPU"),
+        ("--with_tracking --report_to=tensorbord", "unknown tracker 'tensorbord'"),
+        ("--with_tracking --report_to=mlflow", "mlflow is not installed"),
+        ("--report_to=tensorboard", "--report_to needs --with_tracking"),
+        ("--resume_from_checkpoint=latest", "nothing to resume in"),
+        ("--resume_from_checkpoint=/no/such", "there is no folder /no/such"),
+        ("--resume_from_checkpoint=latest --overwrite_output_dir", "exclude each other"),
+        ("--config=/no/such.yaml", "cannot read --config /no/such.yaml"),
+        ("--learning-rate=1", "unrecognized arguments: --learning-rate=1"),
+        ("--dataset_name=/no/such/folder", "there is no folder /no/such/folder"),
+    ],
+)
+def test_bad_options_are_one_line_and_touch_nothing(
+    options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe(*BASE, f"--output_dir={tmp_path / 'out'}", *options.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mnist: error: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1\n", "unknown option 'lerning_rate'; did you mean learning_rate?"),
+        ("cpu: 3\n", "cpu must be true or false, got 3"),
+        ("seed: [1]\n", "seed must be one value, got [1]"),
+        ("seed: x\n", "invalid int value: 'x'"),
+        ("- 1\n", "must have lines of `option: value`"),
+        ("a: b: c\n", "cannot read --config"),
+    ],
+)
+def test_bad_config_files(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    assert recipe(f"--config={tmp_path / 'config.yaml'}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_help_has_the_default_learning_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recipe("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "0.1 on top of SGD, 0.0007 on top of RMSprop, 0.001 on top of Adam" in text
+
+
+def test_offline_without_the_dataset(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, str(SCRIPT), "--cpu", f"--output_dir={tmp_path / 'out'}"],
+        env=ENV | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert found.returncode == 2
+    (line,) = found.stderr.splitlines()
+    assert "--dataset_name digits" in line
+    assert not (tmp_path / "out").exists()
+
+
+TWO_RANKS = """
+import importlib.util, json, os, sys
+from hf_adalip.monitor import layerwise
+from hf_adalip.training import train
+
+spec = importlib.util.spec_from_file_location("recipe_mnist", sys.argv[1])
+mnist = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(mnist)
+run = train(mnist.RECIPE, sys.argv[3:])
+rates = layerwise(run.optimizer).layer_learning_rates()
+with open(f"{sys.argv[2]}/rates{os.environ['RANK']}.json", "w") as file:
+    json.dump(rates, file)
+"""
+
+
+def torchrun(*arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*command, *arguments], env=ENV, check=True, timeout=200, capture_output=True)
+
+
+def test_two_ranks_have_one_s_and_resume(tmp_path: Path) -> None:
+    """Two ranks of 32 are one of 64, but for the order in which numbers are added."""
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    options = [*BASE, "--max_train_samples=250", "--max_train_steps=10", "--checkpointing_steps=7"]
+    a, b, one = (tmp_path / name for name in ("a", "b", "one"))
+    two = [str(tmp_path / "two.py"), str(SCRIPT), str(tmp_path), *options]
+    two += ["--per_device_train_batch_size=32"]
+    torchrun(*two, f"--output_dir={a}")
+    ranks = [(tmp_path / f"rates{rank}.json").read_text() for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    torchrun(*two, f"--output_dir={b}", f"--resume_from_checkpoint={a / 'step_7'}")
+    assert numbers(a) == numbers(b)
+
+    same = ("--per_device_train_batch_size=64", "--max_train_steps=3")
+    assert recipe(*options, *same, f"--output_dir={one}") == 0
+    rates = [json.loads((run / "layer_learning_rates.json").read_text()) for run in (a, one)]
+    for layer, scales in rates[1]["scale"].items():
+        assert rates[0]["scale"][layer][:3] == pytest.approx(scales, rel=1e-3)
+    assert results(a)["num_processes"] == 2
+
+
+def test_accelerate_launch(tmp_path: Path) -> None:
+    """It sets an environment variable that would win over --gradient_accumulation_steps."""
+    command = ["-m", "accelerate.commands.launch", "--cpu", str(SCRIPT), *SHORT]
+    options = ["--gradient_accumulation_steps=3", f"--output_dir={tmp_path / 'out'}"]
+    subprocess.run(
+        [sys.executable, *command, *options],
+        env=ENV,
+        check=True,
+        timeout=100,
+        capture_output=True,
+    )
+    assert results(tmp_path / "out")["step"] == 1
