@@ -23,7 +23,7 @@ from .optim.layerwise import LayerwiseOptimizer
 LIP_PREFIX = "lip-"
 
 _NOT_DESCRIBED = {  # structure, or how rather than what is computed
-    *("params", "param_names", "layer_names", "lr", "initial_lr", "lipschitz_step"),
+    *("params", "param_names", "layer_names", "layer_sizes", "lr", "initial_lr", "lipschitz_step"),
     *("foreach", "fused", "capturable", "differentiable"),
 }
 

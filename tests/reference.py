@@ -63,12 +63,12 @@ class Reference:
         self.decoupled_weight_decay = decoupled_weight_decay
         self.maximize = maximize
 
+        self.t = 0  # "for t=1 to T": the optimizer's steps, of which α_t is a function
         # Of each layer. "Initialize: S_0 = 1, g_0 = 0, u_0 = 0"
         self.S: dict[str, float] = {}
         self.A: dict[str, dict[str, float]] = {}  # of each of its tensors: groups have their lr
         self.norm: dict[str, float] = {}  # of what the next signal will be compared with
         self.started: dict[str, bool] = {}  # has had a signal that was not zero
-        self.t: dict[str, int] = {}  # "for t=1 to T": its steps
         self.c_t: dict[str, float] = {}
         # Of each tensor. "m_0 = 0, v_0 = 0"
         self.x_prev: Arrays = {}  # g_{t-1}, or u_{t-1} in the -U forms
@@ -79,6 +79,7 @@ class Reference:
 
     def step(self, w: Arrays, grads: dict[str, np.ndarray | None], lr: PerTensor) -> Arrays:
         """w_{t+1} from w_t, the gradients (None or missing: no gradient) and α_t."""
+        self.t += 1
         w_next = dict(w)
         for layer in dict.fromkeys(map(self.layer_of, w)):
             tensors = [name for name in w if self.layer_of(name) == layer]
@@ -137,12 +138,11 @@ class Reference:
         self.A.setdefault(layer, {}).update(A_t)
 
     def _next_scale(self, layer, S_prev, norm_prev, norm_change, norm_now) -> float:
-        t = self.t[layer] = self.t.get(layer, 0) + 1
         if norm_prev == 0 and norm_now == 0:
             return S_prev  # 0/0: no signal
         c_t = self.c
         if self.c == "theoretical":
-            c_t = self.c_t[layer] = self._c(layer, t, S_prev, norm_prev, norm_change)
+            c_t = self.c_t[layer] = self._c(layer, S_prev, norm_prev, norm_change)
         # Eq. 8
         S_t = self.gamma * S_prev + (1 - self.gamma) * norm_prev / (norm_change + c_t)
         if self.scale_bounds is not None:
@@ -150,12 +150,12 @@ class Reference:
             S_t = min(max(S_t, low), high)
         return S_t
 
-    def _c(self, layer, t, S_prev, norm_prev, norm_change) -> float:
+    def _c(self, layer, S_prev, norm_prev, norm_change) -> float:
         """Eq. A.3, with c_1 = c_0 = 1e-8."""
         c_prev = self.c_t.get(layer, 1e-8)
+        t, gamma = self.t, self.gamma
         if t == 1:
             return c_prev
-        gamma = self.gamma
         bound = (1 - gamma) * norm_prev / ((math.sqrt(t / (t - 1)) - gamma) * S_prev) - norm_change
         return max(bound, c_prev)
 

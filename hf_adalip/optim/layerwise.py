@@ -33,6 +33,9 @@ SCALARS = (*LAYER_SCALARS, "step", "layer_lr", "prev_lr")
 """All state that is one number, on the parameter's device, and never of its dtype."""
 
 
+STRUCTURE = ("param_names", "layer_names", "layer_sizes")
+"""Keys of a group that say what its parameters are. They are the model's, and are not loaded."""
+
 ROOT = "(root)"
 """The layer of parameters that belong to the outermost module itself."""
 
@@ -70,13 +73,15 @@ class Layer:
 
 
 def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
-    """Gives the last of the groups its "layer_names": the layer of each of its parameters.
+    """Gives the last of the groups its "layer_names" and "layer_sizes": of each parameter, its
+    layer, and its number of elements, by which a parameter that was replaced is known.
 
     Raises:
         ValueError: if `layers` is unknown, or needs names and there are none, or there are two
             parameters of one name. Nothing has been changed then.
     """
     group = groups[-1]
+    group["layer_sizes"] = [param.numel() for param in group["params"]]
     names: list[str] | None = group.get("param_names")
     known = itertools.chain.from_iterable(g.get("param_names", ()) for g in groups)
     twice = {name for name, count in Counter(known).items() if count > 1}
@@ -163,14 +168,13 @@ class LayerwiseOptimizer(Optimizer):
         layers: dict[str, Layer] = {}
         absent: list[tuple[str, Member]] = []
         for group in self.param_groups:
-            names = group.get("layer_names", ())
-            if len(names) != len(group["params"]):
+            if [param.numel() for param in group["params"]] != group.get("layer_sizes"):
                 raise RuntimeError(
-                    f"a parameter group has {len(group['params'])} parameters but {len(names)} "
-                    "layer names: its parameters were replaced, as DeepSpeed and FSDP1 with "
-                    "use_orig_params=False do by flat buffers, and layers cannot be told apart"
+                    "the parameters of a group were replaced by others of different size, as "
+                    "DeepSpeed and FSDP1 do by flat shards, in which layers cannot be told apart: "
+                    "use FSDP2 (fsdp_version: 2 in accelerate's configuration) or DDP"
                 )
-            for name, param in zip(names, group["params"], strict=True):
+            for name, param in zip(group["layer_names"], group["params"], strict=True):
                 state = self.state.get(param, {})
                 member = Member(param, group, state if "lipschitz_scale" in state else {})
                 if param.grad is not None:
@@ -359,10 +363,7 @@ class LayerwiseOptimizer(Optimizer):
         What layer a parameter belongs to is not loaded: that is for the model to say.
         """
         loaded: dict[str, Any] = {}
-        structure = [
-            {str(key): group[key] for key in ("layer_names", "param_names") if key in group}
-            for group in self.param_groups
-        ]
+        structure = [structure_of(group) for group in self.param_groups]
 
         def see(_: Optimizer, state_dict: dict[str, Any]) -> None:
             loaded.update(state_dict)  # the last hook sees what the user's hooks made of it
@@ -384,6 +385,11 @@ class LayerwiseOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def structure_of(group: dict[str, Any]) -> dict[str, Any]:
+    """What a group's parameters are, which loading a state_dict leaves as it is."""
+    return {key: group[key] for key in STRUCTURE if key in group}
 
 
 def _name_of(function: Callable[[str], str]) -> str:

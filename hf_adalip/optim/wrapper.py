@@ -23,12 +23,16 @@ from .layerwise import (
     name_layers,
     real,
     store,
+    structure_of,
 )
 from .lipschitz import Estimator
 from .norms import index_tensor, layer_norms, mixed_norms
 from .rules import wide
 from .shards import local, local_grad
 from .signals import Gradients, Signal, Updates
+
+_OURS = "lipschitz."
+"""Marks a key of ours in a state_dict where the base has one of the same name."""
 
 
 class Lipschitz(LayerwiseOptimizer):
@@ -102,7 +106,7 @@ class Lipschitz(LayerwiseOptimizer):
             named.append(dict(group))
             name_layers(named, layers)
         for group, copy in zip(optimizer.param_groups, named, strict=True):
-            group["layer_names"] = copy["layer_names"]
+            group.update(structure_of(copy))
         self.optimizer = optimizer
         self.state: defaultdict[Tensor, State] = defaultdict(dict)
         # What torch does to make an optimizer of a dict: hooks, and the profiled step.
@@ -156,7 +160,9 @@ class Lipschitz(LayerwiseOptimizer):
         state = dict(packed["state"])
         for key, param in zip(_ids(packed), self._parameters(), strict=True):
             if param in self.state:
-                state[key] = {**state.get(key, {}), **self.state[param]}
+                based = state.get(key, {})
+                own = {_OURS * (n in based) + n: value for n, value in self.state[param].items()}
+                state[key] = {**based, **own}
         packed = {**packed, "state": state}
         for after in self._optimizer_state_dict_post_hooks.values():
             packed = after(self, packed) or packed
@@ -167,26 +173,37 @@ class Lipschitz(LayerwiseOptimizer):
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        own = {*SCALARS, self._history} - {"step"}
-        names = [group["layer_names"] for group in self.param_groups]
-        saved = state_dict["state"]
-        based = {k: {n: v for n, v in s.items() if n not in own} for k, s in saved.items()}
+        structure = [structure_of(group) for group in self.param_groups]
+        own, based = {}, {}
+        for key, saved in state_dict["state"].items():
+            own[key], based[key] = self._split(saved)
         based = {key: state for key, state in based.items() if state}
         self.optimizer.load_state_dict({**state_dict, "state": based})
-        for group, layers in zip(self.param_groups, names, strict=True):
-            group["layer_names"] = layers
+        for group, own_structure in zip(self.param_groups, structure, strict=True):
+            group.update(own_structure)
         self.state = defaultdict(dict)
-        for key, param in zip(_ids(state_dict), self._parameters(), strict=True):
-            mine = {name: v for name, v in saved.get(key, {}).items() if name in own}
-            if mine:
+        everyone = ((group, param) for group in self.param_groups for param in group["params"])
+        for key, (group, param) in zip(_ids(state_dict), everyone, strict=True):
+            if mine := own.get(key):
                 self._restore_numbers(param, mine)
                 if self._history in mine:
                     history = mine[self._history].to(param.device, param.dtype)
                     self.state[param][self._history] = history
-                group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
                 self._complete(self.state[param], param, group)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _split(self, saved: State) -> tuple[State, State]:
+        """A parameter's saved state: our part, and the base's."""
+        own, based = {}, {}
+        for name, value in saved.items():
+            if name.startswith(_OURS):
+                own[name.removeprefix(_OURS)] = value
+            elif name in {*SCALARS, self._history} - {"step"} and _OURS + name not in saved:
+                own[name] = value
+            else:
+                based[name] = value
+        return own, based
 
     def _parameters(self) -> Iterator[Tensor]:
         return itertools.chain.from_iterable(group["params"] for group in self.param_groups)

@@ -326,8 +326,7 @@ def test_gradients_of_any_magnitude(name: str, foreach: bool, scale: float) -> N
 
 
 @six
-@forms
-@pytest.mark.parametrize("layers", ["tensor", "module"])
+@pytest.mark.parametrize(("foreach", "layers"), [(False, "module"), (True, "tensor")])
 def test_training_on_digits(name: str, foreach: bool, layers: str) -> None:
     """30 steps of an MLP: the gradients come from autograd, at this optimizer's parameters."""
     from sklearn.datasets import load_digits

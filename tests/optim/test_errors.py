@@ -336,6 +336,19 @@ def test_equal_names_do_not_make_one_layer_of_two_tensors(name: str, groups: int
         assert optimizer.state[together[n]]["lipschitz_scale"].item() == expected
 
 
+@pytest.mark.parametrize("layers", ["module", lambda name: name[:1]], ids=["module", "callable"])
+def test_equal_names_have_no_modules(layers: Any) -> None:
+    """Whose module they are in cannot be told: refused, by name, and the group is not added."""
+    first, *rest = named_params().items()
+    twin = torch.zeros(3, 4, requires_grad=True)
+    with pytest.raises(ValueError, match=r"'a\.weight'"):
+        AdaLip([first, *rest, ("a.weight", twin)], layers=layers)
+    optimizer = AdaLip([first, *rest], layers=layers)
+    with pytest.raises(ValueError, match=r"'a\.weight'"):
+        optimizer.add_param_group({"params": [("a.weight", twin)]})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_different_gammas_in_different_layers_are_fine() -> None:
     params = named_params()
     groups = [

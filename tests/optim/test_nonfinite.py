@@ -230,6 +230,17 @@ def test_raise_changes_nothing(
         assert not optimizer.state
 
 
+def test_raise_is_no_step_of_the_theoretical_c() -> None:
+    params = named_params()
+    optimizer = CLASSES["adalip"](params.items(), c="theoretical", nonfinite="raise")
+    train(optimizer, params, range(2))
+    before = snapshot(optimizer, params)
+    set_grads(params, bad_grads(params, 2, math.nan))
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert_same(snapshot(optimizer, params), before)
+
+
 @six
 @forms
 def test_after_raise_training_goes_on(name: str, foreach: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,6 @@ from tests.optim.cases import (
     UPDATE,
     Named,
     assert_same,
-    forms,
     named_params,
     random_grads,
     set_grads,
@@ -59,15 +59,17 @@ bases = pytest.mark.parametrize("base", BASES)
 
 @pytest.mark.usefixtures("float64")
 @six
-@forms
-@pytest.mark.parametrize("options", [{}, {"scale_bounds": None}, {"c": "theoretical"}], ids=str)
+@pytest.mark.parametrize(
+    ("foreach", "options"),
+    [(True, {}), (False, {"scale_bounds": None}), (False, {"c": "theoretical"})],
+    ids=["foreach", "unbounded", "theoretical"],
+)
 def test_equals_the_optimizer_of_its_own(name: str, foreach: bool, options: dict[str, Any]) -> None:
     a, b = named_params(), named_params()
     own = CLASSES[name](a.items(), lr=0.01, layers="module", foreach=foreach, **options)
     over = wrap(name, b.items(), lr=0.01, layers="module", foreach=foreach, **options)
-    for seed in range(30):
-        train(own, a, [seed])
-        train(over, b, [seed])
+    train(own, a, range(30))
+    train(over, b, range(30))
     for n in a:
         torch.testing.assert_close(b[n], a[n], rtol=1e-9, atol=1e-11)
     rates = own.layer_learning_rates()
@@ -82,9 +84,8 @@ def test_equals_the_proposed_form(name: str) -> None:
     a, b = named_params(), named_params()
     own = CLASSES[name](a.items(), lr=0.01, previous="proposed")
     over = wrap(name, b.items(), lr=0.01, previous="proposed")
-    for seed in range(30):
-        train(own, a, [seed])
-        train(over, b, [seed])
+    train(own, a, range(30))
+    train(over, b, range(30))
     for n in a:
         torch.testing.assert_close(b[n], a[n], rtol=1e-9, atol=1e-11)
 
@@ -213,18 +214,66 @@ def test_complex_parameters() -> None:
 # One optimizer to the outside
 
 
-def test_shares_groups_and_state_with_the_base() -> None:
+def test_shares_groups_with_the_base_and_saves_the_state_of_both() -> None:
+    """The base's state is its own: many initialise it when it is empty."""
     params = named_params()
     base = torch.optim.Adam(params.items(), lr=0.1)
     optimizer = Lipschitz(base)
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert optimizer.param_groups is base.param_groups
-    assert optimizer.state is base.state
     assert optimizer.defaults is base.defaults
     train(optimizer, params, [0])
-    assert {"exp_avg", "lipschitz_scale", "prev_grad"} <= base.state[params["a.bias"]].keys()
+    assert base.state[params["a.bias"]].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    saved = optimizer.state_dict()["state"][1]
+    assert {"exp_avg", "lipschitz_scale", "prev_grad"} <= saved.keys()
     assert "Adam" in repr(optimizer)
     assert "gamma=0.8" in repr(optimizer)
+
+
+class HeavyBall(torch.optim.Optimizer):
+    """An optimizer that happens to call its state what Lipschitz calls its own."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                old = state.get("prev_grad", torch.zeros_like(p))
+                state["prev_grad"] = p.grad + 0.5 * old
+                p -= group["lr"] * state["prev_grad"]
+
+
+def test_a_base_whose_state_has_our_names() -> None:
+    """Both are saved, and neither is taken for the other."""
+    params, others = named_params(), named_params()
+    optimizer, restored = Lipschitz(HeavyBall(params.items())), Lipschitz(HeavyBall(others.items()))
+    train(optimizer, params, range(3))
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for n in params:
+        others[n].data.copy_(params[n])
+    train(optimizer, params, range(3, 5))
+    train(restored, others, range(3, 5))
+    assert_same(snapshot(restored, others), snapshot(optimizer, params))
+
+
+def test_state_of_several_groups_finds_its_parameters() -> None:
+    params, others = named_params(), named_params()
+
+    def build(named: dict[str, Tensor]) -> Lipschitz:
+        groups = [{"params": [pair], "lr": 0.1 / (i + 1)} for i, pair in enumerate(named.items())]
+        return Lipschitz(torch.optim.Adam(groups), layers="module")
+
+    optimizer, restored = build(params), build(others)
+    train(optimizer, params, range(3))
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for n in params:
+        others[n].data.copy_(params[n])
+    train(optimizer, params, range(3, 5))
+    train(restored, others, range(3, 5))
+    assert_same(snapshot(restored, others), snapshot(optimizer, params))
 
 
 def test_schedulers_act_on_the_base() -> None:
@@ -359,13 +408,7 @@ def test_skip_leaves_the_layer_alone(base: str, bad: float, signal: str, steps: 
     optimizer = Lipschitz(BASES[base](list(params.items())), layers="module", signal=signal)
     train(optimizer, params, range(steps))
     hit = ("a.weight", "a.bias")
-    before = {
-        n: (
-            params[n].detach().clone(),
-            {k: _copy(v) for k, v in optimizer.state[params[n]].items()},
-        )
-        for n in hit
-    }
+    before = {n: (params[n].detach().clone(), state_of(optimizer, params[n])) for n in hit}
     other = params["b.weight"].detach().clone()
     set_grads(params, spoiled(params, steps, bad))
     held = {n: p.grad for n, p in params.items()}
@@ -374,7 +417,7 @@ def test_skip_leaves_the_layer_alone(base: str, bad: float, signal: str, steps: 
     for n in hit:
         value, state = before[n]
         assert torch.equal(params[n], value)
-        now = optimizer.state[params[n]]
+        now = state_of(optimizer, params[n])
         for key in state.keys() - {"nonfinite_steps"}:
             assert_same(now[key], state[key], f"{n} {key}")
     assert not torch.equal(params["b.weight"], other)
@@ -385,12 +428,14 @@ def test_skip_leaves_the_layer_alone(base: str, bad: float, signal: str, steps: 
     train(optimizer, params, range(steps + 1, steps + 3))
     for p in params.values():
         assert p.isfinite().all()
-        for value in optimizer.state[p].values():
+        for value in state_of(optimizer, p).values():
             assert not isinstance(value, Tensor) or value.isfinite().all()
 
 
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def state_of(optimizer: Lipschitz, p: Tensor) -> dict[str, Any]:
+    """The base's and the wrapper's, copied."""
+    both = {**optimizer.optimizer.state.get(p, {}), **optimizer.state.get(p, {})}
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in both.items()}
 
 
 @bads
@@ -442,7 +487,7 @@ def test_a_finite_gradient_whose_update_is_not() -> None:
         assert p.isfinite().all()
     (rate,) = optimizer.layer_learning_rates().values()
     assert rate.nonfinite_steps == 1
-    assert all(value.isfinite().all() for value in optimizer.state[p].values() if value is not None)
+    assert all(value.isfinite().all() for value in optimizer.state[p].values())
 
 
 def test_skip_restores_gradients_when_the_base_fails() -> None:
