@@ -323,7 +323,10 @@ class LayerwiseOptimizer(Optimizer):
         for group in self.param_groups:
             if self._options(group)[0].theoretical:
                 if "lipschitz_step" not in group:
-                    group["lipschitz_step"] = torch.zeros((), device=self._home())
+                    home = self._home()
+                    group["lipschitz_step"] = torch.zeros(
+                        (), dtype=_get_scalar_dtype(), device=home
+                    )
                 group["lipschitz_step"] += 1.0
 
     def layer_learning_rates(self) -> dict[str, LayerRate]:

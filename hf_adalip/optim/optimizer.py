@@ -30,7 +30,7 @@ from .lipschitz import Estimator, is_number
 from .norms import index_tensor, layer_norms, wide_dtype
 from .rules import Batch, Rule
 from .shards import local, local_grad
-from .signals import Signal, remembered_rates
+from .signals import Signal, Updates, remembered_rates
 
 _BUCKET = 2**22
 """Elements that a foreach batch takes together, unless a single tensor has more: temporaries stay
@@ -60,6 +60,7 @@ class LipOptimizer(LayerwiseOptimizer):
         capturable: safe to capture in a CUDA graph: excludes nonfinite="raise" and, for a lr
             that changes, needs a lr tensor on the parameters' device. State is always there.
         differentiable: autograd runs through the step; uses the loop form.
+        previous: of the -U forms: u_{t-1} as "applied" (the default) or as "proposed".
 
     Raises:
         ValueError: for a bad value, naming the argument and the value.
@@ -83,7 +84,15 @@ class LipOptimizer(LayerwiseOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        previous: Literal["applied", "proposed"] | None = None,
     ) -> None:
+        if isinstance(self.signal, Updates):
+            defaults = defaults | {"previous": previous or "applied"}
+        elif previous is not None:
+            raise ValueError(
+                f"previous={previous!r} is for the -U forms; {type(self).__name__} estimates S "
+                "from gradients"
+            )
         defaults = defaults | {
             "gamma": gamma,
             "c": c,

@@ -6,7 +6,7 @@ What all of them take by keyword (`scale_bounds`, `nonfinite`, `decoupled_weight
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from .layerwise import Layers
 from .optimizer import LipOptimizer
 from .rules import SGD, Adam, RMSprop
-from .signals import Gradients, Updates
+from .signals import Gradients, Signal, Updates
 
 if TYPE_CHECKING:
     from typing import TypedDict
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
         maximize: bool
         capturable: bool
         differentiable: bool
+        previous: Literal["applied", "proposed"]  # the -U forms only
 
 
 C = float | Literal["theoretical"]
-Previous = Literal["applied", "proposed"]
 
 
 class AdaLip(LipOptimizer):
@@ -58,7 +58,7 @@ class AdaLip(LipOptimizer):
     """
 
     rule = SGD()
-    signal = Gradients()
+    signal: ClassVar[Signal] = Gradients()
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class RMSLip(LipOptimizer):
     """
 
     rule = RMSprop()
-    signal = Gradients()
+    signal: ClassVar[Signal] = Gradients()
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class AdamLip(LipOptimizer):
     """
 
     rule = Adam()
-    signal = Gradients()
+    signal: ClassVar[Signal] = Gradients()
 
     def __init__(
         self,
@@ -171,144 +171,43 @@ class AdamLip(LipOptimizer):
         super().__init__(params, own, gamma=gamma, c=c, layers=layers, **options)
 
 
-class AdaLipU(LipOptimizer):
+class AdaLipU(AdaLip):
     """AdaLip-U: AdaLip with S estimated from the updates (Algorithm 5, Appendix C).
 
         û_t = -α_t·g_t,   S_t = γ·S_{t-1} + (1-γ)·‖u_{t-1}‖/(‖û_t - u_{t-1}‖ + c),   u_t = S_t·û_t
 
-    Args:
-        params: parameters, named parameters, or groups of either.
-        lr: α_t, the learning rate before S; a float or a one-element tensor.
-        momentum: torch.optim.SGD's (a buffer, no dampening); S scales the step taken.
-        weight_decay: λ, decoupled unless `decoupled_weight_decay=False`, and then no part of u.
-        nesterov: Nesterov momentum; needs a momentum.
-        gamma: γ, coefficient of the moving average, in (0, 1).
-        c: positive constant in the denominator, or "theoretical" (Eq. A.3).
-        layers: "tensor", "module" (needs named parameters), or a function from a name to a key.
-        previous: u_{t-1} as "applied" (S included; Algorithm 5), or as "proposed" (Eqs. C4-C5),
-            which has no singularity at S = 1 under constant gradients.
-        **options: see `LipOptimizer`.
+    Arguments and errors are AdaLip's, and by keyword
+
+        previous: u_{t-1} as "applied" (S included; Algorithm 5; the default), or as "proposed"
+            (Eqs. C4-C5), which has no singularity at S = 1 under constant gradients.
+
+    Decoupled weight decay is no part of u.
 
     State: one tensor of the parameter's shape and dtype: `momentum_buffer`, from which u_{t-1}
     is computed again, or `prev_update` without momentum; both with Nesterov momentum.
-
-    Raises:
-        ValueError: for a bad value, naming the argument and the value.
     """
 
-    rule = SGD()
     signal = Updates()
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        gamma: float = 0.8,
-        c: C = 1e-8,
-        layers: Layers = "tensor",
-        *,
-        previous: Previous = "applied",
-        **options: Unpack[Options],
-    ) -> None:
-        own: dict[str, Any] = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-        }
-        own |= {"previous": previous}
-        super().__init__(params, own, gamma=gamma, c=c, layers=layers, **options)
 
-
-class RMSLipU(LipOptimizer):
+class RMSLipU(RMSLip):
     """RMSLip-U: RMSLip with S estimated from the updates (Appendix C).
 
-    Args:
-        params: parameters, named parameters, or groups of either.
-        lr: α_t, the learning rate before S; a float or a one-element tensor.
-        alpha: smoothing constant of v (the paper's β_2; its experiments ran at 0.999).
-        eps: ε; with `eps_in_sqrt=True`, √(v_t + ε) instead of √v_t + ε.
-        weight_decay: λ, decoupled unless `decoupled_weight_decay=False`, and then no part of u.
-        gamma: γ, coefficient of the moving average, in (0, 1).
-        c: positive constant in the denominator, or "theoretical" (Eq. A.3).
-        layers: "tensor", "module" (needs named parameters), or a function from a name to a key.
-        eps_in_sqrt: where ε stands.
-        previous: u_{t-1} as "applied" (Algorithm 5) or as "proposed" (Eqs. C4-C5).
-        **options: see `LipOptimizer`.
+    Arguments and errors are RMSLip's, and `previous` as in AdaLipU.
 
     State: `square_avg` and `prev_update`, of the parameter's shape and dtype.
-
-    Raises:
-        ValueError: for a bad value, naming the argument and the value.
     """
 
-    rule = RMSprop()
     signal = Updates()
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        gamma: float = 0.8,
-        c: C = 1e-8,
-        layers: Layers = "tensor",
-        *,
-        eps_in_sqrt: bool = False,
-        previous: Previous = "applied",
-        **options: Unpack[Options],
-    ) -> None:
-        own: dict[str, Any] = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
-        own |= {"eps_in_sqrt": eps_in_sqrt, "previous": previous}
-        super().__init__(params, own, gamma=gamma, c=c, layers=layers, **options)
 
-
-class AdamLipU(LipOptimizer):
+class AdamLipU(AdamLip):
     """AdamLip-U: AdamLip with S estimated from the updates (Appendix C).
 
-    Args:
-        params: parameters, named parameters, or groups of either.
-        lr: α_t, the learning rate before S; a float or a one-element tensor.
-        betas: β_1, β_2 of the running averages of the gradient and its square.
-        eps: ε; with `eps_in_sqrt=True`, √(v̂_t + ε) instead of √v̂_t + ε.
-        weight_decay: λ, decoupled unless `decoupled_weight_decay=False`, and then no part of u.
-        gamma: γ, coefficient of the moving average, in (0, 1).
-        c: positive constant in the denominator, or "theoretical" (Eq. A.3).
-        layers: "tensor", "module" (needs named parameters), or a function from a name to a key.
-        eps_in_sqrt: where ε stands.
-        previous: u_{t-1} as "applied" (Algorithm 5) or as "proposed" (Eqs. C4-C5).
-        **options: see `LipOptimizer`.
+    Arguments and errors are AdamLip's, and `previous` as in AdaLipU.
 
     State: `exp_avg` and `exp_avg_sq`, as Adam's: u_{t-1} is computed again from them, with the
     betas and eps of step t.
-
-    Raises:
-        ValueError: for a bad value, naming the argument and the value.
     """
 
-    rule = Adam()
     signal = Updates()
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        gamma: float = 0.8,
-        c: C = 1e-8,
-        layers: Layers = "tensor",
-        *,
-        eps_in_sqrt: bool = False,
-        previous: Previous = "applied",
-        **options: Unpack[Options],
-    ) -> None:
-        own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        own |= {"eps_in_sqrt": eps_in_sqrt, "previous": previous}
-        super().__init__(params, own, gamma=gamma, c=c, layers=layers, **options)
