@@ -280,29 +280,36 @@ class Lipschitz(LayerwiseOptimizer):
         if not layers:  # other ranks may have gradients; this one took part in the norms
             return
         self._keep(layers)
-        factor = self._follow(layers, norms, finite)
+        factor = self._follow(layers, norms, finite)[index_tensor(owner, home)]
+        go = finite[index_tensor(everyone, home)]
+        for i, member in enumerate(members):
+            if moved[i]:
+                self._scale(member, old[i], updates[i], grads[i], factor[i], go[i])
+        for member, ok in zip(silent, go[len(members) :], strict=True):
+            x = real(local(member.state[history]))
+            x.copy_(self._unless_skipped(ok, torch.zeros_like(x), x))
+        self._keep_rates(members, factor, moved)
 
-        skip = self._law.nonfinite == "skip"
-        rows = (x[index_tensor(owner, home)].unbind() for x in (factor, finite))
-        for m, p, q, u, g, scale, ok, went in zip(
-            members, params, old, updates, grads, *rows, moved, strict=True
-        ):
-            if not went:
-                continue
-            scale = scale.to(p.device, wide(p).dtype)
-            applied = torch.lerp(wide(q), wide(p), scale)
-            remembered = g if by_gradient else u * scale if self._previous == "applied" else u
-            if skip and not by_gradient:  # a finite gradient may still give a non-finite update
-                ok = ok.to(p.device)
-                applied = torch.where(ok, applied, wide(q))
-                remembered = torch.where(ok, remembered, _previous(m, history))
-            p.copy_(applied)
-            real(local(m.state[history])).copy_(remembered)
-        for m, layer in zip(silent, everyone[len(members) :], strict=True):
-            x = real(local(m.state[history]))
-            gone = torch.zeros_like(x)
-            x.copy_(torch.where(finite[layer].to(x.device), gone, x) if skip else gone)
-        self._keep_rates(members, factor[index_tensor(owner, home)], moved)
+    def _scale(
+        self, member: Member, old: Tensor, update: Tensor, grad: Tensor, factor: Tensor, ok: Tensor
+    ) -> None:
+        """Makes p_old + S·û of what the base has stepped to, and remembers the signal."""
+        param, history = real(local(member.param)), real(local(member.state[self._history]))
+        scale = factor.to(param.device, update.dtype)
+        if isinstance(self._signal, Gradients):
+            remembered = grad
+        else:
+            remembered = update * scale if self._previous == "applied" else update
+        applied = torch.lerp(wide(old), wide(param), scale)
+        # The base has not stepped a layer whose gradient is not finite; this is for an update
+        # that is not finite although the gradient is.
+        param.copy_(self._unless_skipped(ok, applied, wide(old)))
+        history.copy_(self._unless_skipped(ok, remembered, wide(history)))
+
+    def _unless_skipped(self, ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+        if self._law.nonfinite != "skip":
+            return new
+        return torch.where(ok.to(old.device), new.to(old.dtype), old)
 
     def _base_step(self, layers: list[Layer], finite: Tensor) -> list[bool]:
         """Steps the base; which members it stepped, the others' gradients being not finite."""
