@@ -22,7 +22,8 @@ def write_manifest(folder: Path, step: int, settings: Mapping[str, Any]) -> None
         step: optimizer steps done.
         settings: what a run that resumes from it must have in common with it.
     """
-    files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in found}
     manifest = {"step": step, "settings": settings, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
 

@@ -176,7 +176,11 @@ def _load(name: str) -> Any:
             f"give {_ALTERNATIVES}"
         ) from error
     except Exception as error:  # of many libraries, and all of them about the dataset
-        raise DataError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
+        cause = error
+        while cause.__cause__ is not None:  # datasets wraps what happened in what it was doing
+            cause = cause.__cause__  # type: ignore[assignment]
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise DataError(f"cannot load {name}: {reason}") from error
     return splits
 
 

@@ -106,7 +106,7 @@ class TrainingArguments:
     )
     with_tracking: bool = option(False, "log to trackers", bool)
     report_to: str | None = option(
-        None, "tensorboard (default), trackio, wandb, ...; several with commas"
+        None, "tensorboard (default), trackio, wandb, ...; several with commas, or all"
     )
     mixed_precision: str | None = option(None, "no, fp16 or bf16; default: accelerate's setting")
     cpu: bool = option(False, "stay on the CPU", bool)
@@ -232,6 +232,8 @@ def trackers(args: TrainingArguments) -> list[str]:
         return []
     names = [name.strip() for name in (args.report_to or "tensorboard").split(",")]
     available = [str(name) for name in get_available_trackers()]
+    if names == ["all"]:
+        return available
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))

@@ -146,18 +146,20 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     if key in _REGISTRY:
         return _REGISTRY[key]
     if key.startswith(LIP_PREFIX):
-        base = _base_optimizers(key.removeprefix(LIP_PREFIX))
-        if base is not None:
+        found = _base_optimizer(key.removeprefix(LIP_PREFIX))
+        if found is not None:
+            base, defaults = found
             return OptimizerInfo(
                 name=key,
                 optimizer_class=Lipschitz,
                 base=base,
                 signal="gradient",
                 reference="Eqs. 6-9",
+                defaults=defaults,
             )
     elif key in _torch_optimizers():
-        found = _torch_optimizers()[key]
-        return OptimizerInfo(key, found, base=found, description=f"torch.optim.{found.__name__}")
+        cls = _torch_optimizers()[key]
+        return OptimizerInfo(key, cls, base=cls, description=f"torch.optim.{cls.__name__}")
     known = [*list_optimizers(), *_torch_optimizers()]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}? " if near else ""
@@ -171,7 +173,7 @@ def create_optimizer(
     model_or_params: nn.Module | ParamsT,
     name: str,
     lr: float | torch.Tensor | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     **arguments: Any,
 ) -> Optimizer:
     """An optimizer by name.
@@ -181,8 +183,9 @@ def create_optimizer(
             parameters' names, `layers="module"` as the default, and the weight-decay split of
             `parameter_groups`.
         name: see `get_optimizer_info`.
-        lr: learning rate; None for the class's default.
-        weight_decay: λ.
+        lr: learning rate; None for the optimizer's default.
+        weight_decay: λ; None for what was registered as the name's default, else 0 (also for
+            AdamW, whose class has 0.01).
         **arguments: of the optimizer.
 
     Raises:
@@ -190,15 +193,17 @@ def create_optimizer(
         TypeError: for an argument that the optimizer does not take.
     """
     info = get_optimizer_info(name)
+    given = {"lr": lr, "weight_decay": weight_decay}
+    arguments |= {key: value for key, value in given.items() if value is not None}
+    arguments = {"weight_decay": 0.0, **info.defaults, **arguments}
     params: Any = model_or_params
     if isinstance(model_or_params, nn.Module):
-        params = parameter_groups(model_or_params, weight_decay)
+        params = parameter_groups(model_or_params, arguments["weight_decay"])
         if info.takes_layers:
             arguments.setdefault("layers", "module")
-    if lr is not None:
-        arguments["lr"] = lr
-    if weight_decay or "weight_decay" in inspect.signature(info.arguments_of).parameters:
-        arguments["weight_decay"] = weight_decay  # Rprop, for one, has none
+    takes_decay = "weight_decay" in inspect.signature(info.arguments_of).parameters
+    if not takes_decay and not arguments["weight_decay"]:
+        del arguments["weight_decay"]  # Rprop, for one, has none
     return info.create(params, **arguments)
 
 
@@ -230,17 +235,20 @@ def _torch_optimizers() -> dict[str, type[Optimizer]]:
     return {name: cls for name, cls in sorted(found.items()) if name not in _UNSUITED}
 
 
-def _base_optimizers(name: str) -> type[Optimizer] | None:
+def _base_optimizer(name: str) -> tuple[type[Optimizer], dict[str, Any]] | None:
+    """The class that a name of torch or timm stands for, and the arguments that it stands for."""
     if name in _torch_optimizers():
-        return _torch_optimizers()[name]
+        return _torch_optimizers()[name], {}
     if importlib.util.find_spec("timm") is None:
         return None
-    from timm.optim import get_optimizer_class, list_optimizers
+    from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 
     if name not in list_optimizers():
         return None
     found = get_optimizer_class(name, bind_defaults=False)
-    return found if isinstance(found, type) and issubclass(found, Optimizer) else None
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        return None
+    return found, dict(get_optimizer_info(name).defaults or {})
 
 
 _SGD, _RMSPROP, _ADAM = torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam

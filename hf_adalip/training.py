@@ -179,6 +179,8 @@ class Training:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "weight_decay": args.weight_decay,
             "lr_scheduler_type": args.lr_scheduler_type,
+            # a constant rate can be gone on with for longer; a schedule has one length
+            "scheduled_steps": None if args.lr_scheduler_type == "constant" else self.total_steps,
             "num_warmup_steps": args.num_warmup_steps,
             "seed": args.seed,
             "per_device_train_batch_size": args.per_device_train_batch_size,
@@ -209,10 +211,18 @@ class Training:
                 disable=not self.accelerator.is_local_main_process,
             )
             with self.bar:
+                if self.done and self._epoch_left_open():
+                    self._end_epoch(started)
                 while not self.done:
                     self._train_epoch(started)
                     self._end_epoch(started)
         return self._write_results(finished=True)
+
+    def _epoch_left_open(self) -> bool:
+        """Whether the run was saved after the last batch and before what comes after it."""
+        progress = self.progress
+        evaluated = progress.epochs[-1]["step"] if progress.epochs else 0
+        return progress.batch > 0 and evaluated != progress.step
 
     def _train_epoch(self, started: float) -> None:
         accelerator, progress = self.accelerator, self.progress
@@ -256,7 +266,7 @@ class Training:
         every = self.args.checkpointing_steps
         if every and every != "epoch" and progress.step % int(every) == 0:
             self.save(f"step_{progress.step}")
-        if self._all_asked_to_stop():
+        if not self.done and self._all_asked_to_stop():
             self._stop()
 
     def _record(self, loss: Tensor) -> None:
@@ -349,8 +359,11 @@ class Training:
         if accelerator.is_main_process:
             self.rates.save(partial / f"{RATES}.json")
             write_manifest(partial, self.progress.step, self.settings)
-            shutil.rmtree(path, ignore_errors=True)
+            replaced = path.with_name(f"{name}.replaced.partial")
+            if path.exists():
+                path.rename(replaced)
             partial.rename(path)
+            shutil.rmtree(replaced, ignore_errors=True)
         accelerator.wait_for_everyone()
         return path
 
@@ -515,6 +528,9 @@ def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
     path = Path(args.output_dir or f"outputs/{recipe.name}-{args.optim.lower()}")
     if path.exists() and not path.is_dir():
         raise UsageError(f"--output_dir {path} is a file")
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"--output_dir {path}: cannot write in {nearest}")
     if _own_files(path) and not args.resume_from_checkpoint and not args.overwrite_output_dir:
         raise UsageError(
             f"{path} has results already: choose another --output_dir, or "

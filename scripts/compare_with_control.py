@@ -5,8 +5,9 @@
 
 For every learning rate: the base optimizer (adam), the one with S (adamlip), and the base at
 lr × the median of S over the layers and steps of adamlip's runs. What comes behind `--` goes to
-recipes/mnist.py. Prints the mean over the seeds and the half-width of its 95 % confidence
-interval (Student's t), and writes every run's results to OUTPUT_DIR/comparison.json.
+recipes/mnist.py. Prints means over the seeds with half-widths of 95 % confidence intervals
+(Student's t), and what S makes of each metric: the mean over the seeds of its difference from
+the run with the same seed without it. Writes every result to OUTPUT_DIR/comparison.json.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ def run(optim: str, lr: float, seed: int, folder: Path, rest: list[str]) -> dict
     return results | {"median_scale": statistics.median(scales) if scales else None}
 
 
-def interval(values: list[float]) -> str:
+def interval(values: list[float], sign: str = "") -> str:
     mean = statistics.mean(values)
     if len(values) < 2:
-        return f"{mean:.4f}"
+        return f"{mean:{sign}.4f}"
     half = T[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.4f} ± {half:.4f}"
+    return f"{mean:{sign}.4f} ± {half:.4f}"
 
 
 def main() -> None:
@@ -79,9 +80,15 @@ def main() -> None:
         ]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "comparison.json").write_text(json.dumps(found, indent=2))
-    print("| | " + " | ".join(METRICS) + " |\n|---|" + "---|" * len(METRICS))
+    print("| | " + " | ".join(METRICS) + " | " + " | ".join(f"S: {m}" for m in METRICS) + " |")
+    print("|---|" + "---|" * 2 * len(METRICS))
     for name, runs in found.items():
+        if name.startswith(f"{args.optim} at"):
+            with_s = runs
         cells = [interval([r[metric] for r in runs]) for metric in METRICS]
+        pairs = list(zip(with_s, runs, strict=True))
+        changes = [interval([r[m] - other[m] for r, other in pairs], "+") for m in METRICS]
+        cells += [""] * len(METRICS) if runs is with_s else changes
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

@@ -172,7 +172,7 @@ def test_killed_while_saving_and_resumed(whole: Path, tmp_path: Path) -> None:
     assert not list(folder.glob("*.partial"))
 
 
-@pytest.mark.parametrize("step", [1, 4, 10])  # in an epoch, and at the end of one (4 steps)
+@pytest.mark.parametrize("step", [1, 4, 10, 24])  # in an epoch, at the end of one, and of all
 def test_resumed_from_any_step(whole: Path, tmp_path: Path, step: int) -> None:
     folder = tmp_path / "out"
     path = whole / f"step_{step}"

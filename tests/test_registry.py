@@ -104,6 +104,16 @@ def test_lip_names_reach_timms_optimizers():
     assert isinstance(optimizer.optimizer, timm_optim.Lamb)
 
 
+@pytest.mark.parametrize("name", ["lambc", "larc", "cadamw", "adoptw", "momentum"])
+def test_a_timm_name_keeps_what_distinguishes_it(name):
+    """lambc is Lamb with trust_clip=True, larc is Lars with it, and so on."""
+    timm_optim = pytest.importorskip("timm.optim")
+    defaults = timm_optim.get_optimizer_info(name).defaults
+    optimizer = create_optimizer(model(), f"lip-{name}", lr=0.1)
+    assert defaults
+    assert {key: optimizer.optimizer.defaults[key] for key in defaults} == defaults
+
+
 def test_plain_names_are_the_base_optimizers_to_compare_with():
     optimizer = create_optimizer(model(), "adamw", lr=0.1, weight_decay=0.0)
     assert type(optimizer) is torch.optim.AdamW
@@ -127,10 +137,17 @@ def test_an_argument_that_the_optimizer_does_not_take_is_refused():
 
 def test_an_optimizer_can_be_registered_once(monkeypatch):
     monkeypatch.setattr("hf_adalip.registry._REGISTRY", dict(_REGISTRY))
-    info = OptimizerInfo("slowlip", hf_adalip.AdamLip, defaults={"gamma": 0.95})
+    own = {"gamma": 0.95, "weight_decay": 0.1, "layers": "tensor"}
+    info = OptimizerInfo("slowlip", hf_adalip.AdamLip, signal="gradient", defaults=own)
     register_optimizer(info)
     assert create_optimizer(model(), "slowlip").defaults["gamma"] == 0.95
-    assert create_optimizer(model(), "slowlip", gamma=0.5).defaults["gamma"] == 0.5
+    made = create_optimizer(model(), "slowlip", gamma=0.5)
+    assert made.defaults["gamma"] == 0.5
+    assert made.layers == "tensor"
+    assert [group["weight_decay"] for group in made.param_groups] == [0.1, 0.0]
+    made = create_optimizer(model(), "slowlip", weight_decay=0.0, layers="module")
+    assert made.layers == "module"
+    assert {group["weight_decay"] for group in made.param_groups} == {0.0}
     with pytest.raises(ValueError, match="registered as 'slowlip' already"):
         register_optimizer(info)
 

@@ -54,7 +54,10 @@ def trainer_kwargs(name: str, **hyperparameters: Any) -> dict[str, Any]:
             "trainer_kwargs needs lr: Trainer does not pass TrainingArguments.learning_rate on; "
             f'write trainer_kwargs("{name}", lr=args.learning_rate)'
         )
-    create_optimizer(nn.Linear(1, 1, bias=False), name, **hyperparameters)
+    checked = dict(hyperparameters)
+    if callable(checked.get("layers")):  # which knows the names of another model
+        checked["layers"] = lambda name: name
+    create_optimizer(nn.Linear(1, 1, bias=False), name, **checked)
     return {"optimizer_cls_and_kwargs": (ModelOptimizer, {"name": name, **hyperparameters})}
 
 

@@ -122,8 +122,9 @@ def measure(batch: Batch) -> Tensor:
         return directions
 
     def retraced() -> Tensors:
-        prev_lr = torch.stack([state["prev_lr"] for state in batch.states])
         steps = (batch.steps - 1).clamp(min=1)
+        prev_lr = torch.stack([state["prev_lr"] for state in batch.states])
+        prev_lr = prev_lr / batch.rule.gain(steps, group)
         directions = _times_(form.directions(old, steps, group), -prev_lr)
         fresh = (prev_lr == 0).unbind()
         return [d.masked_fill_(zero, 0.0) for d, zero in zip(directions, fresh, strict=True)]

@@ -81,7 +81,7 @@ def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
             parameters of one name. Nothing has been changed then.
     """
     group = groups[-1]
-    group["layer_sizes"] = [param.numel() for param in group["params"]]
+    group["layer_sizes"] = [_size(param) for param in group["params"]]
     names: list[str] | None = group.get("param_names")
     known = itertools.chain.from_iterable(g.get("param_names", ()) for g in groups)
     twice = {name for name, count in Counter(known).items() if count > 1}
@@ -109,6 +109,13 @@ def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
         if not isinstance(key, str):
             raise ValueError(f"layers must return a string, got {key!r} for {name!r}")
     group["layer_names"] = keys
+
+
+_REPLACED = (
+    "the parameters of a group were replaced ({}), as DeepSpeed and FSDP1 do by flat shards, in "
+    "which layers cannot be told apart: use FSDP2 (fsdp_version: 2 in accelerate's configuration) "
+    "or DDP"
+)
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -148,7 +155,7 @@ class LayerwiseOptimizer(Optimizer):
         shaped, numbers = self._state_keys(group)
         estimator, _ = self._options(group)
         for name in shaped:
-            if name not in state:
+            if state.get(name) is None:
                 zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
                 state[name] = zeros.detach()
         initial = {"lipschitz_scale": 1.0, "prev_norm": NO_PREDECESSOR}
@@ -156,8 +163,8 @@ class LayerwiseOptimizer(Optimizer):
             initial["lipschitz_c"] = estimator.initial_c
         initial |= dict.fromkeys((*numbers, "nonfinite_steps", "layer_lr"), 0.0)
         for name, value in initial.items():
-            if name not in state:
-                state[name] = scalar(value, param)
+            if not isinstance(state.get(name), Tensor):  # old checkpoints have step as a number
+                state[name] = scalar(float(state.get(name, value)), param)
 
     def _collect(self) -> list[Layer]:
         """The layers that have a gradient now, those with the same estimator side by side.
@@ -168,13 +175,13 @@ class LayerwiseOptimizer(Optimizer):
         layers: dict[str, Layer] = {}
         absent: list[tuple[str, Member]] = []
         for group in self.param_groups:
-            if [param.numel() for param in group["params"]] != group.get("layer_sizes"):
-                raise RuntimeError(
-                    "the parameters of a group were replaced by others of different size, as "
-                    "DeepSpeed and FSDP1 do by flat shards, in which layers cannot be told apart: "
-                    "use FSDP2 (fsdp_version: 2 in accelerate's configuration) or DDP"
-                )
-            for name, param in zip(group["layer_names"], group["params"], strict=True):
+            sizes = group.get("layer_sizes", ())
+            if len(sizes) != len(group["params"]):
+                raise RuntimeError(_REPLACED.format(f"{len(sizes)}, now {len(group['params'])}"))
+            named = zip(group["layer_names"], group["params"], sizes, strict=True)
+            for name, param, size in named:
+                if param.grad is not None and size not in (None, param.numel()):
+                    raise RuntimeError(_REPLACED.format(f"{name} of {size}, now {param.numel()}"))
                 state = self.state.get(param, {})
                 member = Member(param, group, state if "lipschitz_scale" in state else {})
                 if param.grad is not None:
@@ -330,7 +337,9 @@ class LayerwiseOptimizer(Optimizer):
                 group["lipschitz_step"] += 1.0
 
     def layer_learning_rates(self) -> dict[str, LayerRate]:
-        """{layer: (S_t, A_t, ‖g_t‖, non-finite steps)} as of each layer's last step.
+        """{layer: (S_t, A_t, ‖x_t‖, non-finite steps)} as of each layer's last step.
+
+        ‖x_t‖ is the norm of the gradient or, in the -U forms, of the update.
 
         One device-to-host copy for each device that parameters are on; a step itself makes none.
         Layers are named by the names given with the parameters, else by group and position.
@@ -388,6 +397,11 @@ class LayerwiseOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _size(param: Tensor) -> int | None:
+    """None for a lazy module's parameter, which has no size yet."""
+    return None if torch.nn.parameter.is_lazy(param) else param.numel()
 
 
 def structure_of(group: dict[str, Any]) -> dict[str, Any]:

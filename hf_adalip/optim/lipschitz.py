@@ -102,6 +102,7 @@ class Estimator:
                     "scale_bounds must be None or (low, high) with 0 < low <= high, "
                     f"got {self.scale_bounds!r}"
                 )
+            object.__setattr__(self, "scale_bounds", tuple(bounds))
         if self.nonfinite not in NONFINITE:
             raise ValueError(
                 f'nonfinite must be "skip", "raise" or "propagate", got {self.nonfinite!r}'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,18 +76,32 @@ def layer_norms(tensor_norms: Tensor, layer_of: tuple[int, ...], layers: int) ->
     return _vector_norm(padded[index], dim=1)
 
 
-@lru_cache(maxsize=64)
 def _padded_index(layer_of: tuple[int, ...], layers: int, device: torch.device) -> Tensor:
     """[layers, most tensors in a layer] indices of tensors, padded with the number of tensors."""
     members: list[list[int]] = [[] for _ in range(layers)]
     for tensor, layer in enumerate(layer_of):
         members[layer].append(tensor)
     width = max(len(m) for m in members)
-    rows = [m + [len(layer_of)] * (width - len(m)) for m in members]
-    return torch.tensor(rows, device=device)
+    rows = tuple((*m, *[len(layer_of)] * (width - len(m))) for m in members)
+    return _kept(rows, device)
 
 
-@lru_cache(maxsize=64)
 def index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
     """An index vector on the device, copied there once rather than at every step."""
-    return torch.tensor(indices, device=device)
+    return _kept(indices, device)
+
+
+_TENSORS: dict[tuple[object, torch.device], Tensor] = {}
+
+
+def _kept(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """torch.tensor(values), made once; the oldest of 256 goes when another one comes."""
+    key = (values, device)
+    if key in _TENSORS:
+        return _TENSORS[key]
+    made = torch.tensor(values, device=device)
+    if type(made) is Tensor:  # not what a tracing mode makes, which would outlive it
+        if len(_TENSORS) >= 256:
+            _TENSORS.pop(next(iter(_TENSORS)))
+        _TENSORS[key] = made
+    return made

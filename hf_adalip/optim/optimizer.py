@@ -37,6 +37,12 @@ _BUCKET = 2**22
 below the size of the largest tensor, or 16 MiB."""
 
 
+_FLAGS = (
+    *("nesterov", "eps_in_sqrt", "decoupled_weight_decay"),
+    *("maximize", "capturable", "differentiable"),
+)
+
+
 class LipOptimizer(LayerwiseOptimizer):
     """The common part of AdaLip, RMSLip, AdamLip and their -U forms.
 
@@ -104,6 +110,7 @@ class LipOptimizer(LayerwiseOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
+        defaults = {key: _plain(value) for key, value in defaults.items()}
         _validate(defaults)
         self._layers = layers
         super().__init__(params, defaults)
@@ -114,7 +121,8 @@ class LipOptimizer(LayerwiseOptimizer):
 
     def _options(self, group: dict[str, Any]) -> Options:
         bounds = group["scale_bounds"]
-        law = _estimator(group["gamma"], group["c"], bounds and tuple(bounds), group["nonfinite"])
+        bounds = bounds and tuple(bounds)  # some checkpoint formats make a list of it
+        law = _estimator(group["gamma"], group["c"], bounds, group["nonfinite"])
         return law, group.get("previous")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -125,7 +133,7 @@ class LipOptimizer(LayerwiseOptimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        group = {key: value for key, value in param_group.items() if key != "layers"}
+        group = {key: _plain(value) for key, value in param_group.items() if key != "layers"}
         _validate(self.defaults | group)
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
@@ -222,7 +230,8 @@ class LipOptimizer(LayerwiseOptimizer):
             _keep_scalar(batch, "step", batch.steps, go)
             _keep_scalar(batch, "layer_lr", rates, go)
             if "prev_lr" in batch.states[0]:
-                _keep_scalar(batch, "prev_lr", remembered, go)
+                gain = self.rule.gain(batch.steps, batch.group)
+                _keep_scalar(batch, "prev_lr", remembered * gain, go)
         for batch in silent:
             here = slice(start, start := start + len(batch.params))
             device = batch.steps.device
@@ -268,8 +277,8 @@ class LipOptimizer(LayerwiseOptimizer):
 
     def _capture_check(self) -> None:
         """torch's check of `capturable`, and that a captured step would follow a changing lr."""
-        name = "_accelerator_graph_capture_health_check"
-        getattr(self, name, self._cuda_graph_capture_health_check)()
+        check = "_accelerator_graph_capture_health_check"  # of newer torch
+        getattr(self, check if hasattr(self, check) else "_cuda_graph_capture_health_check")()
         for group in self.param_groups:
             lr = group["lr"]
             if (
@@ -343,6 +352,11 @@ def _validate(group: dict[str, Any]) -> None:
         raise ValueError(f"nesterov=True needs a momentum > 0, got momentum={group['momentum']!r}")
     if group.get("previous", "applied") not in ("applied", "proposed"):
         raise ValueError(f'previous must be "applied" or "proposed", got {group["previous"]!r}')
+    for name in _FLAGS:
+        if name in group and not isinstance(group[name], bool):
+            raise ValueError(f"{name} must be True or False, got {group[name]!r}")
+    if group["foreach"] not in (None, True, False):
+        raise ValueError(f"foreach must be None, True or False, got {group['foreach']!r}")
     if group["foreach"] and group["differentiable"]:
         raise ValueError("foreach=True and differentiable=True exclude each other")
     if group["capturable"] and group["nonfinite"] == "raise":
@@ -350,6 +364,13 @@ def _validate(group: dict[str, Any]) -> None:
             'nonfinite="raise" looks at the gradients on the host, which capturable=True excludes; '
             'choose "skip" or "propagate"'
         )
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, which torch.load(weights_only=True) reads."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(item) for item in value)
+    return float(value) if is_number(value) and type(value) not in (int, float) else value
 
 
 def _in(value: object, low: float, high: float) -> bool:

@@ -43,6 +43,13 @@ class Rule(ABC):
     def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
         """d_t, such that the base optimizer's update is -α_t·d_t."""
 
+    def gain(self, step: Tensor, group: Group) -> Tensor:
+        """A factor of d_t that depends on t and on options that a schedule may change.
+
+        `prev_lr` keeps it with the rate, so that retracing d_{t-1} does not use step t's options.
+        """
+        return torch.ones_like(step)
+
     def kept(self, group: Group) -> tuple[str, ...]:
         """State keys, each a tensor of the parameter's shape that starts at zero."""
         return tuple(key for key in self.uses(group) if key != "grad")
@@ -107,6 +114,9 @@ class Adam(Rule):
         step = step.to(moments["exp_avg"].dtype)
         mean = moments["exp_avg"] / bias_correction(beta1, step)
         return mean / root(moments["exp_avg_sq"] / bias_correction(beta2, step), group)
+
+    def gain(self, step: Tensor, group: Group) -> Tensor:
+        return 1 / bias_correction(group["betas"][0], step)
 
 
 def root(square: Tensor, group: Group) -> Tensor:
@@ -235,8 +245,9 @@ def forget(batch: Batch, finite: Tensor | None) -> None:
 
 def _retraced(batch: Batch, old: Moments, state: dict[str, Tensor], step: Tensor) -> Tensor:
     """u_{t-1} from the moments of step t-1; zero before the first step, where they give 0/0."""
-    prev_lr = _read(state["prev_lr"], batch.group)
-    direction = batch.rule.direction(old, step.clamp(min=1), batch.group)
+    step = step.clamp(min=1)
+    prev_lr = _read(state["prev_lr"], batch.group) / batch.rule.gain(step, batch.group)
+    direction = batch.rule.direction(old, step, batch.group)
     return torch.where(prev_lr == 0, torch.zeros_like(direction), -prev_lr * direction)
 
 

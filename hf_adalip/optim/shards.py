@@ -5,23 +5,28 @@ S needs the norm of a layer's whole gradient. Everything else works on the local
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-if dist.is_available():
-    from torch.distributed.tensor import DTensor
-else:  # a torch built without distributed has no DTensor either
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
-    class DTensor:  # type: ignore[no-redef]
-        pass
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(x: Any) -> TypeGuard[DTensor]:
+    """Whether x is a DTensor, without importing (for two seconds) what nobody has imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def local(x: Any) -> Any:
     """This rank's part of a tensor, as a view; anything but a DTensor is itself."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_dtensor(x) else x
 
 
 def local_grad(param: Tensor) -> Tensor:
@@ -31,7 +36,7 @@ def local_grad(param: Tensor) -> Tensor:
     """
     grad = param.grad
     assert grad is not None
-    if isinstance(param, DTensor) and isinstance(grad, DTensor):
+    if is_dtensor(param) and is_dtensor(grad):
         if grad.placements != param.placements:
             grad = grad.redistribute(param.device_mesh, param.placements)
         return grad.to_local()
@@ -40,7 +45,7 @@ def local_grad(param: Tensor) -> Tensor:
 
 def is_sharded(param: Tensor) -> bool:
     """Whether other ranks have parts of the parameter that this one has not."""
-    return isinstance(param, DTensor) and any(not p.is_replicate() for p in param.placements)
+    return is_dtensor(param) and any(not p.is_replicate() for p in param.placements)
 
 
 def sum_over_shards(squares: Tensor, params: Sequence[Tensor]) -> Tensor:
@@ -58,7 +63,7 @@ def sum_over_shards(squares: Tensor, params: Sequence[Tensor]) -> Tensor:
     """
     over: dict[dist.ProcessGroup, list[int]] = {}
     for i, param in enumerate(params):
-        if isinstance(param, DTensor):
+        if is_dtensor(param):
             for dim, placement in enumerate(param.placements):
                 if not placement.is_replicate():
                     over.setdefault(param.device_mesh.get_group(dim), []).append(i)

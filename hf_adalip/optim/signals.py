@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ Lazy = Callable[[], X]
 
 class Signal(ABC):
     """One choice of x_t."""
+
+    measures_updates: ClassVar[bool] = False
 
     @abstractmethod
     def history(self, rule: Rule, group: Group) -> tuple[str, ...]:
@@ -72,6 +74,8 @@ class Updates(Signal):
     Algorithm 5), or the one that was proposed ("proposed", Eqs. C4-C5). Where the rule can
     retrace d_{t-1} from its own moments, the scalar `prev_lr` is kept instead of the update.
     """
+
+    measures_updates = True
 
     def history(self, rule: Rule, group: Group) -> tuple[str, ...]:
         return () if rule.retraceable(group) else ("prev_update",)

@@ -6,30 +6,29 @@ What all of them take by keyword (`scale_bounds`, `nonfinite`, `decoupled_weight
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import TypedDict, Unpack
 
 from .layerwise import Layers
 from .optimizer import LipOptimizer
 from .rules import SGD, Adam, RMSprop
 from .signals import Gradients, Signal, Updates
 
-if TYPE_CHECKING:
-    from typing import TypedDict
 
-    from typing_extensions import Unpack
+class Options(TypedDict, total=False):
+    """What all six take by keyword; see LipOptimizer."""
 
-    class Options(TypedDict, total=False):
-        scale_bounds: tuple[float, float] | None
-        nonfinite: Literal["skip", "raise", "propagate"]
-        decoupled_weight_decay: bool
-        foreach: bool | None
-        maximize: bool
-        capturable: bool
-        differentiable: bool
-        previous: Literal["applied", "proposed"]  # the -U forms only
+    scale_bounds: tuple[float, float] | None
+    nonfinite: Literal["skip", "raise", "propagate"]
+    decoupled_weight_decay: bool
+    foreach: bool | None
+    maximize: bool
+    capturable: bool
+    differentiable: bool
+    previous: Literal["applied", "proposed"]  # the -U forms only
 
 
 C = float | Literal["theoretical"]
@@ -206,8 +205,8 @@ class AdamLipU(AdamLip):
 
     Arguments and errors are AdamLip's, and `previous` as in AdaLipU.
 
-    State: `exp_avg` and `exp_avg_sq`, as Adam's: u_{t-1} is computed again from them, with the
-    betas and eps of step t.
+    State: `exp_avg` and `exp_avg_sq`, as Adam's: u_{t-1} is computed again from them. β_1 and lr
+    may follow a schedule; if β_2 or eps changes, u_{t-1} is computed with the new value.
     """
 
     signal = Updates()

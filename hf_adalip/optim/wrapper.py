@@ -42,8 +42,9 @@ class Lipschitz(LayerwiseOptimizer):
 
     S_t follows the gradients (`signal="gradient"`, Eqs. 6-9) or the updates ("update",
     Appendix C). It scales the whole step that the base optimizer takes, its own weight decay
-    included. `Lipschitz(torch.optim.Adam(...))` agrees with AdamLip to rounding, at the price
-    of a copy of the parameters during the step.
+    included. `Lipschitz(torch.optim.Adam(...))` agrees with AdamLip to rounding for float32
+    parameters, at the price of a copy of them during the step. In bf16 the base rounds its step
+    into the parameter before S can scale it: there AdamLip and its kin are the better choice.
 
     It is a torch.optim.Optimizer itself and has the base's param_groups; schedulers, GradScaler,
     accelerate and Trainer take it. `state` has its own part of the state, `state_dict()` both.
@@ -174,10 +175,16 @@ class Lipschitz(LayerwiseOptimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         structure = [structure_of(group) for group in self.param_groups]
-        own, based = {}, {}
+        own: dict[Any, State] = {}
+        based: dict[Any, Any] = {}
+        params = set(_ids(state_dict))
         for key, saved in state_dict["state"].items():
-            own[key], based[key] = self._split(saved)
-        based = {key: state for key, state in based.items() if state}
+            if key in params:
+                own[key], based[key] = self._split(saved)
+                if own[key] and not based[key]:
+                    del based[key]
+            else:  # of the base as a whole
+                based[key] = saved
         self.optimizer.load_state_dict({**state_dict, "state": based})
         for group, own_structure in zip(self.param_groups, structure, strict=True):
             group.update(own_structure)
@@ -214,6 +221,15 @@ class Lipschitz(LayerwiseOptimizer):
 
     def _options(self, group: dict[str, Any]) -> Options:
         return self._law, self._previous
+
+    def _check(self, param: Tensor) -> None:
+        super()._check(param)
+        if self._signal.measures_updates and param.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f'signal="update" needs float32 parameters, got {param.dtype}: the base rounds its '
+                "update into the parameter, and S would be estimated from what is left of it; use "
+                "AdaLipU, RMSLipU or AdamLipU"
+            )
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (self._history,), ()

@@ -254,6 +254,26 @@ def test_trainer_kwargs_refuses_what_would_fail_later(arguments_, error, message
         trainer_kwargs(**arguments_)
 
 
+def test_layers_may_be_a_function_of_the_models_own_names(tmp_path):
+    def block(name):
+        return name.split(".")[0] if "encoder" not in name else ".".join(name.split(".")[:4])
+
+    trainer = Trainer(
+        model=bert(),
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=texts(),
+        **trainer_kwargs("adamlip", lr=1e-3, layers=block),
+    )
+    trainer.train()
+    layers = layerwise(trainer.optimizer).layer_learning_rates()
+    assert set(layers) == {
+        "bert.encoder.layer.0",
+        "bert.encoder.layer.1",
+        "bert",
+        "classifier",
+    }
+
+
 SCRIPT = """
 import torch
 from dataclasses import dataclass

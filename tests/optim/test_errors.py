@@ -30,6 +30,9 @@ from tests.optim.cases import (
 Bad = list[tuple[dict[str, Any], str]]
 
 COMMON: Bad = [
+    ({"maximize": "no"}, "maximize.*'no'"),
+    ({"decoupled_weight_decay": 1}, "decoupled_weight_decay.*1"),
+    ({"foreach": "yes"}, "foreach.*'yes'"),
     ({"lr": -0.1}, "lr.*-0.1"),
     ({"lr": math.nan}, "lr.*nan"),
     ({"lr": math.inf}, "lr.*inf"),

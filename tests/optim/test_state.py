@@ -159,8 +159,14 @@ DTYPES = ["float32", "bfloat16"]
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    # torch.optim.NAdam's own load_state_dict makes a bf16 of its mu_product.
-    [(k, d) for k in BUILDERS for d in DTYPES if d == "float32" or "nadam" not in k],
+    # torch.optim.NAdam's own load_state_dict makes a bf16 of its mu_product, and Lipschitz does
+    # not measure updates that are rounded into bf16 parameters.
+    [
+        (k, d)
+        for k in BUILDERS
+        for d in DTYPES
+        if d == "float32" or not ("nadam" in k or (k.startswith("Lipschitz") and k.endswith("u")))
+    ],
 )
 @pytest.mark.parametrize("trip", TRIPS)
 def test_round_trip(kind: str, trip: str, dtype: str) -> None:

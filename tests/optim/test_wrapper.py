@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from hf_adalip import AdaLip, Lipschitz
+from hf_adalip import AdaLip, AdamLipU, Lipschitz
 from tests.optim.cases import (
     CLASSES,
     UPDATE,
@@ -299,6 +299,46 @@ def test_one_cycle_lr_cycles_the_betas_of_the_base() -> None:
         schedule.step()
         seen.add(optimizer.optimizer.param_groups[0]["betas"][0])
     assert len(seen) == 4
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("foreach", [False, True])
+def test_retraced_updates_follow_a_schedule_of_the_betas(foreach: bool) -> None:
+    """AdamLipU computes u_{t-1} again; the wrapper has it measured."""
+    params, others = named_params(), named_params()
+    ours = AdamLipU(params.items(), foreach=foreach)
+    wrapped = Lipschitz(torch.optim.Adam(others.items()), signal="update")
+    schedules = [OneCycleLR(o, max_lr=0.1, total_steps=12) for o in (ours, wrapped)]
+    for t in range(10):
+        train(ours, params, [t])
+        train(wrapped, others, [t])
+        for schedule in schedules:
+            schedule.step()
+    expected = wrapped.layer_learning_rates()
+    for name, rate in ours.layer_learning_rates().items():
+        assert rate.scale == pytest.approx(expected[name].scale, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_of_low_precision_parameters_are_refused(dtype: torch.dtype) -> None:
+    """The base rounds its update into p before it can be measured: S would silently be wrong."""
+    params = named_params(dtype=dtype)
+    optimizer = Lipschitz(torch.optim.SGD(params.items(), lr=0.1), signal="update")
+    with pytest.raises(ValueError, match="needs float32 parameters"):
+        train(optimizer, params, [0])
+    assert not optimizer.state
+
+
+def test_state_of_the_base_as_a_whole_comes_back() -> None:
+    params = named_params()
+    base = torch.optim.SGD(params.items(), lr=0.1)
+    base.state["calls"] = 3
+    optimizer = Lipschitz(base)
+    train(optimizer, params, [0])
+    state = optimizer.state_dict()
+    base.state["calls"] = 0
+    optimizer.load_state_dict(state)
+    assert base.state["calls"] == 3
 
 
 def test_lr_tensor() -> None:
