@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 ALL = ("adalip", "rmslip", "adamlip", "adalipu", "rmslipu", "adamlipu", "lip-nadam")
@@ -26,12 +27,11 @@ ENGINES = [
 ]
 
 
-def launch(path, engine, ranks, names):
+def torchrun(ranks, module, *arguments):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(ranks), "-m", "tests.distributed.engines"),
-            *(str(path), engine, *names),
+            *("--nproc-per-node", str(ranks), "-m", f"tests.distributed.{module}", *arguments),
         ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -41,6 +41,10 @@ def launch(path, engine, ranks, names):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def launch(path, engine, ranks, names):
+    torchrun(ranks, "engines", str(path), engine, *names)
     return json.loads(path.read_text())
 
 
@@ -60,3 +64,18 @@ def test_gradients_reduced_in_bf16_cost_bf16s_precision(tmp_path):
     for case, result in found.items():
         assert result["S"] < 2e-2, case  # bf16 keeps 8 bits of each gradient
         assert result["same_on_all_ranks"], case
+
+
+@pytest.mark.parametrize(("name", "worlds"), [("adamlip", (1, 2, 4)), ("lip-nadam", (1,))])
+def test_a_checkpoint_goes_on_over_any_number_of_ranks(tmp_path, name, worlds):
+    """torch.distributed.checkpoint, saved on two ranks; getting the state first moves nothing."""
+    folder = tmp_path / "checkpoint"
+    torchrun(2, "resharding", "save", str(folder), name)
+    parameters, scales = torch.load(f"{folder}.save.2.pt")
+    for ranks in worlds:
+        torchrun(ranks, "resharding", "load", str(folder), name)
+        found, found_scales = torch.load(f"{folder}.load.{ranks}.pt")
+        exact = ranks == 2
+        assert found_scales == (scales if exact else pytest.approx(scales, rel=1e-6))
+        for p, q in zip(found, parameters, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=0 if exact else 1e-6)
