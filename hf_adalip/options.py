@@ -263,7 +263,10 @@ def optimizer_arguments(args: TrainingArguments, recipe: Recipe) -> dict[str, An
             bounds = parse_arguments(f"scale_bounds={args.scale_bounds or 'none'}")
             arguments |= {"layers": args.layers or "tensor", **bounds}
         elif unused := [f"--{key}" for key, value in own.items() if value is not None]:
-            raise UsageError(f"{args.optim} has no learning rate per layer: {unused[0]} is not for")
+            raise UsageError(
+                f"{' and '.join(unused)} cannot be used: "
+                f"{args.optim} has no learning rate per layer"
+            )
         create_optimizer(nn.Linear(2, 2, bias=False), args.optim, **arguments)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{error}") from error

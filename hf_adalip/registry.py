@@ -19,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 from .layers import parameter_groups
 from .optim import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU
 from .optim.layerwise import LayerwiseOptimizer
+from .optim.optimizer import LipOptimizer
 
 LIP_PREFIX = "lip-"
 
@@ -79,6 +80,22 @@ class OptimizerInfo:
         """Whether it has an S per layer, and so a `layers` argument."""
         return self.signal is not None
 
+    def _check_names(self, arguments: Mapping[str, Any]) -> None:
+        known: dict[str, inspect.Parameter] = {}
+        for cls in {self.arguments_of, self.optimizer_class} | (
+            {LipOptimizer} if issubclass(self.optimizer_class, LipOptimizer) else set()
+        ):
+            known |= inspect.signature(cls).parameters
+        if issubclass(self.optimizer_class, LipOptimizer):
+            known.pop("options", None)
+        if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            return
+        for name in arguments:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+                raise TypeError(f"{self.name} has no argument {name!r}; {hint}")
+
     def create(self, params: ParamsT, **arguments: Any) -> Optimizer:
         """An optimizer over `params`; `arguments` win over `defaults`.
 
@@ -89,6 +106,7 @@ class OptimizerInfo:
         """
         arguments = {**self.defaults, **arguments}
         make = cast("Any", self.optimizer_class)
+        self._check_names(arguments)
         if not issubclass(self.optimizer_class, Lipschitz):
             return cast("Optimizer", make(params, **arguments))
         own = set(inspect.signature(Lipschitz).parameters) - {"optimizer"}

@@ -416,10 +416,17 @@ class Training:
                 "datasets": datasets.__version__,
                 "hf_adalip": __version__,
             },
+            "nonfinite_steps": self._nonfinite_steps(),
             "seconds": self.progress.seconds,
             "command": self.command,
             "epochs": epochs,
         }
+
+    def _nonfinite_steps(self) -> int:
+        """How many steps some layer was left out of, its gradient being inf or NaN."""
+        optimizer = layerwise(self.optimizer)
+        rates = optimizer.layer_learning_rates() if optimizer else {}
+        return max((rate.nonfinite_steps for rate in rates.values()), default=0)
 
     def _write_results(self, finished: bool) -> dict[str, Any]:
         results = self.results(finished) if self.accelerator.is_main_process else {}
@@ -446,7 +453,7 @@ class Training:
         for name in _METRICS:
             better = max if name.endswith("accuracy") else min
             entry = better(epochs, key=operator.itemgetter(name))
-            numbers = f"{epochs[-1][name]:10.4f}{entry[name]:10.4f}"
+            numbers = "".join(_shown(e[name]) for e in (epochs[-1], entry))
             lines.append(f"{name:16}{numbers}  {entry['epoch']:g}")
         if self.rates.steps:
             lines += ["", f"{'layer':16}{'median S':>10}{'last S':>10}{'last A':>12}"]
@@ -454,10 +461,20 @@ class Training:
             known = [scale for scale in scales if scale is not None]
             last = f"{known[-1]:10.3f}{self.rates.lr[layer][-1] or math.nan:12.2e}"
             lines.append(f"{layer:16}{statistics.median(known):10.3f}{last}")
+        if skipped := self._nonfinite_steps():
+            lines += [
+                "",
+                f"warning: in {skipped} of {self.progress.step} steps the gradient of a layer was "
+                "inf or NaN, and the layer was not trained; is the learning rate too large?",
+            ]
         return "\n".join(lines)
 
 
 _METRICS = ("train_accuracy", "train_loss", "eval_accuracy", "eval_loss")
+
+
+def _shown(number: float) -> str:
+    return f"{number:10.4f}" if abs(number) < 1e4 else f"{number:10.2e}"
 
 
 def _loader(

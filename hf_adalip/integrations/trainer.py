@@ -49,6 +49,7 @@ def trainer_kwargs(name: str, **hyperparameters: Any) -> dict[str, Any]:
         ValueError, TypeError: for an unknown name, a bad value or an argument that the optimizer
             does not take, now rather than when training starts.
     """
+    get_optimizer_info(name)
     if "lr" not in hyperparameters:
         raise ValueError(
             "trainer_kwargs needs lr: Trainer does not pass TrainingArguments.learning_rate on; "
