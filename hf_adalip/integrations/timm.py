@@ -12,7 +12,8 @@ def register() -> None:
 
     timm's own conventions hold: where an optimizer has a momentum, timm passes 0.9 unless told
     otherwise (pass momentum=0 for the paper's AdaLip); arguments of `--opt-kwargs` go through.
-    timm gives no parameter names, so layers are tensors, except with layer decay.
+    timm gives no parameter names, so layers are tensors; for layers="module" pass
+    `param_group_fn=lambda model: parameter_groups(model, weight_decay)`, of `hf_adalip.layers`.
 
     Raises:
         ImportError: if timm is not there, or is a version without an optimizer registry.

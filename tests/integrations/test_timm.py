@@ -84,6 +84,20 @@ def test_layer_decays_lr_scale_reaches_the_layers(model):
             assert optimizer.state[param]["layer_lr"].item() == pytest.approx(group["lr"])
 
 
+def test_our_groups_make_layers_of_modules(model):
+    from hf_adalip.layers import parameter_groups
+
+    optimizer = create_optimizer_v2(
+        model,
+        "adamlip",
+        lr=1e-3,
+        param_group_fn=lambda net: parameter_groups(net, 0.05),
+        layers="module",
+    )
+    train(model, optimizer, steps=1)
+    assert "blocks.0.attn.qkv" in optimizer.layer_learning_rates()
+
+
 def test_lookahead(model):
     from hf_adalip.monitor import layerwise
 
