@@ -81,13 +81,13 @@ class OptimizerInfo:
         return self.signal is not None
 
     def _check_names(self, arguments: Mapping[str, Any]) -> None:
-        known: dict[str, inspect.Parameter] = {}
-        for cls in {self.arguments_of, self.optimizer_class} | (
-            {LipOptimizer} if issubclass(self.optimizer_class, LipOptimizer) else set()
-        ):
-            known |= inspect.signature(cls).parameters
-        if issubclass(self.optimizer_class, LipOptimizer):
+        known = {
+            **inspect.signature(self.optimizer_class).parameters,
+            **inspect.signature(self.arguments_of).parameters,
+        }
+        if issubclass(self.optimizer_class, LipOptimizer):  # whose **options are that class's
             known.pop("options", None)
+            known |= inspect.signature(LipOptimizer).parameters
         if any(p.kind is p.VAR_KEYWORD for p in known.values()):
             return
         for name in arguments:

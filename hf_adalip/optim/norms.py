@@ -78,30 +78,33 @@ def layer_norms(tensor_norms: Tensor, layer_of: tuple[int, ...], layers: int) ->
 
 def _padded_index(layer_of: tuple[int, ...], layers: int, device: torch.device) -> Tensor:
     """[layers, most tensors in a layer] indices of tensors, padded with the number of tensors."""
-    members: list[list[int]] = [[] for _ in range(layers)]
-    for tensor, layer in enumerate(layer_of):
-        members[layer].append(tensor)
-    width = max(len(m) for m in members)
-    rows = tuple((*m, *[len(layer_of)] * (width - len(m))) for m in members)
-    return _kept(rows, device)
+
+    def rows() -> list[list[int]]:
+        members: list[list[int]] = [[] for _ in range(layers)]
+        for tensor, layer in enumerate(layer_of):
+            members[layer].append(tensor)
+        width = max(len(m) for m in members)
+        return [m + [len(layer_of)] * (width - len(m)) for m in members]
+
+    return _kept((layer_of, layers), device, rows)
 
 
 def index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
     """An index vector on the device, copied there once rather than at every step."""
-    return _kept(indices, device)
+    return _kept(indices, device, lambda: indices)
 
 
 _TENSORS: dict[tuple[object, torch.device], Tensor] = {}
 
 
-def _kept(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    """torch.tensor(values), made once; the oldest of 256 goes when another one comes."""
-    key = (values, device)
-    if key in _TENSORS:
-        return _TENSORS[key]
-    made = torch.tensor(values, device=device)
+def _kept(key: object, device: torch.device, values: Callable[[], Any]) -> Tensor:
+    """torch.tensor(values()), made once; the oldest of 256 goes when another one comes."""
+    place = (key, device)
+    if place in _TENSORS:
+        return _TENSORS[place]
+    made = torch.tensor(values(), device=device)
     if type(made) is Tensor:  # not what a tracing mode makes, which would outlive it
         if len(_TENSORS) >= 256:
             _TENSORS.pop(next(iter(_TENSORS)))
-        _TENSORS[key] = made
+        _TENSORS[place] = made
     return made

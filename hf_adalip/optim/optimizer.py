@@ -219,12 +219,11 @@ class LipOptimizer(LayerwiseOptimizer):
             factor, finite = factor[index], finite[index]
 
         # Step.
-        start = 0
-        for form, batch in zip(forms, batches, strict=True):
-            here = slice(start, start := start + len(batch.params))
-            device = batch.steps.device
-            go = finite[here].to(device) if batch.group["nonfinite"] == "skip" else None
-            rates = batch.lr * factor[here].to(device, wide_dtype(batch.params[0].dtype))
+        sizes = [len(b.params) for b in batches + silent]
+        shares = list(zip(torch.split(factor, sizes), torch.split(finite, sizes), strict=True))
+        for form, batch, (scale, ok) in zip(forms, batches, shares[: len(batches)], strict=True):
+            go = _where(batch, ok)
+            rates = batch.lr * scale.to(batch.steps.device, wide_dtype(batch.params[0].dtype))
             remembered = remembered_rates(rates, batch.lr, batch.group.get("previous", "applied"))
             form.advance(batch, rates, remembered, go)
             _keep_scalar(batch, "step", batch.steps, go)
@@ -232,10 +231,8 @@ class LipOptimizer(LayerwiseOptimizer):
             if "prev_lr" in batch.states[0]:
                 gain = self.rule.gain(batch.steps, batch.group)
                 _keep_scalar(batch, "prev_lr", remembered * gain, go)
-        for batch in silent:
-            here = slice(start, start := start + len(batch.params))
-            device = batch.steps.device
-            go = finite[here].to(device) if batch.group["nonfinite"] == "skip" else None
+        for batch, (_, ok) in zip(silent, shares[len(batches) :], strict=True):
+            go = _where(batch, ok)
             rules.forget(batch, go)
             if "prev_lr" in batch.states[0]:
                 _keep_scalar(batch, "prev_lr", torch.zeros_like(batch.steps), go)
@@ -317,6 +314,11 @@ def _buckets(run: list[tuple[int, Member]]) -> list[list[tuple[int, Member]]]:
             size = entry[1].param.numel()
         parts[-1].append(entry)
     return parts
+
+
+def _where(batch: Batch, finite: Tensor) -> Tensor | None:
+    """Which tensors of a batch may change; None for all of them."""
+    return finite.to(batch.steps.device) if batch.group["nonfinite"] == "skip" else None
 
 
 def _keep_scalar(batch: Batch, name: str, values: Tensor, go: Tensor | None) -> None:

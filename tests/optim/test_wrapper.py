@@ -246,10 +246,10 @@ class HeavyBall(torch.optim.Optimizer):
                 p -= group["lr"] * state["prev_grad"]
 
 
-def test_a_base_whose_state_has_our_names() -> None:
-    """Both are saved, and neither is taken for the other."""
-    params, others = named_params(), named_params()
-    optimizer, restored = Lipschitz(HeavyBall(params.items())), Lipschitz(HeavyBall(others.items()))
+def assert_goes_on_alike(
+    optimizer: Lipschitz, params: dict[str, Tensor], restored: Lipschitz, others: dict[str, Tensor]
+) -> None:
+    """Trains, restores the state into the other one, and trains both."""
     train(optimizer, params, range(3))
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for n in params:
@@ -257,6 +257,13 @@ def test_a_base_whose_state_has_our_names() -> None:
     train(optimizer, params, range(3, 5))
     train(restored, others, range(3, 5))
     assert_same(snapshot(restored, others), snapshot(optimizer, params))
+
+
+def test_a_base_whose_state_has_our_names() -> None:
+    """Both are saved, and neither is taken for the other."""
+    params, others = named_params(), named_params()
+    optimizer, restored = Lipschitz(HeavyBall(params.items())), Lipschitz(HeavyBall(others.items()))
+    assert_goes_on_alike(optimizer, params, restored, others)
 
 
 def test_state_of_several_groups_finds_its_parameters() -> None:
@@ -267,13 +274,7 @@ def test_state_of_several_groups_finds_its_parameters() -> None:
         return Lipschitz(torch.optim.Adam(groups), layers="module")
 
     optimizer, restored = build(params), build(others)
-    train(optimizer, params, range(3))
-    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for n in params:
-        others[n].data.copy_(params[n])
-    train(optimizer, params, range(3, 5))
-    train(restored, others, range(3, 5))
-    assert_same(snapshot(restored, others), snapshot(optimizer, params))
+    assert_goes_on_alike(optimizer, params, restored, others)
 
 
 def test_schedulers_act_on_the_base() -> None:
