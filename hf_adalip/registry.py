@@ -18,13 +18,22 @@ from torch.optim.optimizer import ParamsT
 
 from .layers import parameter_groups
 from .optim import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU
-from .optim.layerwise import LayerwiseOptimizer
+from .optim.layerwise import STRUCTURE, LayerwiseOptimizer
 from .optim.optimizer import LipOptimizer
 
 LIP_PREFIX = "lip-"
 
 _NOT_DESCRIBED = {  # structure, or how rather than what is computed
-    *("params", "param_names", "layer_names", "layer_sizes", "lr", "initial_lr", "lipschitz_step"),
+    *(
+        "params",
+        "param_names",
+        "layer_names",
+        "layer_sizes",
+        "layer_group",
+        "lr",
+        "initial_lr",
+        "lipschitz_step",
+    ),
     *("foreach", "fused", "capturable", "differentiable"),
 }
 

@@ -4,21 +4,24 @@ its serialisation, and the step of S."""
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
+from torch.utils.weak import WeakIdKeyDictionary
 
+from .flat import Original, Part, flat_tensors, is_held, parts_of, unknown
 from .lipschitz import NO_PREDECESSOR, Estimator, LayerState
-from .norms import index_tensor
-from .shards import is_sharded, sum_over_shards
+from .norms import index_tensor, layer_norms
+from .shards import Over, is_fsdp1, sharded_over, sum_over_shards
 from .signals import Signal
 
 State = dict[str, Any]
@@ -33,7 +36,7 @@ SCALARS = (*LAYER_SCALARS, "step", "layer_lr", "prev_lr")
 """All state that is one number, on the parameter's device, and never of its dtype."""
 
 
-STRUCTURE = ("param_names", "layer_names", "layer_sizes")
+STRUCTURE = ("param_names", "layer_names", "layer_sizes", "layer_group")
 """Keys of a group that say what its parameters are. They are the model's, and are not loaded."""
 
 ROOT = "(root)"
@@ -51,11 +54,30 @@ class LayerRate(NamedTuple):
 
 @dataclass
 class Member:
-    """A parameter of a layer, at one step."""
+    """A parameter of a layer at one step, or what of it lies in a flat tensor."""
 
-    param: Tensor
+    layer: str
+    tensor: Tensor  # of the parameter group, which has the state
     group: dict[str, Any]
-    state: State  # not yet in the optimizer's state when it is new
+    stored: State  # of `tensor`; not yet in the optimizer's state when it is new
+    param: Tensor  # `tensor`, or a view of the part of it that is this parameter's
+    grad: Tensor | None
+    part: tuple[int, Part] | None = None  # which one of a flat tensor's it is
+    over: Over = ()
+    place: int | None = None  # among all that are sharded, on every rank the same
+    seen: bool = True  # False where only other ranks know whether there is a gradient
+
+    @cached_property
+    def state(self) -> State:
+        """This parameter's own, as views where `tensor` has many."""
+        if self.part is None:
+            return self.stored
+        index, part = self.part
+        return {
+            name: value[index] if name in SCALARS else value[part.start : part.start + part.size]
+            for name, value in self.stored.items()
+            if isinstance(value, Tensor)
+        }
 
 
 @dataclass
@@ -72,6 +94,15 @@ class Layer:
         return self.members + self.absent
 
 
+@dataclass
+class Census:
+    """Who takes part in a step, here and on other ranks."""
+
+    layers: list[Layer]
+    over: list[Over]  # of everything that is sharded, also what has no gradient here
+    hidden: bool  # whether it takes a collective to know which layers have a gradient
+
+
 def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
     """Gives the last of the groups its "layer_names" and "layer_sizes": of each parameter, its
     layer, and its number of elements, by which a parameter that was replaced is known.
@@ -81,6 +112,13 @@ def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
             parameters of one name. Nothing has been changed then.
     """
     group = groups[-1]
+    for param in group["params"]:
+        if getattr(param, "_is_flat_param", False):
+            raise ValueError(
+                "a parameter is FSDP1's FlatParameter, in which the layers of a module are lost: "
+                "set use_orig_params=True (fsdp_use_orig_params: true in accelerate's "
+                "configuration), or use FSDP2"
+            )
     group["layer_sizes"] = [_size(param) for param in group["params"]]
     names: list[str] | None = group.get("param_names")
     known = itertools.chain.from_iterable(g.get("param_names", ()) for g in groups)
@@ -111,13 +149,6 @@ def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
     group["layer_names"] = keys
 
 
-_REPLACED = (
-    "the parameters of a group were replaced ({}), as DeepSpeed and FSDP1 do by flat shards, in "
-    "which layers cannot be told apart: use FSDP2 (fsdp_version: 2 in accelerate's configuration) "
-    "or DDP"
-)
-
-
 class LayerwiseOptimizer(Optimizer):
     """An optimizer whose parameters belong to layers that have an S each.
 
@@ -132,6 +163,12 @@ class LayerwiseOptimizer(Optimizer):
         """What shares one S: "tensor", "module", or the name of a function."""
         return self._layers if isinstance(self._layers, str) else _name_of(self._layers)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_given" not in self.__dict__:  # a copy, with parameters of its own
+            for group in self.param_groups:
+                self._remember_originals(group)
+
     def _options(self, group: dict[str, Any]) -> Options:
         raise NotImplementedError
 
@@ -141,17 +178,38 @@ class LayerwiseOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        self._remember_originals(self.param_groups[-1])
+
+    def _remember_originals(self, group: dict[str, Any]) -> None:
+        """Keeps hold of a group's parameters, for an engine that will replace them."""
+        originals = self.__dict__.setdefault("_given", [])
+        group["layer_group"] = len(originals)
+        originals.append(
+            [
+                (n, weakref.ref(p))
+                for n, p in zip(group["layer_names"], group["params"], strict=True)
+            ]
+        )
+
+    def _originals(self, group: dict[str, Any]) -> list[Original]:
+        """The group's parameters that are still there, as they were given."""
+        given = self.__dict__.get("_given", [])
+        index = group.get("layer_group", len(given))
+        refs = given[index] if index < len(given) else []
+        return [Original(name, param) for name, ref in refs if (param := ref()) is not None]
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What a parameter of the group keeps: tensors of its shape, and numbers."""
         raise NotImplementedError
 
     def _complete(self, state: State, param: Tensor, group: dict[str, Any]) -> None:
-        """Adds to a parameter's state what it lacks, as it is before a first step.
+        """Adds to a tensor's state what it lacks, as it is before a first step.
 
         It lacks everything at first, and later what an older checkpoint did not have or an
-        option that was changed calls for.
+        option that was changed calls for. Of a flat tensor, a number of the state is a vector
+        with an element for each of its parts.
         """
+        size = (len(self._parts(param, group)),) if self._is_flat(group) else ()
         shaped, numbers = self._state_keys(group)
         estimator, _ = self._options(group)
         for name in shaped:
@@ -164,39 +222,85 @@ class LayerwiseOptimizer(Optimizer):
         initial |= dict.fromkeys((*numbers, "nonfinite_steps", "layer_lr"), 0.0)
         for name, value in initial.items():
             if not isinstance(state.get(name), Tensor):  # old checkpoints have step as a number
-                state[name] = scalar(float(state.get(name, value)), param)
+                state[name] = scalar(float(state.get(name, value)), param).expand(size).clone()
+            elif state[name].shape != size:
+                raise ValueError(
+                    f"state {name!r} is of shape {tuple(state[name].shape)}, and {size} is needed: "
+                    "it was saved by an engine that shards otherwise; load it under the same one"
+                )
 
-    def _collect(self) -> list[Layer]:
+    def _is_flat(self, group: dict[str, Any]) -> bool:
+        """Whether an engine has put flat tensors in the place of the group's parameters."""
+        params, sizes = group["params"], group.get("layer_sizes", ())
+        if len(params) != len(sizes):
+            return True
+        return any(
+            size not in (None, p.numel()) and p.requires_grad and not is_fsdp1(p)
+            for p, size in zip(params, sizes, strict=True)
+        )
+
+    def _parts(self, flat: Tensor, group: dict[str, Any]) -> list[Part]:
+        known = self.__dict__.setdefault("_flat", WeakIdKeyDictionary())
+        if flat not in known:
+            known[flat] = parts_of(flat, self._originals(group))
+        found: list[Part] = known[flat]
+        return found
+
+    def _members(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> Iterator[Member]:
+        """What the tensors of a group consist of: parameters, or parts of flat tensors."""
+        flat = self._is_flat(group)
+        if flat and not tensors and not any(is_held(x.param) for x in self._originals(group)):
+            raise unknown(f"{len(group['layer_names'])}, now none")
+        for i, tensor in enumerate(tensors):
+            state = self.state.get(tensor, {})
+            stored = state if "lipschitz_scale" in state else {}
+            if not flat:
+                name = group["layer_names"][i]
+                over = sharded_over(tensor)
+                yield Member(name, tensor, group, stored, tensor, tensor.grad, over=over)
+                continue
+            for index, part in enumerate(self._parts(tensor, group)):
+                here = slice(part.start, part.start + part.size)
+                grad = None if tensor.grad is None else tensor.grad[here]
+                param = tensor.detach()[here]
+                which = (index, part)
+                yield Member(part.layer, tensor, group, stored, param, grad, which, part.over)
+
+    def _collect(self) -> Census:
         """The layers that have a gradient now, those with the same estimator side by side.
 
         A parameter without state gets one here; `_keep` puts it in its place once the step can
         no longer fail. It takes the S of the parameters that were in its layer before it.
         """
         layers: dict[str, Layer] = {}
-        absent: list[tuple[str, Member]] = []
+        census = Census([], [], hidden=False)
+        absent = []
         for group in self.param_groups:
-            sizes = group.get("layer_sizes", ())
-            if len(sizes) != len(group["params"]):
-                raise RuntimeError(_REPLACED.format(f"{len(sizes)}, now {len(group['params'])}"))
-            named = zip(group["layer_names"], group["params"], sizes, strict=True)
-            for name, param, size in named:
-                if param.grad is not None and size not in (None, param.numel()):
-                    raise RuntimeError(_REPLACED.format(f"{name} of {size}, now {param.numel()}"))
-                state = self.state.get(param, {})
-                member = Member(param, group, state if "lipschitz_scale" in state else {})
-                if param.grad is not None:
-                    self._check(param)
-                    layers.setdefault(name, Layer(name)).members.append(member)
-                elif member.state:
-                    absent.append((name, member))
-        for name, member in absent:
-            if name in layers:
-                layers[name].absent.append(member)
+            for member in self._members(group, group["params"]):
+                if member.over:
+                    member.place = len(census.over)
+                    census.over.append(member.over)
+                if member.over and is_fsdp1(member.tensor) and member.tensor.requires_grad:
+                    # It gives no gradient to a rank that has nothing of a parameter.
+                    census.hidden = True
+                    member.seen = member.grad is not None
+                    if not member.seen and not member.tensor.numel():
+                        member.grad = member.tensor.detach()
+                if member.grad is not None:
+                    self._check(member)
+                    layers.setdefault(member.layer, Layer(member.layer)).members.append(member)
+                elif member.stored or not member.seen:
+                    absent.append(member)
+        for member in absent:
+            if member.layer in layers or not member.seen:
+                layers.setdefault(member.layer, Layer(member.layer)).absent.append(member)
+        self._check_whole(layers)
         options = {id(group): self._options(group) for group in self.param_groups}
         for layer in layers.values():
             self._join(layer, options)
         order = list(dict.fromkeys(options.values()))
-        return sorted(layers.values(), key=lambda layer: order.index(layer.options))
+        census.layers = sorted(layers.values(), key=lambda layer: order.index(layer.options))
+        return census
 
     def _join(self, layer: Layer, options: dict[int, Options]) -> None:
         layer.options, *others = dict.fromkeys(options[id(m.group)] for m in layer.all)
@@ -206,10 +310,10 @@ class LayerwiseOptimizer(Optimizer):
                 "scale_bounds, nonfinite or previous; a layer has one S, so give those groups "
                 "the same values"
             )
-        known = next((m for m in layer.all if m.state), None)
-        for member in layer.members:
-            new = not member.state
-            self._complete(member.state, member.param, member.group)
+        known = next((m for m in layer.all if m.stored), None)
+        for member in layer.all:
+            new = not member.stored
+            self._complete(member.stored, member.tensor, member.group)
             if new and known is not None:
                 for key in LAYER_SCALARS:
                     if key in member.state:
@@ -217,47 +321,77 @@ class LayerwiseOptimizer(Optimizer):
 
     def _keep(self, layers: list[Layer]) -> None:
         for layer in layers:
-            for member in layer.members:
-                if "lipschitz_scale" not in self.state[member.param]:
-                    self.state[member.param].update(member.state)
+            for member in layer.all:
+                if "lipschitz_scale" not in self.state[member.tensor]:
+                    self.state[member.tensor].update(member.stored)
 
-    def _check(self, param: Tensor) -> None:
-        assert param.grad is not None
-        if param.grad.is_sparse:
+    def _check(self, member: Member) -> None:
+        if member.grad is not None and member.grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-        if getattr(param, "_fsdp_flattened", False):
-            raise NotImplementedError(
-                f"{type(self).__name__} does not support FSDP1, which hides how its parameters are "
-                "sharded: set fsdp_version: 2 in accelerate's configuration, or use fully_shard"
-            )
+
+    def _check_whole(self, layers: dict[str, Layer]) -> None:
+        """ZeRO steps one flat tensor after the other: a layer must not lie in two of them."""
+        if not any(m.part for layer in layers.values() for m in layer.members):
+            return
+        given = itertools.chain.from_iterable(self.__dict__["_given"])
+        held = Counter(name for name, ref in given if (p := ref()) is not None and is_held(p))
+        for layer in layers.values():
+            if len(layer.all) < held[layer.name]:
+                raise RuntimeError(
+                    f"DeepSpeed steps only {len(layer.all)} of the {held[layer.name]} parameters "
+                    f"of layer {layer.name!r} at once, because they are in different parameter "
+                    "groups (with and without weight decay) or sub-groups, so that the norm of "
+                    'the layer cannot be had: choose layers="tensor", or one group '
+                    "(weight_decay=0) and a larger sub_group_size"
+                )
 
     def _home(self) -> torch.device:
         """Where vectors over layers are: with the first parameter."""
         params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         return next((p.device for p in params), torch.device("cpu"))
 
-    def _whole_norms(self, norms: Tensor, params: Sequence[Tensor]) -> Tensor:
+    def _whole_norms(self, norms: Tensor, members: Sequence[Member], census: Census) -> Tensor:
         """Norms of whole parameters from those of this rank's shards.
 
-        Every rank that has a part of any parameter takes part in the same collectives, also when
-        it has no gradient.
+        Every rank takes part in the same collectives, also when it has no gradient.
 
         Args:
-            norms: shape [parameters, columns].
-            params: the parameter of each row.
+            norms: shape [members, columns].
+            members: of each row.
+            census: who is sharded over what.
         """
-        sharded = [p for group in self.param_groups for p in group["params"] if is_sharded(p)]
-        if not sharded:
+        if not census.over:
             return norms
-        position = {id(p): i for i, p in enumerate(sharded)}
-        rows = tuple(i for i, p in enumerate(params) if id(p) in position)
-        places = tuple(position[id(params[i])] for i in rows)
+        rows = tuple(i for i, m in enumerate(members) if m.place is not None)
+        places = tuple(m.place for m in members if m.place is not None)
         here, there = index_tensor(rows, norms.device), index_tensor(places, norms.device)
-        table = norms.new_zeros(len(sharded), norms.shape[1])
+        table = norms.new_zeros(len(census.over), norms.shape[1])
         table[there] = norms[here].square()
         whole = norms.clone()
-        whole[here] = sum_over_shards(table, sharded).sqrt()[there]
+        whole[here] = sum_over_shards(table, census.over).sqrt()[there]
         return whole
+
+    def _layer_norms(
+        self, norms: Tensor, members: Sequence[Member], owner: tuple[int, ...], census: Census
+    ) -> tuple[Tensor, Tensor | None]:
+        """Norms of whole layers from those of this rank's shards of their parameters.
+
+        Args:
+            norms: shape [members, columns].
+            members: of each row.
+            owner: the index of each member's layer.
+            census: the layers, and who is sharded over what.
+
+        Returns:
+            shape [layers, columns]; and which layers have a gradient on any rank, None for all.
+        """
+        if census.hidden:
+            seen = tuple(int(m.seen and m.grad is not None) for m in members)
+            norms = torch.cat([norms, index_tensor(seen, norms.device)[:, None]], dim=1)
+        norms = self._whole_norms(norms, members, census)
+        if census.layers:
+            norms = layer_norms(norms, owner, len(census.layers))
+        return (norms[:, :-1], norms[:, -1] > 0) if census.hidden else (norms, None)
 
     def _finite(self, layers: list[Layer], norms: Tensor) -> Tensor:
         """Which layers have finite norms; raises for those that are to raise.
@@ -281,13 +415,16 @@ class LayerwiseOptimizer(Optimizer):
                 )
         return finite
 
-    def _follow(self, layers: list[Layer], norms: Tensor, finite: Tensor) -> Tensor:
+    def _follow(
+        self, layers: list[Layer], norms: Tensor, finite: Tensor, live: Tensor | None
+    ) -> Tensor:
         """One step of S of every layer, stored in its parameters' state.
 
         Args:
             layers: as from `_collect`.
             norms: ‖x_t‖ and ‖x_t - x_{t-1}‖, shape [layers, 2].
             finite: shape [layers]; where False and nonfinite="skip", only the count moves.
+            live: shape [layers]; where False, nothing moves. None for all True.
 
         Returns:
             A_t/α_t, shape [layers].
@@ -297,7 +434,7 @@ class LayerwiseOptimizer(Optimizer):
         for (estimator, previous), run in itertools.groupby(layers, key=lambda x: x.options):
             part = list(run)
             here = slice(start, start := start + len(part))
-            skip = estimator.nonfinite == "skip"
+            go = may_change(estimator.nonfinite, finite[here], None if live is None else live[here])
             old = LayerState(*(_gather(part, key, norms) for key in _keys(estimator)))
             step = self._steps_taken(norms) + 1.0 if estimator.theoretical else None
             new, factor = estimator.update(old, norms[here, 0], norms[here, 1], step)
@@ -311,7 +448,7 @@ class LayerwiseOptimizer(Optimizer):
             for key, before, after in zip(_keys(estimator), old, new, strict=False):
                 assert before is not None
                 assert after is not None
-                _scatter(part, key, torch.where(finite[here], after, before) if skip else after)
+                _scatter(part, key, after if go is None else torch.where(go, after, before))
             count = _gather(part, "nonfinite_steps", norms)
             _scatter(part, "nonfinite_steps", count + (~finite[here]).to(count.dtype))
             factors.append(factor)
@@ -322,19 +459,28 @@ class LayerwiseOptimizer(Optimizer):
 
         Not how often a layer has: one that misses steps sees α decay all the same.
         """
-        counts = [g["lipschitz_step"] for g in self.param_groups if "lipschitz_step" in g]
+        groups = [g for g in self.param_groups if g["params"]]
+        counts = [g["lipschitz_step"] for g in groups if "lipschitz_step" in g]
         return torch.stack([like.new_zeros(()), *(x.to(like.device) for x in counts)]).max()
 
     def _count_step(self) -> None:
         """Ends every step that was taken, also one in which no layer had a gradient."""
         for group in self.param_groups:
-            if self._options(group)[0].theoretical:
+            # ZeRO-3 makes one call of step() for each flat tensor of a group.
+            last = any(p is tensor for p in group["params"] for tensor in self._tensors(group)[-1:])
+            if last and self._options(group)[0].theoretical:
                 if "lipschitz_step" not in group:
                     home = self._home()
                     group["lipschitz_step"] = torch.zeros(
                         (), dtype=_get_scalar_dtype(), device=home
                     )
                 group["lipschitz_step"] += 1.0
+
+    def _tensors(self, group: dict[str, Any]) -> list[Tensor]:
+        """The tensors that a group's state is kept for."""
+        if group["params"] or not group.get("layer_sizes"):
+            return list(group["params"])
+        return flat_tensors(self._originals(group))
 
     def layer_learning_rates(self) -> dict[str, LayerRate]:
         """{layer: (S_t, A_t, ‖x_t‖, non-finite steps)} as of each layer's last step.
@@ -350,12 +496,11 @@ class LayerwiseOptimizer(Optimizer):
         rates: dict[str, LayerRate | None] = {}
         rows: dict[torch.device, dict[str, Tensor]] = {}
         for group in self.param_groups:
-            for name, param in zip(group["layer_names"], group["params"], strict=True):
-                state = self.state.get(param, {})
-                if name not in rates and "lipschitz_scale" in state:
-                    rates[name] = None  # keeps the order of the model
-                    row = torch.stack([state[key].detach() for key in keys])
-                    rows.setdefault(param.device, {})[name] = row
+            for member in self._members(group, self._tensors(group)):
+                if member.layer not in rates and member.stored:
+                    rates[member.layer] = None  # keeps the order of the model
+                    row = torch.stack([member.state[key].detach() for key in keys])
+                    rows.setdefault(row.device, {})[member.layer] = row
         for table in rows.values():
             values = torch.stack(list(table.values())).tolist()
             for name, (scale, lr, norm, skipped) in zip(table, values, strict=True):
@@ -422,6 +567,13 @@ def scalar(value: float, param: Tensor) -> Tensor:
     """A number of the state: float32 whatever the parameter's dtype (float64 if that is
     torch's default dtype, as in torch.optim), on the parameter's device."""
     return torch.tensor(value, dtype=_get_scalar_dtype(), device=param.device)
+
+
+def may_change(nonfinite: str, finite: Tensor, live: Tensor | None) -> Tensor | None:
+    """A mask of what may change in a step; None for everything."""
+    if nonfinite != "skip":
+        return live
+    return finite if live is None else finite & live
 
 
 def store(targets: Sequence[Tensor], values: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, ClassVar, Literal, cast
@@ -18,16 +18,18 @@ from torch.optim.optimizer import (
 
 from . import foreach, rules
 from .layerwise import (
+    Census,
     Layer,
     Layers,
     LayerwiseOptimizer,
     Member,
     Options,
+    may_change,
     real,
     store,
 )
 from .lipschitz import Estimator, is_number
-from .norms import index_tensor, layer_norms, wide_dtype
+from .norms import index_tensor, wide_dtype
 from .rules import Batch, Rule
 from .shards import local, local_grad
 from .signals import Signal, Updates, remembered_rates
@@ -193,7 +195,8 @@ class LipOptimizer(LayerwiseOptimizer):
         self._count_step()
         return loss
 
-    def _step(self, layers: list[Layer]) -> None:
+    def _step(self, census: Census) -> None:
+        layers = census.layers
         batches = self._batches(layers, "members")
         silent = self._batches(layers, "absent")
         forms = [_form(batch) for batch in batches]
@@ -203,26 +206,26 @@ class LipOptimizer(LayerwiseOptimizer):
         rows = [form.measure(b).to(home) for form, b in zip(forms, batches, strict=True)]
         rows += [rules.measure_absent(b).to(home) for b in silent]
         owner = tuple(i for b in batches + silent for i in b.layer_of)
-        owned = [m.param for b in batches + silent for m in b.members]
+        members = [m for b in batches + silent for m in b.members]
         rows = rows or [torch.zeros(0, 3, device=home)]  # other ranks may have gradients
-        norms = self._whole_norms(torch.cat(rows), owned)
+        norms, live = self._layer_norms(torch.cat(rows), members, owner, census)
         if not layers:
             return
-        norms = layer_norms(norms, owner, len(layers))
         finite = self._finite(layers, norms)
 
         # Follow: S of every layer, and what it makes of every tensor's learning rate.
         self._keep(layers)
-        factor = self._follow(layers, norms[:, 1:], finite)
+        factor = self._follow(layers, norms[:, 1:], finite, live)
         if owner != tuple(range(len(layers))):
             index = index_tensor(owner, home)
             factor, finite = factor[index], finite[index]
+            live = live if live is None else live[index]
 
         # Step.
         sizes = [len(b.params) for b in batches + silent]
-        shares = list(zip(torch.split(factor, sizes), torch.split(finite, sizes), strict=True))
-        for form, batch, (scale, ok) in zip(forms, batches, shares[: len(batches)], strict=True):
-            go = _where(batch, ok)
+        scales = torch.split(factor, sizes)
+        goes = _masks(batches + silent, torch.split(finite, sizes), live, sizes)
+        for form, batch, scale, go in zip(forms, batches, scales, goes, strict=False):
             rates = batch.lr * scale.to(batch.steps.device, wide_dtype(batch.params[0].dtype))
             remembered = remembered_rates(rates, batch.lr, batch.group.get("previous", "applied"))
             form.advance(batch, rates, remembered, go)
@@ -231,8 +234,7 @@ class LipOptimizer(LayerwiseOptimizer):
             if "prev_lr" in batch.states[0]:
                 gain = self.rule.gain(batch.steps, batch.group)
                 _keep_scalar(batch, "prev_lr", remembered * gain, go)
-        for batch, (_, ok) in zip(silent, shares[len(batches) :], strict=True):
-            go = _where(batch, ok)
+        for batch, go in zip(silent, goes[len(batches) :], strict=True):
             rules.forget(batch, go)
             if "prev_lr" in batch.states[0]:
                 _keep_scalar(batch, "prev_lr", torch.zeros_like(batch.steps), go)
@@ -257,7 +259,7 @@ class LipOptimizer(LayerwiseOptimizer):
         device = members[0].param.device
         lr = group["lr"]
         steps = torch.stack([m.state["step"] for m in members])
-        present = [m.param for m in members if m.param.grad is not None]
+        present = [(m.param, m.grad) for m in members if m.grad is not None]
         return Batch(
             rule=self.rule,
             signal=self.signal,
@@ -265,7 +267,7 @@ class LipOptimizer(LayerwiseOptimizer):
             foreach=multi,
             members=members,
             params=[real(local(m.param)) for m in members],
-            grads=[real(local_grad(p)) for p in present],
+            grads=[real(local_grad(p, grad)) for p, grad in present],
             states=[{name: real(local(x)) for name, x in m.state.items()} for m in members],
             steps=steps + 1 if present else steps,
             lr=lr.to(device).squeeze() if isinstance(lr, Tensor) else lr,
@@ -316,9 +318,16 @@ def _buckets(run: list[tuple[int, Member]]) -> list[list[tuple[int, Member]]]:
     return parts
 
 
-def _where(batch: Batch, finite: Tensor) -> Tensor | None:
-    """Which tensors of a batch may change; None for all of them."""
-    return finite.to(batch.steps.device) if batch.group["nonfinite"] == "skip" else None
+def _masks(
+    batches: list[Batch], finite: Sequence[Tensor], live: Tensor | None, sizes: list[int]
+) -> list[Tensor | None]:
+    """Which tensors of each batch may change; None for all of them."""
+    lives = [None] * len(batches) if live is None else torch.split(live, sizes)
+    masks = [
+        may_change(batch.group["nonfinite"], ok, alive)
+        for batch, ok, alive in zip(batches, finite, lives, strict=True)
+    ]
+    return [m if m is None else m.to(b.steps.device) for b, m in zip(batches, masks, strict=True)]
 
 
 def _keep_scalar(batch: Batch, name: str, values: Tensor, go: Tensor | None) -> None:

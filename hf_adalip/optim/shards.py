@@ -1,21 +1,27 @@
-"""Sharded parameters: DTensors, as FSDP2, HSDP and tensor parallelism make them.
+"""Sharded parameters: where the rest of a parameter is, of which this rank has a part.
 
 S needs the norm of a layer's whole gradient. Everything else works on the local shards.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
     from torch.distributed.tensor import DTensor
+
+Over = tuple[Any, ...]
+"""The process groups to sum over, one after the other, to get from a shard to the whole."""
 
 
 def is_dtensor(x: Any) -> TypeGuard[DTensor]:
@@ -29,13 +35,11 @@ def local(x: Any) -> Any:
     return x.to_local() if is_dtensor(x) else x
 
 
-def local_grad(param: Tensor) -> Tensor:
+def local_grad(param: Tensor, grad: Tensor) -> Tensor:
     """This rank's part of a gradient, laid out as its parameter is.
 
     Tensor parallelism may leave it otherwise: replicated, or as partial sums.
     """
-    grad = param.grad
-    assert grad is not None
     if is_dtensor(param) and is_dtensor(grad):
         if grad.placements != param.placements:
             grad = grad.redistribute(param.device_mesh, param.placements)
@@ -43,12 +47,50 @@ def local_grad(param: Tensor) -> Tensor:
     return grad
 
 
-def is_sharded(param: Tensor) -> bool:
-    """Whether other ranks have parts of the parameter that this one has not."""
-    return is_dtensor(param) and any(not p.is_replicate() for p in param.placements)
+def is_fsdp1(param: Tensor) -> bool:
+    """Whether FSDP1 (FullyShardedDataParallel) has made the parameter a part of a flat one."""
+    return getattr(param, "_fsdp_flattened", False)
 
 
-def sum_over_shards(squares: Tensor, params: Sequence[Tensor]) -> Tensor:
+def sharded_over(param: Tensor) -> Over:
+    """The process groups over which a parameter is sharded; none where every rank has it whole."""
+    if is_dtensor(param):
+        dims = enumerate(param.placements)
+        return tuple(param.device_mesh.get_group(d) for d, p in dims if not p.is_replicate())
+    return _fsdp1_over(param) if is_fsdp1(param) else ()
+
+
+_FSDP1_OVER: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _fsdp1_over(param: Tensor) -> Over:
+    """The same for FSDP1, which leaves no trace of it on a parameter, only in its handles.
+
+    They are found among the objects that are alive, once (in 0.1 s).
+    """
+    if param not in _FSDP1_OVER:
+        from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+        for handle in [x for x in gc.get_objects() if type(x) is FlatParamHandle]:
+            if handle._fsdp_extension is not None:
+                raise NotImplementedError(
+                    "FSDP1 on top of tensor parallelism hides which process groups share a layer; "
+                    "use FSDP2 (fully_shard), which keeps it in the DTensor"
+                )
+            over = (handle.process_group,) if handle.uses_sharded_strategy else ()
+            for held in handle.flat_param._params or ():
+                _FSDP1_OVER[held] = over
+    if param not in _FSDP1_OVER:
+        raise RuntimeError(
+            "a parameter was sharded by a FullyShardedDataParallel module (FSDP1) that is no "
+            "longer there, so that how it is sharded cannot be known; use FSDP2 (fsdp_version: 2 "
+            "in accelerate's configuration, or fully_shard), or keep the module"
+        )
+    found: Over = _FSDP1_OVER[param]
+    return found
+
+
+def sum_over_shards(squares: Tensor, over: Sequence[Over]) -> Tensor:
     """Sums squared norms over the ranks that share each parameter.
 
     One all-reduce for each process group that anything is sharded over, whatever the number of
@@ -56,22 +98,29 @@ def sum_over_shards(squares: Tensor, params: Sequence[Tensor]) -> Tensor:
 
     Args:
         squares: of the local shards, shape [parameters, columns].
-        params: the parameters; all that are sharded, also those without a gradient here.
+        over: of each parameter; all that are sharded, also those without a gradient here.
 
     Returns:
         the sums, the same on all ranks bit for bit.
     """
-    over: dict[dist.ProcessGroup, list[int]] = {}
-    for i, param in enumerate(params):
-        if is_dtensor(param):
-            for dim, placement in enumerate(param.placements):
-                if not placement.is_replicate():
-                    over.setdefault(param.device_mesh.get_group(dim), []).append(i)
+    rows: dict[dist.ProcessGroup, list[int]] = {}
+    for i, groups in enumerate(over):
+        for group in groups:
+            rows.setdefault(group, []).append(i)
     squares = squares.clone()
-    for group, indices in over.items():
-        everything = indices == list(range(len(params)))
-        part = squares if everything else squares[indices]
+    for group, indices in rows.items():
+        everything = indices == list(range(len(over)))
+        part = (squares if everything else squares[indices]).to(_device_of(group, squares.device))
         dist.all_reduce(part, group=group)
-        if not everything:
-            squares[indices] = part
+        if everything:
+            squares = part.to(squares.device)
+        else:
+            squares[indices] = part.to(squares.device)
     return squares
+
+
+def _device_of(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """A device that the group's backends can reduce on: not the CPU, to which an engine has
+    offloaded its states, when there is only NCCL."""
+    devices = [entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")]
+    return device if device.type in devices else torch.device(devices[0])

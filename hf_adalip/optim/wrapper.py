@@ -14,19 +14,21 @@ from torch.optim import LBFGS, Optimizer
 
 from .layerwise import (
     SCALARS,
+    Census,
     Layer,
     Layers,
     LayerwiseOptimizer,
     Member,
     Options,
     State,
+    may_change,
     name_layers,
     real,
     store,
     structure_of,
 )
 from .lipschitz import Estimator
-from .norms import index_tensor, layer_norms, mixed_norms
+from .norms import index_tensor, mixed_norms
 from .rules import wide
 from .shards import local, local_grad
 from .signals import Gradients, Signal, Updates
@@ -108,6 +110,7 @@ class Lipschitz(LayerwiseOptimizer):
             name_layers(named, layers)
         for group, copy in zip(optimizer.param_groups, named, strict=True):
             group.update(structure_of(copy))
+            self._remember_originals(group)
         self.optimizer = optimizer
         self.state: defaultdict[Tensor, State] = defaultdict(dict)
         # What torch does to make an optimizer of a dict: hooks, and the profiled step.
@@ -222,11 +225,12 @@ class Lipschitz(LayerwiseOptimizer):
     def _options(self, group: dict[str, Any]) -> Options:
         return self._law, self._previous
 
-    def _check(self, param: Tensor) -> None:
-        super()._check(param)
-        if self._signal.measures_updates and param.dtype in (torch.bfloat16, torch.float16):
+    def _check(self, member: Member) -> None:
+        super()._check(member)
+        dtype = member.param.dtype
+        if self._signal.measures_updates and dtype in (torch.bfloat16, torch.float16):
             raise ValueError(
-                f'signal="update" needs float32 parameters, got {param.dtype}: the base rounds its '
+                f'signal="update" needs float32 parameters, got {dtype}: the base rounds its '
                 "update into the parameter, and S would be estimated from what is left of it; use "
                 "AdaLipU, RMSLipU or AdamLipU"
             )
@@ -256,58 +260,69 @@ class Lipschitz(LayerwiseOptimizer):
         self._count_step()
         return loss
 
-    def _step(self, layers: list[Layer]) -> None:
+    def _step(self, census: Census) -> None:
+        layers = census.layers
         by_gradient = isinstance(self._signal, Gradients)
         history = self._history
         members = [m for layer in layers for m in layer.members]
         silent = [m for layer in layers for m in layer.absent]
-        owned = [m.param for m in members + silent]
         owner = tuple(i for i, layer in enumerate(layers) for _ in layer.members)
-        everyone = owner + tuple(i for i, layer in enumerate(layers) for _ in layer.absent)
+        owner += tuple(i for i, layer in enumerate(layers) for _ in layer.absent)
         home = self._home()
         params = [real(local(m.param)) for m in members]
-        grads = [real(local_grad(m.param)) for m in members]
+        grads = [real(local_grad(m.param, m.grad)) for m in members if m.grad is not None]
         before = [_previous(m, history) for m in members]
         silence = [_previous(m, history) for m in silent]
 
-        def signal_norms(now: list[Tensor]) -> Tensor:
-            """‖x_t‖ and ‖x_t - x_{t-1}‖ of the layers."""
-            size = mixed_norms(now, home)
+        def of_layers(norms: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self._layer_norms(norms, members + silent, owner, census)
+
+        def signal_norms(now: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+            """‖x_t‖ and ‖x_t - x_{t-1}‖ of the layers, and which have a gradient."""
+            size = mixed_norms(now + [torch.zeros_like(x) for x in silence], home)
             change = mixed_norms([x - y for x, y in zip(now, before, strict=True)] + silence, home)
-            size = torch.cat([size, size.new_zeros(len(silent))])
-            norms = self._whole_norms(torch.stack([size, change], dim=1), owned)
-            return layer_norms(norms, everyone, len(layers)) if layers else norms
+            return of_layers(torch.stack([size, change], dim=1))
 
         if by_gradient:
-            norms = grad_norms = signal_norms([wide(g) for g in grads])
+            norms, live = signal_norms([wide(g) for g in grads])
+            grad_norms = norms
         elif self._law.nonfinite == "propagate":
             grad_norms = torch.zeros(len(layers), 1, device=home)
         else:
-            grad_norms = self._whole_norms(mixed_norms(grads, home)[:, None], owned[: len(members)])
-            grad_norms = layer_norms(grad_norms, owner, len(layers)) if layers else grad_norms
+            size = mixed_norms(grads, home)
+            size = torch.cat([size, size.new_zeros(len(silent))])
+            grad_norms, _ = of_layers(size[:, None])
         finite = self._finite(layers, grad_norms)
 
         old = [p.clone() for p in params]
-        moved = self._base_step(layers, finite)
+        finite, moved = self._base_step(layers, finite)
         updates = [wide(p) - wide(q) for p, q in zip(params, old, strict=True)]
         if not by_gradient:
-            norms = signal_norms(updates)
+            norms, live = signal_norms(updates)
             finite = finite & norms.isfinite().all(dim=1)
         if not layers:  # other ranks may have gradients; this one took part in the norms
             return
         self._keep(layers)
-        factor = self._follow(layers, norms, finite)[index_tensor(owner, home)]
-        go = finite[index_tensor(everyone, home)]
+        index = index_tensor(owner, home)
+        factor = self._follow(layers, norms, finite, live)[index]
+        go = may_change(self._law.nonfinite, finite, live)
+        goes = [None] * len(owner) if go is None else list(go[index].unbind())
         for i, member in enumerate(members):
             if moved[i]:
-                self._scale(member, old[i], updates[i], grads[i], factor[i], go[i])
-        for member, ok in zip(silent, go[len(members) :], strict=True):
+                self._scale(member, old[i], updates[i], grads[i], factor[i], goes[i])
+        for member, ok in zip(silent, goes[len(members) :], strict=True):
             x = real(local(member.state[history]))
-            x.copy_(self._unless_skipped(ok, torch.zeros_like(x), x))
+            x.copy_(_unless_skipped(ok, torch.zeros_like(x), x))
         self._keep_rates(members, factor, moved)
 
     def _scale(
-        self, member: Member, old: Tensor, update: Tensor, grad: Tensor, factor: Tensor, ok: Tensor
+        self,
+        member: Member,
+        old: Tensor,
+        update: Tensor,
+        grad: Tensor,
+        factor: Tensor,
+        ok: Tensor | None,
     ) -> None:
         """Makes p_old + S·û of what the base has stepped to, and remembers the signal."""
         param, history = real(local(member.param)), real(local(member.state[self._history]))
@@ -319,30 +334,39 @@ class Lipschitz(LayerwiseOptimizer):
         applied = torch.lerp(wide(old), wide(param), scale)
         # The base has not stepped a layer whose gradient is not finite; this is for an update
         # that is not finite although the gradient is.
-        param.copy_(self._unless_skipped(ok, applied, wide(old)))
-        history.copy_(self._unless_skipped(ok, remembered, wide(history)))
+        param.copy_(_unless_skipped(ok, applied, wide(old)))
+        history.copy_(_unless_skipped(ok, remembered, wide(history)))
 
-    def _unless_skipped(self, ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
-        if self._law.nonfinite != "skip":
-            return new
-        return torch.where(ok.to(old.device), new.to(old.dtype), old)
+    def _base_step(self, layers: list[Layer], finite: Tensor) -> tuple[Tensor, list[bool]]:
+        """Steps the base, from which non-finite gradients are hidden.
 
-    def _base_step(self, layers: list[Layer], finite: Tensor) -> list[bool]:
-        """Steps the base; which members it stepped, the others' gradients being not finite."""
+        Returns:
+            which layers it stepped, on the device and for each of their members.
+        """
         if self._law.nonfinite != "skip":
             self.optimizer.step()
-            return [True for layer in layers for _ in layer.members]
-        moved = [ok for x, ok in zip(layers, finite.tolist(), strict=True) for _ in x.members]
+            return finite, [True for layer in layers for _ in layer.members]
+        bad = {
+            id(m.tensor)
+            for layer, ok in zip(layers, finite.tolist(), strict=True)
+            for m in layer.members
+            if not ok
+        }
+        # The base steps a flat tensor as one, and so it is left out as one.
+        stepped = [all(id(m.tensor) not in bad for m in layer.members) for layer in layers]
+        if bad:
+            finite = index_tensor(tuple(map(int, stepped)), finite.device) > 0
+        moved = [ok for layer, ok in zip(layers, stepped, strict=True) for _ in layer.members]
         members = [m for layer in layers for m in layer.members]
-        hidden = [(m.param, m.param.grad) for m, ok in zip(members, moved, strict=True) if not ok]
-        for param, _ in hidden:
-            param.grad = None
+        hidden = {m.tensor: m.tensor.grad for m, ok in zip(members, moved, strict=True) if not ok}
+        for tensor in hidden:
+            tensor.grad = None
         try:
             self.optimizer.step()
         finally:
-            for param, grad in hidden:
-                param.grad = grad
-        return moved
+            for tensor, grad in hidden.items():
+                tensor.grad = grad
+        return finite, moved
 
     def _keep_rates(self, members: list[Member], factor: Tensor, moved: list[bool]) -> None:
         for group in self.param_groups:
@@ -357,6 +381,12 @@ class Lipschitz(LayerwiseOptimizer):
 def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
     """What a state_dict calls the parameters, in the order of the groups."""
     return itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+
+
+def _unless_skipped(ok: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    if ok is None:
+        return new
+    return torch.where(ok.to(old.device), new.to(old.dtype), old)
 
 
 def _previous(member: Member, history: str) -> Tensor:
