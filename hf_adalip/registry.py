@@ -24,16 +24,7 @@ from .optim.optimizer import LipOptimizer
 LIP_PREFIX = "lip-"
 
 _NOT_DESCRIBED = {  # structure, or how rather than what is computed
-    *(
-        "params",
-        "param_names",
-        "layer_names",
-        "layer_sizes",
-        "layer_group",
-        "lr",
-        "initial_lr",
-        "lipschitz_step",
-    ),
+    *("params", *STRUCTURE, "lr", "initial_lr", "lipschitz_step"),
     *("foreach", "fused", "capturable", "differentiable"),
 }
 

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .flat import Original, Part, flat_tensors, is_held, parts_of, unknown
 from .lipschitz import NO_PREDECESSOR, Estimator, LayerState
+from .names import by_name, plain_names
 from .norms import index_tensor, layer_norms
 from .shards import Over, is_fsdp1, sharded_over, sum_over_shards
 from .signals import Signal
@@ -120,8 +121,8 @@ def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
                 "configuration), or use FSDP2"
             )
     group["layer_sizes"] = [_size(param) for param in group["params"]]
-    names: list[str] | None = group.get("param_names")
-    known = itertools.chain.from_iterable(g.get("param_names", ()) for g in groups)
+    names = plain_names(group["param_names"]) if "param_names" in group else None
+    known = itertools.chain.from_iterable(plain_names(g.get("param_names", ())) for g in groups)
     twice = {name for name, count in Counter(known).items() if count > 1}
     if layers == "tensor":
         places = [f"param_groups.{len(groups) - 1}.{i}" for i in range(len(group["params"]))]
@@ -522,8 +523,10 @@ class LayerwiseOptimizer(Optimizer):
         loaded: dict[str, Any] = {}
         structure = [structure_of(group) for group in self.param_groups]
 
-        def see(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            loaded.update(state_dict)  # the last hook sees what the user's hooks made of it
+        def see(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            # The last hook: it sees what the user's hooks made of it.
+            loaded.update(by_name(state_dict, self.param_groups))
+            return loaded
 
         def restore(_: Optimizer) -> None:
             saved = itertools.chain.from_iterable(g["params"] for g in loaded["param_groups"])

@@ -28,6 +28,7 @@ from .layerwise import (
     structure_of,
 )
 from .lipschitz import Estimator
+from .names import by_name
 from .norms import index_tensor, mixed_norms
 from .rules import wide
 from .shards import local, local_grad
@@ -177,6 +178,7 @@ class Lipschitz(LayerwiseOptimizer):
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
+        state_dict = by_name(state_dict, self.param_groups)
         structure = [structure_of(group) for group in self.param_groups]
         own: dict[Any, State] = {}
         based: dict[Any, Any] = {}

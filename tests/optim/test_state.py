@@ -317,9 +317,21 @@ def test_layers_come_from_the_model() -> None:
     optimizer = AdamLip(params.items(), layers="module")
     train(optimizer, params, [0])
     renamed = {f"module.{n}": p for n, p in named_params().items()}
-    restored = AdamLip(renamed.items(), layers="module")
+    restored = AdamLip(renamed.items(), layers=lambda name: name[0].upper())
     restored.load_state_dict(optimizer.state_dict())
-    assert list(restored.layer_learning_rates()) == ["module.a", "module.b"]
+    assert list(restored.layer_learning_rates()) == ["A", "B"]
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    ["module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_fsdp_wrapped_module.{}"],
+)
+def test_wrapping_a_model_does_not_rename_its_layers(wrapped: str) -> None:
+    params = {wrapped.format(n): p for n, p in named_params().items()}
+    for layers, names in (("module", ["a", "b"]), ("tensor", list(named_params()))):
+        optimizer = AdamLip(params.items(), layers=layers)
+        train(optimizer, params, [0])
+        assert list(optimizer.layer_learning_rates()) == names
 
 
 def test_scale_bounds_survive_json() -> None:
