@@ -1,23 +1,28 @@
-"""Trains one small network under an engine and on one process; run by torchrun from the tests.
+"""Trains one small network under engines and on one process; run by torchrun from the tests.
 
-    torchrun --nproc-per-node 2 -m tests.distributed.engines OUTPUT.json ENGINE OPTIMIZER...
+    torchrun --nproc-per-node 2 -m tests.distributed.engines OUTPUT.json CASE...
 
-Rank 0 writes, for every optimizer and `layers`, the largest relative difference of S and the
-largest difference of a parameter from one process that sees the whole batch, whether S and the
-norms are equal on all ranks bit for bit, and the collectives of a step.
+A case is ENGINE/OPTIMIZER/LAYERS/FORM, FORM "loop" or "foreach". Rank 0 writes, for every case, the
+largest relative differences from one process that sees the whole batch (of the layers' S and
+parameters, of losses and total gradient norms), whether S and the norms are equal on all ranks bit
+for bit, and the all-reduces of a step of the optimizer.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -28,11 +33,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_adalip import create_optimizer
 
-STEPS = 20
+STEPS, ACCUMULATED, ROWS = 50, 2, 8
+MAX_NORM = 0.5  # below the gradient norm of some steps, and above that of others
+
+
+class Sometimes(nn.Linear):
+    """Part 0 uses all of it, part 1 the weight."""
+
+    def forward(self, x, part):
+        return nn.functional.linear(x, self.weight, self.bias if part == 0 else None)
 
 
 class Net(nn.Module):
-    """Shapes that do not divide evenly, a shard that is empty on some ranks, an unused layer."""
+    """Shapes that do not divide evenly, a shard that is empty on some ranks, a frozen layer, one
+    that is never used, and one that gets all, half or nothing of its gradients."""
 
     def __init__(self):
         super().__init__()
@@ -42,31 +56,37 @@ class Net(nn.Module):
         self.c = nn.Linear(8, 3, bias=False)
         self.scale = nn.Parameter(torch.ones(3))
         self.unused = nn.Linear(3, 3)
+        self.sometimes = Sometimes(13, 13)
+        self.frozen = nn.Linear(7, 13).requires_grad_(False)
 
-    def forward(self, x):
-        x = torch.tanh(self.b(self.norm(torch.tanh(self.a(x)))))
+    def forward(self, x, part=0):
+        x = torch.tanh(self.a(x) + self.frozen(x))
+        if part < 2:
+            x = x + self.sometimes(x, part)
+        x = torch.tanh(self.b(self.norm(x)))
         return self.c(x) * self.scale
 
 
 def batch(step):
     generator = torch.Generator().manual_seed(step)
-    x = torch.randn(8, 7, generator=generator)
-    return x, torch.randint(0, 3, (8,), generator=generator)
+    x = torch.randn(ROWS, 7, generator=generator)
+    return x, torch.randint(0, 3, (ROWS,), generator=generator)
 
 
 def wrap(engine, net):
     """The network under an engine, and whether ranks share the batch out among them."""
     world = dist.get_world_size()
-    if engine == "ddp":
-        return DistributedDataParallel(net, find_unused_parameters=True), True
-    if engine in ("fsdp2", "fsdp2-no-reshard", "fsdp2-bf16-reduce"):
-        options = {"reshard_after_forward": engine != "fsdp2-no-reshard"}
-        if engine == "fsdp2-bf16-reduce":
-            options["mp_policy"] = MixedPrecisionPolicy(
-                param_dtype=torch.float32, reduce_dtype=torch.bfloat16
-            )
-        fully_shard(net.a, **options)
-        return fully_shard(net, **options), True
+    if engine.startswith("ddp"):
+        static = engine == "ddp-static"
+        return DistributedDataParallel(
+            net,
+            find_unused_parameters=not static,
+            static_graph=static,
+            gradient_as_bucket_view=static,
+        ), True
+    if engine in FSDP2:
+        fully_shard(net.sometimes, **FSDP2[engine])
+        return fully_shard(net, **FSDP2[engine]), True
     if engine == "hsdp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
         fully_shard(net.a, mesh=mesh)
@@ -80,70 +100,197 @@ def wrap(engine, net):
     return fully_shard(net, mesh=mesh["dp"]), True
 
 
-def train(engine, name, layers):
+FSDP2 = {
+    "fsdp2": {},
+    "fsdp2-no-reshard": {"reshard_after_forward": False},
+    "fsdp2-offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    "fsdp2-bf16": {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    },
+    "fsdp2-bf16-reduce": {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.bfloat16)
+    },
+}
+STATIC = ("ddp-static",)
+"""Engines whose graph has to stay as it is: all layers get their gradients, and torch 2.15 cannot
+leave out the synchronisation of the first backward pass (an internal assertion fails)."""
+
+
+class Run(NamedTuple):
+    """What a training leaves behind."""
+
+    weights: dict[str, torch.Tensor]  # of each layer
+    rates: dict
+    losses: list[float]
+    norms: list[float]  # of the whole gradient, before clipping
+    collectives: int  # all-reduces of the last step of the optimizer
+
+
+def make(net, name, layers, form):
+    foreach = form == "foreach"
+    return create_optimizer(net, name, lr=1e-2, layers=layers, foreach=foreach, weight_decay=0.01)
+
+
+def train(engine, *optimizer_options):
     torch.manual_seed(0)
-    net, split = Net(), False
-    if engine is not None:
-        net, split = wrap(engine, net)
-    optimizer = create_optimizer(net, name, lr=1e-2, layers=layers, weight_decay=0.01)
-    share = slice(None)
-    if split:
-        share = data_parallel_share(engine)
+    net, split = wrap(engine, Net())
+    optimizer = make(net, *optimizer_options)
+    share = data_parallel_share(engine) if split else slice(None)
+    losses, norms, seen = [], [], CommDebugMode()
     for step in range(STEPS):
-        x, y = batch(step)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(net(x[share]), y[share]).backward()
-        if step == STEPS - 1 and engine is not None:
-            with CommDebugMode() as seen:
+        loss = 0.0
+        for x, y, part, last in micro_batches(step, engine):
+            with synchronised(net, last or (engine in STATIC and step == 0)):
+                part_loss = loss_of(net(x[share], part), y[share])
+                part_loss.backward()
+            loss += part_loss.item()
+        losses.append(mean_over_ranks(loss))
+        norms.append(clip(net.parameters(), MAX_NORM))
+        if step == STEPS - 1:
+            with seen:
                 optimizer.step()
-            return net, optimizer, seen.get_total_counts()
+        else:
+            optimizer.step()
+    rates = optimizer.layer_learning_rates()
+    return Run(weights_of(net), rates, losses, norms, seen.get_total_counts())
+
+
+@cache
+def train_alone(static, bf16_shares, *optimizer_options):
+    """On one process; with `bf16_shares`, as many shares of the batch one after the other, each
+    with parameters and gradients in bf16, the gradients added up in float32."""
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = make(net, *optimizer_options)
+    losses, norms = [], []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = 0.0
+        for x, y, part, _ in micro_batches(step, STATIC[0] if static else ""):
+            if not bf16_shares:
+                part_loss = loss_of(net(x, part), y)
+                part_loss.backward()
+                loss += part_loss.item()
+                continue
+            for xs, ys in zip(x.chunk(bf16_shares), y.chunk(bf16_shares), strict=True):
+                half = copy.deepcopy(net).bfloat16()
+                half.zero_grad()
+                part_loss = loss_of(half(xs.bfloat16(), part), ys)
+                part_loss.backward()
+                loss += part_loss.item() / bf16_shares
+                for p, q in zip(net.parameters(), half.parameters(), strict=True):
+                    if q.grad is not None:
+                        grad = q.grad.float() / bf16_shares
+                        p.grad = grad if p.grad is None else p.grad + grad
+        losses.append(loss)
+        norms.append(clip(net.parameters(), MAX_NORM))
         optimizer.step()
-    return net, optimizer, 0
+    assert min(norms) < MAX_NORM < max(norms)
+    return Run(weights_of(net), optimizer.layer_learning_rates(), losses, norms, 0)
+
+
+def weights_of(net):
+    """All numbers of each layer. Not of each tensor: one near zero, as a bias can be, is off by
+    more than its own rounding, under torch's own RMSprop as well."""
+    found = {}
+    for name, p in net.named_parameters():
+        layer = name.removeprefix("module.").rpartition(".")[0]
+        found.setdefault(layer, []).append(whole(p).detach().flatten())
+    return {layer: torch.cat(tensors) for layer, tensors in found.items()}
+
+
+def loss_of(logits, y):
+    return nn.functional.cross_entropy(logits, y) / ACCUMULATED
+
+
+def micro_batches(step, engine):
+    """x, y, which gradients `sometimes` gets in this step, and whether it is the step's last."""
+    part = 0 if engine in STATIC else step % 3
+    for i in range(ACCUMULATED):
+        yield *batch(step * ACCUMULATED + i), part, i == ACCUMULATED - 1
+
+
+def synchronised(net, last):
+    """The context of a forward and backward pass whose gradients are reduced only if it is the
+    last one of its step."""
+    if isinstance(net, DistributedDataParallel) and not last:
+        return net.no_sync()
+    if hasattr(net, "set_requires_gradient_sync"):
+        net.set_requires_gradient_sync(last)
+    return nullcontext()
+
+
+def clip(parameters, max_norm):
+    """torch's clip_grad_norm_, which takes gradients of one mesh at a time."""
+    meshes = {}
+    for p in parameters:
+        if p.grad is not None:
+            meshes.setdefault(getattr(p.grad, "device_mesh", None), []).append(p)
+    if len(meshes) == 1:
+        (params,) = meshes.values()
+        return whole(nn.utils.clip_grad_norm_(params, max_norm)).item()
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in x])) for x in meshes.values()]
+    total = nn.utils.get_total_norm(norms)
+    for params in meshes.values():
+        nn.utils.clip_grads_with_norm_(params, max_norm, total)
+    return total.item()
 
 
 def data_parallel_share(engine):
     world, rank = dist.get_world_size(), dist.get_rank()
     if engine == "fsdp2-tp":
         world, rank = world // 2, rank // 2
-    size = 8 // world
+    size = ROWS // world
     return slice(rank * size, (rank + 1) * size)
 
 
-def compare(engine, name, layers):
-    net, optimizer, collectives = train(engine, name, layers)
-    alone, reference, _ = train(None, name, layers)
+def mean_over_ranks(value):
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def compare(engine, *optimizer_options):
+    found = train(engine, *optimizer_options)
+    bf16_shares = dist.get_world_size() if engine == "fsdp2-bf16" else None
+    alone = train_alone(engine in STATIC, bf16_shares, *optimizer_options)
     rates = {
         key.removeprefix("module.").replace("module", "(root)"): rate  # DDP's own name for the root
-        for key, rate in optimizer.layer_learning_rates().items()
+        for key, rate in found.rates.items()
     }
     # Engines give an unused layer zeros or nothing; either way its S stays where it was.
-    expected = reference.layer_learning_rates()
-    assert set(expected) <= set(rates)
-    assert all(rate.scale == 1.0 for key, rate in rates.items() if key not in expected)
+    assert set(alone.rates) <= set(rates)
+    assert all(rate.scale == 1.0 for key, rate in rates.items() if key not in alone.rates)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, rates)
-    pairs = zip(net.parameters(), alone.parameters(), strict=True)
     return {
-        "S": max(abs(rates[key].scale / rate.scale - 1) for key, rate in expected.items()),
-        "parameters": max((whole(p) - q).abs().max().item() for p, q in pairs),
+        "S": max(abs(rates[key].scale / rate.scale - 1) for key, rate in alone.rates.items()),
+        "parameters": max(
+            ((found.weights[layer] - weights).norm() / weights.norm()).item()
+            for layer, weights in alone.weights.items()
+        ),
+        "losses": difference(found.losses, alone.losses),
+        "norms": difference(found.norms, alone.norms),
         "same_on_all_ranks": all(other == rates for other in everyone),
-        "collectives": collectives,
+        "collectives": found.collectives,
     }
 
 
-def whole(param):
-    return param.full_tensor() if hasattr(param, "full_tensor") else param
+def difference(found, expected):
+    """The largest relative one."""
+    return max(abs(x / y - 1) for x, y in zip(found, expected, strict=True))
+
+
+def whole(x):
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def main():
-    path, engine, *names = sys.argv[1:]
+    path, *cases = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = {
-        f"{name}/{layers}": compare(engine, name, layers)
-        for name in names
-        for layers in ("tensor", "module")
-    }
+    found = {case: compare(*case.split("/")) for case in cases}
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(found))
     dist.barrier()
