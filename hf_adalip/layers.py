@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from .optim.shards import whole_shape
+
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """The trainable parameters of a model, named, split by whether weight decay is for them.
@@ -32,7 +34,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[s
     spared = set(getattr(model, "no_weight_decay", set)())
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
     for name, param in named:
-        decays = param.ndim > 1 and not name.endswith(".bias")
+        decays = len(whole_shape(param)) > 1 and not name.endswith(".bias")
         decays = decays and not any(fnmatchcase(name, pattern) for pattern in spared)
         groups[decays].append((name, param))
     return [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,18 +57,32 @@ def sharded_over(param: Tensor) -> Over:
     if is_dtensor(param):
         dims = enumerate(param.placements)
         return tuple(param.device_mesh.get_group(d) for d, p in dims if not p.is_replicate())
-    return _fsdp1_over(param) if is_fsdp1(param) else ()
+    return _fsdp1(param).over if is_fsdp1(param) else ()
 
 
-_FSDP1_OVER: WeakIdKeyDictionary = WeakIdKeyDictionary()
+def whole_shape(param: Tensor) -> torch.Size:
+    """The shape of the parameter of the model, also where the tensor here is a flat shard of it."""
+    if hasattr(param, "ds_shape"):  # DeepSpeed's ZeRO-3
+        return torch.Size(param.ds_shape)
+    return _fsdp1(param).shape if is_fsdp1(param) else param.shape
 
 
-def _fsdp1_over(param: Tensor) -> Over:
-    """The same for FSDP1, which leaves no trace of it on a parameter, only in its handles.
+class Slice(NamedTuple):
+    """What FSDP1 knows of a parameter."""
+
+    over: Over
+    shape: torch.Size
+
+
+_FSDP1: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _fsdp1(param: Tensor) -> Slice:
+    """FSDP1 leaves no trace of it on a parameter, only in its handles.
 
     They are found among the objects that are alive, once (in 0.1 s).
     """
-    if param not in _FSDP1_OVER:
+    if param not in _FSDP1:
         from torch.distributed.fsdp._flat_param import FlatParamHandle
 
         for handle in [x for x in gc.get_objects() if type(x) is FlatParamHandle]:
@@ -78,15 +92,16 @@ def _fsdp1_over(param: Tensor) -> Over:
                     "use FSDP2 (fully_shard), which keeps it in the DTensor"
                 )
             over = (handle.process_group,) if handle.uses_sharded_strategy else ()
-            for held in handle.flat_param._params or ():
-                _FSDP1_OVER[held] = over
-    if param not in _FSDP1_OVER:
+            flat = handle.flat_param
+            for held, shape in zip(flat._params or (), flat._shapes, strict=False):
+                _FSDP1[held] = Slice(over, shape)
+    if param not in _FSDP1:
         raise RuntimeError(
             "a parameter was sharded by a FullyShardedDataParallel module (FSDP1) that is no "
             "longer there, so that how it is sharded cannot be known; use FSDP2 (fsdp_version: 2 "
             "in accelerate's configuration, or fully_shard), or keep the module"
         )
-    found: Over = _FSDP1_OVER[param]
+    found: Slice = _FSDP1[param]
     return found
 
 

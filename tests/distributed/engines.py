@@ -22,7 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -32,6 +38,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_adalip import create_optimizer
+from hf_adalip.optim.names import plain_names
 
 STEPS, ACCUMULATED, ROWS = 50, 2, 8
 MAX_NORM = 0.5  # below the gradient norm of some steps, and above that of others
@@ -84,6 +91,16 @@ def wrap(engine, net):
             static_graph=static,
             gradient_as_bucket_view=static,
         ), True
+    if engine in FSDP1:
+        options = {
+            "sharding_strategy": FSDP1[engine],
+            "use_orig_params": True,
+            "device_id": torch.device("cpu"),
+        }
+        if FSDP1[engine] is ShardingStrategy.HYBRID_SHARD:
+            options["device_mesh"] = init_device_mesh("cpu", (2, world // 2))
+        net.sometimes = FullyShardedDataParallel(net.sometimes, **options)
+        return FullyShardedDataParallel(net, **options), True
     if engine in FSDP2:
         fully_shard(net.sometimes, **FSDP2[engine])
         return fully_shard(net, **FSDP2[engine]), True
@@ -100,6 +117,12 @@ def wrap(engine, net):
     return fully_shard(net, mesh=mesh["dp"]), True
 
 
+FSDP1 = {
+    "fsdp1": ShardingStrategy.FULL_SHARD,
+    "fsdp1-grad-op": ShardingStrategy.SHARD_GRAD_OP,
+    "fsdp1-hybrid": ShardingStrategy.HYBRID_SHARD,
+    "fsdp1-no-shard": ShardingStrategy.NO_SHARD,
+}
 FSDP2 = {
     "fsdp2": {},
     "fsdp2-no-reshard": {"reshard_after_forward": False},
@@ -116,6 +139,10 @@ STATIC = ("ddp-static",)
 leave out the synchronisation of the first backward pass (an internal assertion fails)."""
 
 
+LIKE = {"ddp-static": "ddp-static", "fsdp2-bf16": "fsdp2-bf16"} | dict.fromkeys(FSDP1, "fsdp1")
+"""Engines that do not give a plain run's gradients."""
+
+
 class Run(NamedTuple):
     """What a training leaves behind."""
 
@@ -126,9 +153,15 @@ class Run(NamedTuple):
     collectives: int  # all-reduces of the last step of the optimizer
 
 
-def make(net, name, layers, form):
-    foreach = form == "foreach"
-    return create_optimizer(net, name, lr=1e-2, layers=layers, foreach=foreach, weight_decay=0.01)
+def make(net, name, layers, form, weight_decay="0.01"):
+    return create_optimizer(
+        net,
+        name,
+        lr=1e-2,
+        layers=layers,
+        foreach=form == "foreach",
+        weight_decay=float(weight_decay),
+    )
 
 
 def train(engine, *optimizer_options):
@@ -146,7 +179,7 @@ def train(engine, *optimizer_options):
                 part_loss.backward()
             loss += part_loss.item()
         losses.append(mean_over_ranks(loss))
-        norms.append(clip(net.parameters(), MAX_NORM))
+        norms.append(clip_under(net, MAX_NORM))
         if step == STEPS - 1:
             with seen:
                 optimizer.step()
@@ -156,10 +189,28 @@ def train(engine, *optimizer_options):
     return Run(weights_of(net), rates, losses, norms, seen.get_total_counts())
 
 
+def give_zeros(net, engine):
+    """Makes zeros of missing gradients where the engine does: FSDP1 in a unit that has any."""
+    mine = set(net.sometimes.parameters())
+    everything = [p for p in net.parameters() if p.requires_grad]
+    units = {
+        "fsdp1": [[p for p in everything if p in mine], [p for p in everything if p not in mine]],
+        "zero": [everything],
+    }.get(engine, [])
+    for unit in units:
+        if any(p.grad is not None for p in unit):
+            for p in unit:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
+
 @cache
-def train_alone(static, bf16_shares, *optimizer_options):
-    """On one process; with `bf16_shares`, as many shares of the batch one after the other, each
-    with parameters and gradients in bf16, the gradients added up in float32."""
+def train_alone(like, *optimizer_options):
+    """On one process, which treats its gradients as an engine does.
+
+    Like "fsdp2-bf16": as many shares of the batch as there are ranks, one after the other, each
+    with parameters and gradients in bf16, the gradients added up in float32.
+    """
+    bf16_shares = dist.get_world_size() if like == "fsdp2-bf16" else None
     torch.manual_seed(0)
     net = Net()
     optimizer = make(net, *optimizer_options)
@@ -167,7 +218,7 @@ def train_alone(static, bf16_shares, *optimizer_options):
     for step in range(STEPS):
         optimizer.zero_grad()
         loss = 0.0
-        for x, y, part, _ in micro_batches(step, STATIC[0] if static else ""):
+        for x, y, part, _ in micro_batches(step, like):
             if not bf16_shares:
                 part_loss = loss_of(net(x, part), y)
                 part_loss.backward()
@@ -183,6 +234,7 @@ def train_alone(static, bf16_shares, *optimizer_options):
                     if q.grad is not None:
                         grad = q.grad.float() / bf16_shares
                         p.grad = grad if p.grad is None else p.grad + grad
+        give_zeros(net, like)
         losses.append(loss)
         norms.append(clip(net.parameters(), MAX_NORM))
         optimizer.step()
@@ -194,9 +246,15 @@ def weights_of(net):
     """All numbers of each layer. Not of each tensor: one near zero, as a bias can be, is off by
     more than its own rounding, under torch's own RMSprop as well."""
     found = {}
-    for name, p in net.named_parameters():
-        layer = name.removeprefix("module.").rpartition(".")[0]
-        found.setdefault(layer, []).append(whole(p).detach().flatten())
+    whole_net = nullcontext()
+    if isinstance(net, FullyShardedDataParallel):
+        whole_net = FullyShardedDataParallel.summon_full_params(net, writeback=False)
+    with whole_net:
+        names, params = zip(*net.named_parameters(), strict=True)
+        for name, p in zip(plain_names(names), params, strict=True):
+            found.setdefault(name.rpartition(".")[0], []).append(
+                whole(p).detach().flatten().clone()
+            )
     return {layer: torch.cat(tensors) for layer, tensors in found.items()}
 
 
@@ -214,11 +272,17 @@ def micro_batches(step, engine):
 def synchronised(net, last):
     """The context of a forward and backward pass whose gradients are reduced only if it is the
     last one of its step."""
-    if isinstance(net, DistributedDataParallel) and not last:
+    if isinstance(net, (DistributedDataParallel, FullyShardedDataParallel)) and not last:
         return net.no_sync()
     if hasattr(net, "set_requires_gradient_sync"):
         net.set_requires_gradient_sync(last)
     return nullcontext()
+
+
+def clip_under(net, max_norm):
+    if isinstance(net, FullyShardedDataParallel):
+        return net.clip_grad_norm_(max_norm).item()
+    return clip(net.parameters(), max_norm)
 
 
 def clip(parameters, max_norm):
@@ -253,13 +317,12 @@ def mean_over_ranks(value):
 
 def compare(engine, *optimizer_options):
     found = train(engine, *optimizer_options)
-    bf16_shares = dist.get_world_size() if engine == "fsdp2-bf16" else None
-    alone = train_alone(engine in STATIC, bf16_shares, *optimizer_options)
-    rates = {
-        key.removeprefix("module.").replace("module", "(root)"): rate  # DDP's own name for the root
-        for key, rate in found.rates.items()
-    }
+    return differences(found, train_alone(LIKE.get(engine, ""), *optimizer_options))
+
+
+def differences(found, alone):
     # Engines give an unused layer zeros or nothing; either way its S stays where it was.
+    rates = found.rates
     assert set(alone.rates) <= set(rates)
     assert all(rate.scale == 1.0 for key, rate in rates.items() if key not in alone.rates)
     everyone = [None] * dist.get_world_size()

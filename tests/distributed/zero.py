@@ -1,0 +1,98 @@
+"""Trains as tests.distributed.engines does, under DeepSpeed through accelerate; run by torchrun.
+
+    torchrun --nproc-per-node 2 -m tests.distributed.zero OUTPUT.json CASE...
+
+A case is ENGINE/OPTIMIZER/LAYERS/FORM/WEIGHT_DECAY, ENGINE one of CONFIGS. What is written is what
+engines.py writes, or {"error": text} for a case that is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState
+
+from tests.distributed import engines
+from tests.distributed.engines import ACCUMULATED, MAX_NORM, ROWS, STEPS, Net, Run
+
+CPU = {"device": "cpu"}
+CONFIGS = {
+    "zero0": {"zero_optimization": {"stage": 0}},
+    "zero1": {"zero_optimization": {"stage": 1}},
+    "zero2": {"zero_optimization": {"stage": 2}},
+    "zero3": {"zero_optimization": {"stage": 3}},
+    "zero2-offload": {"zero_optimization": {"stage": 2, "offload_optimizer": CPU}},
+    "zero3-offload": {
+        "zero_optimization": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}
+    },
+    "zero3-subgroups": {"zero_optimization": {"stage": 3, "sub_group_size": 100}},
+    "zero2-round-robin": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+    "zero1-bf16": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+    "zero3-bf16": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
+}
+
+
+def train(engine, *optimizer_options):
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = engines.make(net, *optimizer_options)
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
+        "gradient_accumulation_steps": ACCUMULATED,
+        "gradient_clipping": MAX_NORM,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        **CONFIGS[engine],
+    }
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    model, _ = accelerator.prepare(net, optimizer)
+    share = engines.data_parallel_share(engine)
+    dtype = next(model.parameters()).dtype
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss = 0.0
+        for x, y, part, _ in engines.micro_batches(step, engine):
+            with accelerator.accumulate(model):
+                part_loss = engines.loss_of(model(x[share].to(dtype), part).float(), y[share])
+                accelerator.backward(part_loss * ACCUMULATED)  # which divides it, and steps
+            loss += part_loss.item()
+        losses.append(engines.mean_over_ranks(loss))
+        norms.append(float(model.get_global_grad_norm()))
+    rates = optimizer.layer_learning_rates()
+    with deepspeed.zero.GatheredParameters(list(net.parameters())):
+        return Run(engines.weights_of(net), rates, losses, norms, 0)
+
+
+def case(engine, *optimizer_options):
+    try:
+        found = train(engine, *optimizer_options)
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return engines.differences(found, engines.train_alone("zero", *optimizer_options))
+
+
+def main():
+    path, *cases = sys.argv[1:]
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    found = {name: case(*name.split("/")) for name in cases}
+    if dist.get_rank() == 0:
+        Path(path).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
