@@ -135,9 +135,11 @@ FSDP2 = {
     },
 }
 STATIC = ("ddp-static",)
-"""Engines whose graph has to stay as it is: all layers get their gradients, and torch 2.15 cannot
-leave out the synchronisation of the first backward pass (an internal assertion fails)."""
+"""Engines of which torch 2.15 cannot leave out the synchronisation of the first backward pass (an
+internal assertion fails)."""
 
+STEADY = (*STATIC, "zero-steady")
+"""Trainings in which all layers get their gradients in all steps."""
 
 LIKE = {"ddp-static": "ddp-static", "fsdp2-bf16": "fsdp2-bf16"} | dict.fromkeys(FSDP1, "fsdp1")
 """Engines that do not give a plain run's gradients."""
@@ -196,6 +198,7 @@ def give_zeros(net, engine):
     units = {
         "fsdp1": [[p for p in everything if p in mine], [p for p in everything if p not in mine]],
         "zero": [everything],
+        "zero-steady": [everything],
     }.get(engine, [])
     for unit in units:
         if any(p.grad is not None for p in unit):
@@ -264,7 +267,7 @@ def loss_of(logits, y):
 
 def micro_batches(step, engine):
     """x, y, which gradients `sometimes` gets in this step, and whether it is the step's last."""
-    part = 0 if engine in STATIC else step % 3
+    part = 0 if engine in STEADY else step % 3
     for i in range(ACCUMULATED):
         yield *batch(step * ACCUMULATED + i), part, i == ACCUMULATED - 1
 

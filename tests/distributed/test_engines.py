@@ -26,9 +26,18 @@ ENGINES = {
         "fsdp2-no-reshard": (1, SOME),
         "fsdp2-offload": (1, SOME),
         "fsdp2-bf16": (1, SOME),
+        "fsdp1": (1, [*SOME, "lip-nadam/module/loop"]),
+        "fsdp1-grad-op": (1, SOME),
+        "fsdp1-no-shard": (0, SOME),
         "tp": (1, SOME),
     },
-    4: {"fsdp2": (1, SOME), "hsdp": (1, SOME), "fsdp2-tp": (2, SOME)},
+    4: {
+        "fsdp2": (1, SOME),
+        "hsdp": (1, SOME),
+        "fsdp1": (1, SOME),
+        "fsdp1-hybrid": (1, SOME),
+        "fsdp2-tp": (2, SOME),
+    },
 }
 
 
@@ -48,9 +57,9 @@ def torchrun(ranks, module, *arguments):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def launch(path, ranks, cases):
-    """What tests.distributed.engines finds: {case: differences}."""
-    torchrun(ranks, "engines", str(path), *cases)
+def launch(path, ranks, cases, module="engines"):
+    """What tests.distributed.engines (or another) finds: {case: differences}."""
+    torchrun(ranks, module, str(path), *cases)
     found = json.loads(path.read_text())
     assert list(found) == cases
     return found
@@ -61,6 +70,7 @@ def test_training_is_that_of_one_process(tmp_path, ranks):
     """50 steps of two micro-batches each, clipped; layers frozen, unused, and used on some steps.
 
     "fsdp2-bf16" has parameters and gradients in bf16, reduced in float32; so has its one process.
+    FSDP1 gives zeros for what a part of it (a unit) has not used; so does its one process.
     """
     engines = ENGINES[ranks]
     cases = [f"{engine}/{case}" for engine, (_, some) in engines.items() for case in some]
