@@ -6,7 +6,7 @@
 
 Trains a small network under your accelerate configuration, its ranks sharing every batch, and
 again on each rank alone, unwrapped, in float32, on the whole batches, from the same seed. Compares
-S of every layer, the norm of all parameters, and between the ranks S, A and the norms, which have
+S of every layer, all parameters together, and between the ranks S, A and the norms, which have
 to be equal bit for bit. Counts the collectives that our step adds to a training step. The first
 line says what was really run, which is not always what the configuration asked for: accelerate,
 for one, turns FSDP on a CPU into DDP without a word.
@@ -22,8 +22,8 @@ of the difference over their norm:
 {bounds}
 In float32 only the order of summation differs (1e-6 at most was seen; shards that are not summed
 make 1e-1). bf16 and fp16 round gradients to 8 and 11 bits, and S, which is made of differences of
-gradients, follows more coarsely (1e-2 was seen); there, equality between the ranks is the sharper
-check, and the parameters' bound is little more than that of storing them in bf16.
+gradients, follows more coarsely (around 1e-2 was seen, of S and of parameters); there, equality
+between the ranks is the sharper check.
 
 Exit status: 0 if all is well; 1 if a bound is exceeded, ranks differ, something raises, or the
 engine or the precision is not what was asked for.
