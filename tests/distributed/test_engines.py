@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import get_state_dict
+
+from hf_adalip import create_optimizer
+from tests.distributed.engines import Net, batch
+from tests.optim.cases import assert_same
 
 ROOT = Path(__file__).parents[2]
 ALL = ("adalip", "rmslip", "adamlip", "adalipu", "rmslipu", "adamlipu", "lip-nadam")
@@ -88,16 +98,50 @@ def test_gradients_reduced_in_bf16_cost_bf16s_precision(tmp_path):
         assert result["same_on_all_ranks"], case
 
 
-@pytest.mark.parametrize(("name", "worlds"), [("adamlip", (1, 2, 4)), ("lip-nadam", (1,))])
-def test_a_checkpoint_goes_on_over_any_number_of_ranks(tmp_path, name, worlds):
-    """torch.distributed.checkpoint, saved on two ranks; getting the state first moves nothing."""
-    folder = tmp_path / "checkpoint"
-    torchrun(2, "resharding", "save", str(folder), name)
-    parameters, scales = torch.load(f"{folder}.save.2.pt")
-    for ranks in worlds:
-        torchrun(ranks, "resharding", "load", str(folder), name)
-        found, found_scales = torch.load(f"{folder}.load.{ranks}.pt")
-        exact = ranks == 2
-        assert found_scales == (scales if exact else pytest.approx(scales, rel=1e-6))
-        for p, q in zip(found, parameters, strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=0 if exact else 1e-6)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of checkpoints that two ranks saved."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoint"
+    folder.mkdir()
+    torchrun(2, "resharding", "save", str(folder))
+    return folder
+
+
+def test_a_checkpoint_goes_on_over_any_number_of_ranks(saved):
+    """torch.distributed.checkpoint and accelerate: saved on two ranks, strictly loaded."""
+    uninterrupted = torch.load(f"{saved}.save.2.pt")
+    for ranks in (1, 2, 4):
+        torchrun(ranks, "resharding", "load", str(saved))
+        loaded = torch.load(f"{saved}.load.{ranks}.pt")
+        assert loaded.keys() == uninterrupted.keys()
+        for case, (parameters, scales) in uninterrupted.items():
+            found, found_scales = loaded[case]
+            if ranks == 2:
+                assert found_scales == scales, case
+            assert found_scales == pytest.approx(scales, rel=1e-6), case
+            for p, q in zip(found, parameters, strict=True):
+                tolerance = 0 if ranks == 2 else 1e-6
+                torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+def test_a_torn_distributed_checkpoint_leaves_the_run_as_it_was(saved, tmp_path, how):
+    """Loaded into a copy. Into the live state, torch writes what it can read before it fails."""
+    folder = shutil.copytree(saved / "fsdp2 sharded adamlip", tmp_path / "torn")
+    shard = folder / "__1_0.distcp"
+    content = shard.read_bytes()
+    shard.unlink()
+    if how == "truncated":
+        shard.write_bytes(content[: len(content) // 2])
+    net = Net()
+    optimizer = create_optimizer(net, "adamlip", lr=1e-2, c="theoretical")
+    x, y = batch(0)
+    torch.nn.functional.cross_entropy(net(x), y).backward()
+    optimizer.step()
+    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+
+    model, state = get_state_dict(net, optimizer)
+    spare = copy.deepcopy({"model": model, "optimizer": state})
+    with pytest.raises(CheckpointException, match=shard.name if how == "missing" else "read"):
+        dcp.load(spare, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+    assert_same((net.state_dict(), optimizer.state_dict()), before)
