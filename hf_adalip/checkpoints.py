@@ -11,7 +11,7 @@ from typing import Any
 
 from .options import TrainingArguments, UsageError
 
-MANIFEST = "checkpoint.json"
+MANIFEST, RESULTS = "checkpoint.json", "all_results.json"
 
 
 def write_manifest(folder: Path, step: int, settings: Mapping[str, Any]) -> None:
@@ -49,7 +49,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to resume from and its manifest; None if none was asked for.
+    """The checkpoint to resume from and its manifest; None to start from the beginning.
+
+    That is if none was asked for, or the latest of a folder without checkpoints and results:
+    a run that is restarted by itself (by torchrun, by a queue) has the same arguments each time.
 
     Raises:
         UsageError: if there is no whole one.
@@ -68,6 +71,8 @@ def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[s
                 sound.append((path, read_checkpoint(path)))
             except UsageError as error:
                 problems.append(str(error))
+    if not sound and not problems and not (folder / RESULTS).exists():
+        return None
     if not sound:
         why = "; ".join(problems) or "there is no checkpoint"
         raise UsageError(f"--resume_from_checkpoint latest: nothing to resume in {folder}: {why}")

@@ -102,7 +102,9 @@ class TrainingArguments:
         None, "N to save step_N every N optimizer steps, or epoch to save epoch_N after each"
     )
     resume_from_checkpoint: str | None = option(
-        None, "folder of a checkpoint, or latest for the last whole one in the output_dir"
+        None,
+        "folder of a checkpoint, or latest for the last whole one in the output_dir "
+        "(from the beginning if there is none yet)",
     )
     with_tracking: bool = option(False, "log to trackers", bool)
     report_to: str | None = option(

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .checkpoints import find_checkpoint, whole, write_manifest
+from .checkpoints import RESULTS, find_checkpoint, whole, write_manifest
 from .data import DataError, ImageData, ImageDataset, load_image_dataset
 from .metrics import Accuracy
 from .monitor import LayerRateHistory, layerwise, summary
@@ -71,7 +71,7 @@ logger = get_logger(__name__)
 RECORDS = 500
 """How often in a run the loss and the layers' learning rates are copied from the device."""
 
-RESULTS, WEIGHTS, RATES = "all_results.json", "model.safetensors", "layer_learning_rates"
+WEIGHTS, RATES = "model.safetensors", "layer_learning_rates"
 INTERRUPTED = 130  # exit status, as the shell's
 
 
@@ -614,6 +614,8 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
     training = Training(args, recipe, arguments, data, accelerator, folder, command)
     if checkpoint is not None:
         training.load(*checkpoint)
+    elif args.resume_from_checkpoint is not None:
+        logger.info(f"no checkpoint in {folder} yet: starting from the beginning")
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         stale = _own_files(folder) if args.overwrite_output_dir else folder.glob("*_*.partial")
