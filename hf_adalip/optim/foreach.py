@@ -131,7 +131,8 @@ def measure(batch: Batch) -> Tensor:
 
     now = batch.signal.now(grads, proposal)
     changes = list(torch._foreach_sub(now, batch.signal.before(old, retraced)))
-    return torch.stack([norms(grads), norms(now), norms(changes)], dim=1)
+    size = norms(grads)
+    return torch.stack([size, size if now is grads else norms(now), norms(changes)], dim=1)
 
 
 def advance(batch: Batch, rates: Tensor, remembered: Tensor, finite: Tensor | None) -> None:

@@ -193,7 +193,8 @@ def measure(batch: Batch) -> Tensor:
 
         now = signal.now(grad, proposal)
         before = signal.before(old, partial(_retraced, batch, old, state, step - 1))
-        rows.append(torch.stack([norm(grad), norm(now), norm(now - before)]))
+        size = norm(grad)
+        rows.append(torch.stack([size, size if now is grad else norm(now), norm(now - before)]))
     return torch.stack(rows)
 
 
