@@ -88,7 +88,7 @@ class Layer:
     name: str
     members: list[Member] = field(default_factory=list)  # with a gradient
     absent: list[Member] = field(default_factory=list)  # with a history, but no gradient now
-    options: Options = (Estimator(), None)
+    options: Options = field(init=False)  # of `_join`
 
     @property
     def all(self) -> list[Member]:
@@ -299,8 +299,8 @@ class LayerwiseOptimizer(Optimizer):
         options = {id(group): self._options(group) for group in self.param_groups}
         for layer in layers.values():
             self._join(layer, options)
-        order = list(dict.fromkeys(options.values()))
-        census.layers = sorted(layers.values(), key=lambda layer: order.index(layer.options))
+        order = dict.fromkeys(options.values())
+        census.layers = [x for kind in order for x in layers.values() if x.options == kind]
         return census
 
     def _join(self, layer: Layer, options: dict[int, Options]) -> None:
@@ -432,8 +432,9 @@ class LayerwiseOptimizer(Optimizer):
         """
         factors = []
         start = 0
-        for (estimator, previous), run in itertools.groupby(layers, key=lambda x: x.options):
-            part = list(run)
+        for options in dict.fromkeys(layer.options for layer in layers):
+            estimator, previous = options
+            part = [layer for layer in layers if layer.options == options]
             here = slice(start, start := start + len(part))
             go = may_change(estimator.nonfinite, finite[here], None if live is None else live[here])
             old = LayerState(*(_gather(part, key, norms) for key in _keys(estimator)))
