@@ -315,7 +315,7 @@ class Lipschitz(LayerwiseOptimizer):
         for member, ok in zip(silent, goes[len(members) :], strict=True):
             x = real(local(member.state[history]))
             x.copy_(_unless_skipped(ok, torch.zeros_like(x), x))
-        self._keep_rates(members, factor, moved)
+        self._keep_rates(members, factor, moved, None if go is None else go[index])
 
     def _scale(
         self,
@@ -370,14 +370,19 @@ class Lipschitz(LayerwiseOptimizer):
                 tensor.grad = grad
         return finite, moved
 
-    def _keep_rates(self, members: list[Member], factor: Tensor, moved: list[bool]) -> None:
+    def _keep_rates(
+        self, members: list[Member], factor: Tensor, moved: list[bool], go: Tensor | None
+    ) -> None:
         for group in self.param_groups:
             here = tuple(i for i, m in enumerate(members) if m.group is group and moved[i])
             if here:
                 lr = group["lr"]
                 lr = lr.to(factor.device) if isinstance(lr, Tensor) else lr
-                rates = factor[index_tensor(here, factor.device)] * lr
-                store([members[i].state["layer_lr"] for i in here], rates)
+                index = index_tensor(here, factor.device)
+                targets = [members[i].state["layer_lr"] for i in here]
+                before = torch.stack([x.to(factor.device) for x in targets])
+                ok = None if go is None else go[index]
+                store(targets, _unless_skipped(ok, factor[index] * lr, before))
 
 
 def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
