@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -68,17 +68,19 @@ class Member:
     place: int | None = None  # among all that are sharded, on every rank the same
     seen: bool = True  # False where only other ranks know whether there is a gradient
 
-    @cached_property
+    views: State | None = None
+
+    @property
     def state(self) -> State:
-        """This parameter's own, as views where `tensor` has many."""
+        """This parameter's own, as views where `tensor` has many; once `stored` is complete."""
         if self.part is None:
             return self.stored
-        index, part = self.part
-        return {
-            name: value[index] if name in SCALARS else value[part.start : part.start + part.size]
-            for name, value in self.stored.items()
-            if isinstance(value, Tensor)
-        }
+        if self.views is None:
+            index, part = self.part
+            here = slice(part.start, part.start + part.size)
+            tensors = {n: x for n, x in self.stored.items() if isinstance(x, Tensor)}
+            self.views = {n: x[index if n in SCALARS else here] for n, x in tensors.items()}
+        return self.views
 
 
 @dataclass
