@@ -135,7 +135,7 @@ def measure(batch: Batch) -> Tensor:
     return torch.stack([size, size if now is grads else norms(now), norms(changes)], dim=1)
 
 
-def advance(batch: Batch, rates: Tensor, remembered: Tensor, finite: Tensor | None) -> None:
+def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
     """As `rules.advance`."""
     form, group = FORMS[type(batch.rule)], batch.group
     grads = _gradients(batch)
@@ -145,13 +145,13 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, finite: Tensor | No
         grads, lambda: _times_([d.clone() for d in directions], -remembered)
     )
     for name in batch.names:
-        _commit([state[name] for state in batch.states], new[name], finite)
+        _commit([state[name] for state in batch.states], new[name], go)
     updates = _times_(directions, -rates)
     values = [wide(p) for p in batch.params]
     if group["weight_decay"] and group["decoupled_weight_decay"]:
         values = list(torch._foreach_mul(values, 1 - batch.lr * group["weight_decay"]))
     torch._foreach_add_(updates, values)
-    _commit(batch.params, updates, finite)
+    _commit(batch.params, updates, go)
 
 
 def _old(batch: Batch) -> Moments:
@@ -169,10 +169,9 @@ def _gradients(batch: Batch) -> Tensors:
     return grads
 
 
-def _commit(targets: Tensors, values: Tensors, finite: Tensor | None) -> None:
-    if finite is not None:
-        values = [
-            torch.where(go, value, wide(target))
-            for go, value, target in zip(finite.unbind(), values, targets, strict=True)
-        ]
-    torch._foreach_copy_(targets, values)
+def _commit(targets: Tensors, values: Tensors, go: Tensor) -> None:
+    kept = [
+        torch.where(moves, value, wide(target))
+        for moves, value, target in zip(go.unbind(), values, targets, strict=True)
+    ]
+    torch._foreach_copy_(targets, kept)

@@ -376,25 +376,30 @@ class LayerwiseOptimizer(Optimizer):
 
     def _layer_norms(
         self, norms: Tensor, members: Sequence[Member], owner: tuple[int, ...], census: Census
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         """Norms of whole layers from those of this rank's shards of their parameters.
 
         Args:
-            norms: shape [members, columns].
+            norms: shape [members, columns], the gradient's first.
             members: of each row.
             owner: the index of each member's layer.
             census: the layers, and who is sharded over what.
 
         Returns:
-            shape [layers, columns]; and which layers have a gradient on any rank, None for all.
+            shape [layers, columns]; and which layers live, shape [layers]: some rank has a
+            gradient, and this is not the step with zero gradients and lr = 0 with which
+            torch.distributed.checkpoint makes the state before training.
         """
         if census.hidden:
             seen = tuple(int(m.seen and m.grad is not None) for m in members)
             norms = torch.cat([norms, index_tensor(seen, norms.device)[:, None]], dim=1)
         norms = self._whole_norms(norms, members, census)
-        if census.layers:
-            norms = layer_norms(norms, owner, len(census.layers))
-        return (norms[:, :-1], norms[:, -1] > 0) if census.hidden else (norms, None)
+        if not census.layers:
+            return norms, norms.new_zeros(0, dtype=torch.bool)
+        norms = layer_norms(norms, owner, len(census.layers))
+        live = (norms[:, 0] != 0) | (_gather(census.layers, "prev_norm", norms) >= 0)
+        live = live | _has_rate([layer.all[0].group for layer in census.layers], live)
+        return (norms[:, :-1], live & (norms[:, -1] > 0)) if census.hidden else (norms, live)
 
     def _finite(self, layers: list[Layer], norms: Tensor) -> Tensor:
         """Which layers have finite norms; raises for those that are to raise.
@@ -418,16 +423,14 @@ class LayerwiseOptimizer(Optimizer):
                 )
         return finite
 
-    def _follow(
-        self, layers: list[Layer], norms: Tensor, finite: Tensor, live: Tensor | None
-    ) -> Tensor:
+    def _follow(self, layers: list[Layer], norms: Tensor, finite: Tensor, live: Tensor) -> Tensor:
         """One step of S of every layer, stored in its parameters' state.
 
         Args:
             layers: as from `_collect`.
             norms: ‖x_t‖ and ‖x_t - x_{t-1}‖, shape [layers, 2].
             finite: shape [layers]; where False and nonfinite="skip", only the count moves.
-            live: shape [layers]; where False, nothing moves. None for all True.
+            live: shape [layers]; where False, nothing moves.
 
         Returns:
             A_t/α_t, shape [layers].
@@ -438,7 +441,7 @@ class LayerwiseOptimizer(Optimizer):
             estimator, previous = options
             part = [layer for layer in layers if layer.options == options]
             here = slice(start, start := start + len(part))
-            go = may_change(estimator.nonfinite, finite[here], None if live is None else live[here])
+            go = may_change(estimator.nonfinite, finite[here], live[here])
             old = LayerState(*(_gather(part, key, norms) for key in _keys(estimator)))
             step = self._steps_taken(norms) + 1.0 if estimator.theoretical else None
             new, factor = estimator.update(old, norms[here, 0], norms[here, 1], step)
@@ -452,7 +455,7 @@ class LayerwiseOptimizer(Optimizer):
             for key, before, after in zip(_keys(estimator), old, new, strict=False):
                 assert before is not None
                 assert after is not None
-                _scatter(part, key, after if go is None else torch.where(go, after, before))
+                _scatter(part, key, torch.where(go, after, before))
             count = _gather(part, "nonfinite_steps", norms)
             _scatter(part, "nonfinite_steps", count + (~finite[here]).to(count.dtype))
             factors.append(factor)
@@ -467,8 +470,8 @@ class LayerwiseOptimizer(Optimizer):
         counts = [g["lipschitz_step"] for g in groups if "lipschitz_step" in g]
         return torch.stack([like.new_zeros(()), *(x.to(like.device) for x in counts)]).max()
 
-    def _count_step(self) -> None:
-        """Ends every step that was taken, also one in which no layer had a gradient."""
+    def _count_step(self, live: Tensor) -> None:
+        """Ends a step, also one in which no layer had a gradient."""
         for group in self.param_groups:
             # ZeRO-3 makes one call of step() for each flat tensor of a group.
             last = any(p is tensor for p in group["params"] for tensor in self._tensors(group)[-1:])
@@ -478,7 +481,9 @@ class LayerwiseOptimizer(Optimizer):
                     group["lipschitz_step"] = torch.zeros(
                         (), dtype=_get_scalar_dtype(), device=home
                     )
-                group["lipschitz_step"] += 1.0
+                count = group["lipschitz_step"]
+                taken = live.any().to(count.device) | _has_rate([group], count)[0]
+                count += taken.to(count.dtype)
 
     def _tensors(self, group: dict[str, Any]) -> list[Tensor]:
         """The tensors that a group's state is kept for."""
@@ -575,11 +580,17 @@ def scalar(value: float, param: Tensor) -> Tensor:
     return torch.tensor(value, dtype=_get_scalar_dtype(), device=param.device)
 
 
-def may_change(nonfinite: str, finite: Tensor, live: Tensor | None) -> Tensor | None:
-    """A mask of what may change in a step; None for everything."""
-    if nonfinite != "skip":
-        return live
-    return finite if live is None else finite & live
+def _has_rate(groups: list[dict[str, Any]], like: Tensor) -> Tensor:
+    """Which groups have lr != 0, on `like`'s device."""
+    rates = [group["lr"] for group in groups]
+    if any(isinstance(lr, Tensor) for lr in rates):
+        return torch.stack([torch.as_tensor(x, device=like.device).squeeze() for x in rates]) != 0
+    return index_tensor(tuple(int(lr != 0) for lr in rates), like.device) > 0
+
+
+def may_change(nonfinite: str, finite: Tensor, live: Tensor) -> Tensor:
+    """A mask of what may change in a step."""
+    return finite & live if nonfinite == "skip" else live
 
 
 def store(targets: Sequence[Tensor], values: Tensor) -> None:

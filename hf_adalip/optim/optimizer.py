@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, ClassVar, Literal, cast
@@ -191,11 +191,11 @@ class LipOptimizer(LayerwiseOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step(self._collect())
-        self._count_step()
+        self._count_step(self._step(self._collect()))
         return loss
 
-    def _step(self, census: Census) -> None:
+    def _step(self, census: Census) -> Tensor:
+        """Returns which layers live."""
         layers = census.layers
         batches = self._batches(layers, "members")
         silent = self._batches(layers, "absent")
@@ -210,21 +210,24 @@ class LipOptimizer(LayerwiseOptimizer):
         rows = rows or [torch.zeros(0, 3, device=home)]  # other ranks may have gradients
         norms, live = self._layer_norms(torch.cat(rows), members, owner, census)
         if not layers:
-            return
+            return live
         finite = self._finite(layers, norms)
 
         # Follow: S of every layer, and what it makes of every tensor's learning rate.
         self._keep(layers)
         factor = self._follow(layers, norms[:, 1:], finite, live)
+        of_members = [factor, finite, live]
         if owner != tuple(range(len(layers))):
             index = index_tensor(owner, home)
-            factor, finite = factor[index], finite[index]
-            live = live if live is None else live[index]
+            of_members = [x[index] for x in of_members]
 
         # Step.
         sizes = [len(b.params) for b in batches + silent]
-        scales = torch.split(factor, sizes)
-        goes = _masks(batches + silent, torch.split(finite, sizes), live, sizes)
+        scales, *masks = (torch.split(x, sizes) for x in of_members)
+        goes = [
+            may_change(b.group["nonfinite"], *x).to(b.steps.device)
+            for b, *x in zip(batches + silent, *masks, strict=True)
+        ]
         for form, batch, scale, go in zip(forms, batches, scales, goes, strict=False):
             rates = batch.lr * scale.to(batch.steps.device, wide_dtype(batch.params[0].dtype))
             remembered = remembered_rates(rates, batch.lr, batch.group.get("previous", "applied"))
@@ -238,6 +241,7 @@ class LipOptimizer(LayerwiseOptimizer):
             rules.forget(batch, go)
             if "prev_lr" in batch.states[0]:
                 _keep_scalar(batch, "prev_lr", torch.zeros_like(batch.steps), go)
+        return live
 
     def _batches(self, layers: list[Layer], which: Literal["members", "absent"]) -> list[Batch]:
         """Tensors of one group, device and dtype together, in buckets for the foreach form."""
@@ -318,21 +322,9 @@ def _buckets(run: list[tuple[int, Member]]) -> list[list[tuple[int, Member]]]:
     return parts
 
 
-def _masks(
-    batches: list[Batch], finite: Sequence[Tensor], live: Tensor | None, sizes: list[int]
-) -> list[Tensor | None]:
-    """Which tensors of each batch may change; None for all of them."""
-    lives = [None] * len(batches) if live is None else torch.split(live, sizes)
-    masks = [
-        may_change(batch.group["nonfinite"], ok, alive)
-        for batch, ok, alive in zip(batches, finite, lives, strict=True)
-    ]
-    return [m if m is None else m.to(b.steps.device) for b, m in zip(batches, masks, strict=True)]
-
-
-def _keep_scalar(batch: Batch, name: str, values: Tensor, go: Tensor | None) -> None:
+def _keep_scalar(batch: Batch, name: str, values: Tensor, go: Tensor) -> None:
     targets = [state[name] for state in batch.states]
-    store(targets, values if go is None else torch.where(go, values, torch.stack(targets)))
+    store(targets, torch.where(go, values, torch.stack(targets)))
 
 
 def _validate(group: dict[str, Any]) -> None:

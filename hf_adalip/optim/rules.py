@@ -209,20 +209,19 @@ def measure_absent(batch: Batch) -> Tensor:
     return torch.stack(rows)
 
 
-def advance(batch: Batch, rates: Tensor, remembered: Tensor, finite: Tensor | None) -> None:
+def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
     """Takes the step: moments, history and parameters.
 
     Args:
         batch: what to step.
         rates: A_t of each tensor, shape [tensors].
         remembered: what d_t is scaled by in the update to remember, shape [tensors].
-        finite: where False, a tensor and its state stay as they are; None for all True.
+        go: shape [tensors]; where False, a tensor and its state stay as they are.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
     for i, (param, raw, state) in enumerate(
         zip(batch.params, batch.grads, batch.states, strict=True)
     ):
-        go = None if finite is None else finite[i]
         grad = gradient(param, raw, group)
         old = {name: _read(state[name], batch.group) for name in batch.names}
         new = rule.moments(grad, old, group)
@@ -232,16 +231,15 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, finite: Tensor | No
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             value = value * (1 - batch.lr * group["weight_decay"])
         for name in batch.names:
-            _commit(state[name], new[name], go)
-        _commit(param, value - rates[i] * direction, go)
+            _commit(state[name], new[name], go[i])
+        _commit(param, value - rates[i] * direction, go[i])
 
 
-def forget(batch: Batch, finite: Tensor | None) -> None:
+def forget(batch: Batch, go: Tensor) -> None:
     """`advance` for the tensors of `measure_absent`: their previous signal becomes zero."""
     for i, state in enumerate(batch.states):
         for name in batch.signal.history(batch.rule, batch.group):
-            go = None if finite is None else finite[i]
-            _commit(state[name], torch.zeros_like(wide(state[name])), go)
+            _commit(state[name], torch.zeros_like(wide(state[name])), go[i])
 
 
 def _retraced(batch: Batch, old: Moments, state: dict[str, Tensor], step: Tensor) -> Tensor:
@@ -252,5 +250,5 @@ def _retraced(batch: Batch, old: Moments, state: dict[str, Tensor], step: Tensor
     return torch.where(prev_lr == 0, torch.zeros_like(direction), -prev_lr * direction)
 
 
-def _commit(target: Tensor, value: Tensor, go: Tensor | None) -> None:
-    target.copy_(value if go is None else torch.where(go, value, wide(target)))
+def _commit(target: Tensor, value: Tensor, go: Tensor) -> None:
+    target.copy_(torch.where(go, value, wide(target)))

@@ -258,11 +258,11 @@ class Lipschitz(LayerwiseOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step(self._collect())
-        self._count_step()
+        self._count_step(self._step(self._collect()))
         return loss
 
-    def _step(self, census: Census) -> None:
+    def _step(self, census: Census) -> Tensor:
+        """Returns which layers live."""
         layers = census.layers
         by_gradient = isinstance(self._signal, Gradients)
         history = self._history
@@ -276,11 +276,11 @@ class Lipschitz(LayerwiseOptimizer):
         before = [_previous(m, history) for m in members]
         silence = [_previous(m, history) for m in silent]
 
-        def of_layers(norms: Tensor) -> tuple[Tensor, Tensor | None]:
+        def of_layers(norms: Tensor) -> tuple[Tensor, Tensor]:
             return self._layer_norms(norms, members + silent, owner, census)
 
-        def signal_norms(now: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-            """‖x_t‖ and ‖x_t - x_{t-1}‖ of the layers, and which have a gradient."""
+        def signal_norms(now: list[Tensor]) -> tuple[Tensor, Tensor]:
+            """‖x_t‖ and ‖x_t - x_{t-1}‖ of the layers, and which live."""
             size = mixed_norms(now + [torch.zeros_like(x) for x in silence], home)
             change = mixed_norms([x - y for x, y in zip(now, before, strict=True)] + silence, home)
             return of_layers(torch.stack([size, change], dim=1))
@@ -290,32 +290,35 @@ class Lipschitz(LayerwiseOptimizer):
             grad_norms = norms
         elif self._law.nonfinite == "propagate":
             grad_norms = torch.zeros(len(layers), 1, device=home)
+            live = torch.ones(len(layers), dtype=torch.bool, device=home)
         else:
             size = mixed_norms(grads, home)
             size = torch.cat([size, size.new_zeros(len(silent))])
-            grad_norms, _ = of_layers(size[:, None])
+            grad_norms, live = of_layers(size[:, None])
         finite = self._finite(layers, grad_norms)
 
         old = [p.clone() for p in params]
-        finite, moved = self._base_step(layers, finite)
+        finite, moved = self._base_step(layers, finite, live)
         updates = [wide(p) - wide(q) for p, q in zip(params, old, strict=True)]
         if not by_gradient:
-            norms, live = signal_norms(updates)
+            norms, proposed = signal_norms(updates)
+            live = live & proposed
             finite = finite & norms.isfinite().all(dim=1)
         if not layers:  # other ranks may have gradients; this one took part in the norms
-            return
+            return live
         self._keep(layers)
         index = index_tensor(owner, home)
         factor = self._follow(layers, norms, finite, live)[index]
         go = may_change(self._law.nonfinite, finite, live)
-        goes = [None] * len(owner) if go is None else list(go[index].unbind())
+        goes = go[index].unbind()
         for i, member in enumerate(members):
             if moved[i]:
                 self._scale(member, old[i], updates[i], grads[i], factor[i], goes[i])
         for member, ok in zip(silent, goes[len(members) :], strict=True):
             x = real(local(member.state[history]))
             x.copy_(_unless_skipped(ok, torch.zeros_like(x), x))
-        self._keep_rates(members, factor, moved, None if go is None else go[index])
+        self._keep_rates(members, factor, moved, go[index])
+        return live
 
     def _scale(
         self,
@@ -324,7 +327,7 @@ class Lipschitz(LayerwiseOptimizer):
         update: Tensor,
         grad: Tensor,
         factor: Tensor,
-        ok: Tensor | None,
+        ok: Tensor,
     ) -> None:
         """Makes p_old + S·û of what the base has stepped to, and remembers the signal."""
         param, history = real(local(member.param)), real(local(member.state[self._history]))
@@ -339,26 +342,36 @@ class Lipschitz(LayerwiseOptimizer):
         param.copy_(_unless_skipped(ok, applied, wide(old)))
         history.copy_(_unless_skipped(ok, remembered, wide(history)))
 
-    def _base_step(self, layers: list[Layer], finite: Tensor) -> tuple[Tensor, list[bool]]:
-        """Steps the base, from which non-finite gradients are hidden.
+    def _base_step(
+        self, layers: list[Layer], finite: Tensor, live: Tensor
+    ) -> tuple[Tensor, list[bool]]:
+        """Steps the base, from which what it is not to step is hidden.
 
         Returns:
-            which layers it stepped, on the device and for each of their members.
+            which layers were finite and, as the base steps a flat tensor as one, with what they
+            share one with; and for each of their members whether the base stepped it.
         """
         if self._law.nonfinite != "skip":
             self.optimizer.step()
             return finite, [True for layer in layers for _ in layer.members]
+        fine, alive = torch.stack([finite, live]).tolist()
         bad = {
             id(m.tensor)
-            for layer, ok in zip(layers, finite.tolist(), strict=True)
+            for layer, ok in zip(layers, fine, strict=True)
             for m in layer.members
             if not ok
         }
-        # The base steps a flat tensor as one, and so it is left out as one.
-        stepped = [all(id(m.tensor) not in bad for m in layer.members) for layer in layers]
         if bad:
-            finite = index_tensor(tuple(map(int, stepped)), finite.device) > 0
-        moved = [ok for layer, ok in zip(layers, stepped, strict=True) for _ in layer.members]
+            fine = [all(id(m.tensor) not in bad for m in layer.members) for layer in layers]
+            finite = index_tensor(tuple(map(int, fine)), finite.device) > 0
+        living = {
+            id(m.tensor) for layer, ok in zip(layers, alive, strict=True) for m in layer.all if ok
+        }
+        moved = [
+            ok and id(m.tensor) in living
+            for layer, ok in zip(layers, fine, strict=True)
+            for m in layer.members
+        ]
         members = [m for layer in layers for m in layer.members]
         hidden = {m.tensor: m.tensor.grad for m, ok in zip(members, moved, strict=True) if not ok}
         for tensor in hidden:
@@ -371,7 +384,7 @@ class Lipschitz(LayerwiseOptimizer):
         return finite, moved
 
     def _keep_rates(
-        self, members: list[Member], factor: Tensor, moved: list[bool], go: Tensor | None
+        self, members: list[Member], factor: Tensor, moved: list[bool], go: Tensor
     ) -> None:
         for group in self.param_groups:
             here = tuple(i for i, m in enumerate(members) if m.group is group and moved[i])
@@ -381,8 +394,7 @@ class Lipschitz(LayerwiseOptimizer):
                 index = index_tensor(here, factor.device)
                 targets = [members[i].state["layer_lr"] for i in here]
                 before = torch.stack([x.to(factor.device) for x in targets])
-                ok = None if go is None else go[index]
-                store(targets, _unless_skipped(ok, factor[index] * lr, before))
+                store(targets, _unless_skipped(go[index], factor[index] * lr, before))
 
 
 def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
@@ -390,9 +402,7 @@ def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
     return itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
 
 
-def _unless_skipped(ok: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    if ok is None:
-        return new
+def _unless_skipped(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(ok.to(old.device), new.to(old.dtype), old)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from hf_adalip import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz
+from hf_adalip import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, create_optimizer
 from hf_adalip.optim import LipOptimizer
 from tests.optim.cases import (
     CLASSES,
@@ -530,3 +531,21 @@ def test_retraced_updates_need_no_more_memory_than_adam() -> None:
         return sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.dim())
 
     assert size(ours) == size(adam)
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "lip-nadam"])
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["number", "tensor"])
+def test_making_the_state_before_training_moves_nothing(name: str, lr: float | Tensor) -> None:
+    """torch.distributed.checkpoint makes it by a step with zero gradients and lr = 0, after which
+    torch's own Adam is one step ahead in its bias correction."""
+    net = torch.nn.Linear(4, 3)
+    plain, asked = copy.deepcopy(net), copy.deepcopy(net)
+    for model in (plain, asked):
+        optimizer = create_optimizer(model, name, lr=lr, weight_decay=0.1, c="theoretical")
+        if model is asked:
+            get_optimizer_state_dict(model, optimizer)
+        for step in range(4):
+            optimizer.zero_grad()
+            model(torch.full((2, 4), step + 1.0)).square().sum().backward()
+            optimizer.step()
+    assert_same(list(asked.parameters()), list(plain.parameters()))
