@@ -5,7 +5,7 @@
 A case is ENGINE/OPTIMIZER/LAYERS/FORM, FORM "loop" or "foreach". Rank 0 writes, for every case, the
 largest relative differences from one process that sees the whole batch (of the layers' S and
 parameters, of losses and total gradient norms), whether S and the norms are equal on all ranks bit
-for bit, and the all-reduces of a step of the optimizer.
+for bit, and the all-reduces of a step of the optimizer (null where the step is compiled).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_adalip import create_optimizer
 from hf_adalip.optim.names import plain_names
+from tests.optim.test_compile import bare_step
 
 STEPS, ACCUMULATED, ROWS = 50, 2, 8
 MAX_NORM = 0.5  # below the gradient norm of some steps, and above that of others
@@ -125,6 +126,7 @@ FSDP1 = {
 }
 FSDP2 = {
     "fsdp2": {},
+    "fsdp2-compiled": {},
     "fsdp2-no-reshard": {"reshard_after_forward": False},
     "fsdp2-offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     "fsdp2-bf16": {
@@ -134,14 +136,15 @@ FSDP2 = {
         "mp_policy": MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.bfloat16)
     },
 }
-STATIC = ("ddp-static",)
-"""Engines of which torch 2.15 cannot leave out the synchronisation of the first backward pass (an
-internal assertion fails)."""
+STATIC = ("ddp-static", "fsdp2-compiled")
+"""Engines whose graph has to stay as it is. (A compiled step could do otherwise; it is a graph for
+each set of layers.) And torch 2.15 cannot leave out the synchronisation of a static DDP's first
+backward pass: an internal assertion fails."""
 
 STEADY = (*STATIC, "zero-steady")
 """Trainings in which all layers get their gradients in all steps."""
 
-LIKE = {"ddp-static": "ddp-static", "fsdp2-bf16": "fsdp2-bf16"} | dict.fromkeys(FSDP1, "fsdp1")
+LIKE = {engine: engine for engine in (*STATIC, "fsdp2-bf16")} | dict.fromkeys(FSDP1, "fsdp1")
 """Engines that do not give a plain run's gradients."""
 
 
@@ -152,7 +155,7 @@ class Run(NamedTuple):
     rates: dict
     losses: list[float]
     norms: list[float]  # of the whole gradient, before clipping
-    collectives: int  # all-reduces of the last step of the optimizer
+    collectives: int | None  # all-reduces of the last step of the optimizer
 
 
 def make(net, name, layers, form, weight_decay="0.01"):
@@ -170,6 +173,9 @@ def train(engine, *optimizer_options):
     torch.manual_seed(0)
     net, split = wrap(engine, Net())
     optimizer = make(net, *optimizer_options)
+    take_step, compiled = optimizer.step, engine == "fsdp2-compiled"
+    if compiled:
+        take_step = torch.compile(bare_step(optimizer), backend="eager", fullgraph=True)
     share = data_parallel_share(engine) if split else slice(None)
     losses, norms, seen = [], [], CommDebugMode()
     for step in range(STEPS):
@@ -182,13 +188,13 @@ def train(engine, *optimizer_options):
             loss += part_loss.item()
         losses.append(mean_over_ranks(loss))
         norms.append(clip_under(net, MAX_NORM))
-        if step == STEPS - 1:
+        if step == STEPS - 1 and not compiled:  # which a debug mode excludes
             with seen:
-                optimizer.step()
+                take_step()
         else:
-            optimizer.step()
+            take_step()
     rates = optimizer.layer_learning_rates()
-    return Run(weights_of(net), rates, losses, norms, seen.get_total_counts())
+    return Run(weights_of(net), rates, losses, norms, None if compiled else seen.get_total_counts())
 
 
 def give_zeros(net, engine):

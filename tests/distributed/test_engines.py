@@ -33,6 +33,7 @@ ENGINES = {
         "ddp": (0, SOME),
         "ddp-static": (0, SOME),
         "fsdp2": (1, EVERY),
+        "fsdp2-compiled": (None, SOME[:1]),
         "fsdp2-no-reshard": (1, SOME),
         "fsdp2-offload": (1, SOME),
         "fsdp2-bf16": (1, SOME),
