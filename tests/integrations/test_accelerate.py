@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import accelerate
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from hf_adalip import create_optimizer
 from hf_adalip.monitor import layerwise
+from tests.optim.cases import assert_same
 
 NAMES = ["adalip", "rmslip", "adamlip", "adalipu", "rmslipu", "adamlipu", "lip-nadam"]
 
@@ -120,6 +123,32 @@ def test_an_overflow_under_a_grad_scaler_changes_nothing(name):
     assert layerwise(optimizer).layer_learning_rates() == rates
     step()
     assert not torch.equal(model[0].weight, weights[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accelerate_skips_an_overflow_whole(name):
+    """As its prepared optimizer does under fp16, which it makes a scaler for on a GPU only: no
+    step of the optimizer, and so none of the scheduler; all state stays as it is."""
+    accelerate.Accelerator(cpu=True)
+    model = net()
+    optimizer = create_optimizer(model, name, lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    wrapped = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
+    x, y = data(1).tensors
+
+    def step(spoil=False):
+        wrapped.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+        if spoil:
+            model[0].weight.grad[0, 0] = torch.inf
+        wrapped.step()
+        return wrapped.step_was_skipped
+
+    assert [step(), step()] == [False, False]
+    before = copy.deepcopy((list(model.parameters()), optimizer.state_dict()))
+    assert step(spoil=True)
+    assert_same((list(model.parameters()), optimizer.state_dict()), before)
+    assert not step()
 
 
 @pytest.mark.parametrize("name", ["adalip", "adamlip"])

@@ -136,6 +136,31 @@ def test_a_vision_transformer_in_bf16_trains(tmp_path):
     assert {s["lipschitz_scale"].dtype for s in state.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", [*SIX, "lip-nadam"])
+@pytest.mark.parametrize("way", ["autocast", "parameters"])
+def test_bf16(tmp_path, name, way):
+    """Autocast, and a model in bf16: S stays float32 and finite, and the model's dtype is kept."""
+    model = bert() if way == "autocast" else bert().bfloat16()
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path, bf16=way == "autocast", max_steps=6),
+        train_dataset=texts(),
+        **trainer_kwargs(name, lr=1e-3),
+    )
+    before = weights(trainer)
+    trainer.train()
+    optimizer = layerwise(trainer.optimizer)
+    dtype = torch.float32 if way == "autocast" else torch.bfloat16
+    for param, state in optimizer.state.items():
+        assert param.dtype == dtype
+        assert state["lipschitz_scale"].dtype == torch.float32
+    rates = optimizer.layer_learning_rates().values()
+    assert all(0.1 <= rate.scale <= 10.0 and not rate.nonfinite_steps for rate in rates)
+    assert len({rate.scale for rate in rates}) > len(rates) / 2
+    assert weights(trainer).isfinite().all()
+    assert not torch.equal(weights(trainer), before)
+
+
 @pytest.mark.parametrize("way", ["optimizers", "kwargs", "optim"])
 def test_resuming_is_bit_exact(tmp_path, way):
     def trainer(path):
