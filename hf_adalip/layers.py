@@ -10,7 +10,9 @@ from torch import nn
 from .optim.shards import whole_shape
 
 
-def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float = 0.0, split: bool = True
+) -> list[dict[str, Any]]:
     """The trainable parameters of a model, named, split by whether weight decay is for them.
 
     Biases, norms and everything else of at most one dimension are not decayed, nor is what the
@@ -18,7 +20,10 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[s
 
     Args:
         model: its frozen parameters are left out.
-        weight_decay: λ of the decayed group. With 0 there is one group.
+        weight_decay: λ of what is decayed. With 0 there is one group.
+        split: False for one group that says which parameters are spared in "no_weight_decay".
+            Our six optimizers read it. It keeps weight and bias of a layer together, which
+            DeepSpeed's ZeRO steps group by group.
 
     Returns:
         groups for any torch optimizer, with (name, parameter) pairs as "params".
@@ -31,14 +36,18 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[s
         raise ValueError(f"model {type(model).__name__} has no parameter with requires_grad=True")
     if not weight_decay:
         return [{"params": named, "weight_decay": 0.0}]
-    spared = set(getattr(model, "no_weight_decay", set)())
-    groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
-    for name, param in named:
-        decays = len(whole_shape(param)) > 1 and not name.endswith(".bias")
-        decays = decays and not any(fnmatchcase(name, pattern) for pattern in spared)
-        groups[decays].append((name, param))
-    return [
-        {"params": members, "weight_decay": weight_decay if decays else 0.0}
-        for decays, members in groups.items()
-        if members
+    patterns = set(getattr(model, "no_weight_decay", set)())
+    spared = {
+        name
+        for name, param in named
+        if len(whole_shape(param)) <= 1
+        or name.endswith(".bias")
+        or any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    if not split:
+        return [{"params": named, "weight_decay": weight_decay, "no_weight_decay": sorted(spared)}]
+    groups = [
+        {"params": [x for x in named if x[0] not in spared], "weight_decay": weight_decay},
+        {"params": [x for x in named if x[0] in spared], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]

@@ -216,7 +216,8 @@ def create_optimizer(
     arguments = {"weight_decay": 0.0, **info.defaults, **arguments}
     params: Any = model_or_params
     if isinstance(model_or_params, nn.Module):
-        params = parameter_groups(model_or_params, arguments["weight_decay"])
+        split = not issubclass(info.optimizer_class, LipOptimizer)
+        params = parameter_groups(model_or_params, arguments["weight_decay"], split)
         if info.takes_layers:
             arguments.setdefault("layers", "module")
     takes_decay = "weight_decay" in inspect.signature(info.arguments_of).parameters

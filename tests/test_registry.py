@@ -54,13 +54,42 @@ def test_a_record_cannot_be_changed():
 def test_a_model_gives_names_layers_and_the_weight_decay_split(name):
     optimizer = create_optimizer(model(), name, lr=0.1, weight_decay=0.01)
     assert type(optimizer) is SIX[name]
-    decayed, spared = optimizer.param_groups
-    assert decayed["param_names"] == ["0.weight", "2.weight"]
-    assert spared["param_names"] == ["0.bias", "1.weight", "1.bias", "2.bias"]
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
-    assert decayed["layer_names"] == ["0", "2"]
-    assert spared["layer_names"] == ["0", "1", "1", "2"]
+    (group,) = optimizer.param_groups
+    assert group["param_names"] == [name for name, _ in model().named_parameters()]
+    assert group["layer_names"] == ["0", "0", "1", "1", "2", "2"]
+    assert group["weight_decay"] == 0.01
+    assert group["no_weight_decay"] == ["0.bias", "1.bias", "1.weight", "2.bias"]
     assert optimizer.defaults["lr"] == 0.1
+
+
+@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_one_group_with_spared_parameters_is_two_groups(name, foreach, decoupled):
+    options = {"layers": "module", "foreach": foreach, "decoupled_weight_decay": decoupled}
+    one, two = model(), model()
+    two.load_state_dict(one.state_dict())
+    runs = [
+        (net, SIX[name](parameter_groups(net, 0.1, split=split), lr=0.01, **options))
+        for net, split in ((one, False), (two, True))
+    ]
+    for step in range(4):
+        for net, optimizer in runs:
+            optimizer.zero_grad()
+            for i, p in enumerate(net.parameters()):
+                p.grad = torch.randn(
+                    p.shape, generator=torch.Generator().manual_seed(10 * step + i)
+                )
+            optimizer.step()
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert runs[0][1].layer_learning_rates() == runs[1][1].layer_learning_rates()
+
+
+def test_a_spared_parameter_has_to_be_there():
+    group = {"params": list(model().named_parameters()), "no_weight_decay": ["0.bais"]}
+    with pytest.raises(ValueError, match=r"no_weight_decay names '0.bais'"):
+        hf_adalip.AdamLip([group])
 
 
 def test_parameters_keep_torchs_meaning():
@@ -144,7 +173,7 @@ def test_an_optimizer_can_be_registered_once(monkeypatch):
     made = create_optimizer(model(), "slowlip", gamma=0.5)
     assert made.defaults["gamma"] == 0.5
     assert made.layers == "tensor"
-    assert [group["weight_decay"] for group in made.param_groups] == [0.1, 0.0]
+    assert {group["weight_decay"] for group in made.param_groups} == {0.1}
     made = create_optimizer(model(), "slowlip", weight_decay=0.0, layers="module")
     assert made.layers == "module"
     assert {group["weight_decay"] for group in made.param_groups} == {0.0}

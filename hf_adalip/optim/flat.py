@@ -27,6 +27,7 @@ class Original(NamedTuple):
     """A parameter as it was given to the optimizer."""
 
     layer: str
+    decays: bool  # whether the group's weight decay is for it
     param: Tensor
 
 
@@ -34,6 +35,7 @@ class Part(NamedTuple):
     """What of a parameter lies in a flat tensor of this rank; possibly nothing (size 0)."""
 
     layer: str
+    decays: bool
     start: int
     size: int
     over: Over
@@ -54,7 +56,7 @@ def is_held(param: Tensor) -> bool:
 def flat_tensors(originals: Sequence[Original]) -> list[Tensor]:
     """ZeRO-3's flat tensors of a group, which has no parameters between two steps."""
     found: dict[int, Tensor] = {}
-    for _, param in originals:
+    for _, _, param in originals:
         zero3 = _zero3(param)
         if zero3 is not None and is_held(param):
             index = _position(zero3, param)[0]
@@ -76,16 +78,16 @@ def parts_of(flat: Tensor, originals: Sequence[Original]) -> list[Part]:
 
 
 def _part(flat: Tensor, original: Original) -> Part | None:
-    layer, param = original
-    zero3 = _zero3(param)
-    return _part_zero3(flat, layer, param, zero3) if zero3 else _part_zero12(flat, layer, param)
+    zero3 = _zero3(original.param)
+    return _part_zero3(flat, original, zero3) if zero3 else _part_zero12(flat, original)
 
 
-def _part_zero12(flat: Tensor, layer: str, param: Any) -> Part:
+def _part_zero12(flat: Tensor, original: Original) -> Part:
     """ZeRO-1 and 2 lay the parameters of a group end to end, and cut that into equal shards."""
-    over = (param._dp_group,)
+    param: Any = original.param
+    layer, decays, over = original.layer, original.decays, (param._dp_group,)
     if param._hp_mapping is None:
-        return Part(layer, 0, 0, over)
+        return Part(layer, decays, 0, 0, over)
     here, whole = param._hp_mapping.hp_fragment_address, param._hp_mapping.lp_fragment_address
     fragment = flat.detach()[here.start : here.start + here.numel]
     values = param.detach().reshape(-1)[whole.start : whole.start + whole.numel]
@@ -96,17 +98,18 @@ def _part_zero12(flat: Tensor, layer: str, param: Any) -> Part:
             "set it to false in DeepSpeed's configuration. If you changed parameters after "
             "deepspeed.initialize, do it before"
         )
-    return Part(layer, here.start, here.numel, over)
+    return Part(layer, decays, here.start, here.numel, over)
 
 
-def _part_zero3(flat: Tensor, layer: str, param: Any, zero3: Any) -> Part | None:
+def _part_zero3(flat: Tensor, original: Original, zero3: Any) -> Part | None:
     """ZeRO-3 cuts every parameter into equal shards, the last ones padded with anything."""
+    param: Any = original.param
     index, start, padded = _position(zero3, param)
     if zero3.fp32_partitioned_groups_flat[index] is not flat:
         return None
     rank = dist.get_rank(param.ds_process_group)
     size = min(max(param.ds_numel - rank * padded, 0), padded)
-    return Part(layer, start, size, (param.ds_process_group,))
+    return Part(original.layer, original.decays, start, size, (param.ds_process_group,))
 
 
 def _zero3(param: Tensor) -> Any:

@@ -37,7 +37,7 @@ SCALARS = (*LAYER_SCALARS, "step", "layer_lr", "prev_lr")
 """All state that is one number, on the parameter's device, and never of its dtype."""
 
 
-STRUCTURE = ("param_names", "layer_names", "layer_sizes", "layer_group")
+STRUCTURE = ("param_names", "layer_names", "layer_sizes", "layer_group", "no_weight_decay")
 """Keys of a group that say what its parameters are. They are the model's, and are not loaded."""
 
 ROOT = "(root)"
@@ -67,6 +67,7 @@ class Member:
     over: Over = ()
     place: int | None = None  # among all that are sharded, on every rank the same
     seen: bool = True  # False where only other ranks know whether there is a gradient
+    decays: bool = True  # whether the group's weight decay is for it
 
     views: State | None = None
 
@@ -187,19 +188,15 @@ class LayerwiseOptimizer(Optimizer):
         """Keeps hold of a group's parameters, for an engine that will replace them."""
         originals = self.__dict__.setdefault("_given", [])
         group["layer_group"] = len(originals)
-        originals.append(
-            [
-                (n, weakref.ref(p))
-                for n, p in zip(group["layer_names"], group["params"], strict=True)
-            ]
-        )
+        named = zip(group["layer_names"], _decays(group), group["params"], strict=True)
+        originals.append([(name, decays, weakref.ref(param)) for name, decays, param in named])
 
     def _originals(self, group: dict[str, Any]) -> list[Original]:
         """The group's parameters that are still there, as they were given."""
         given = self.__dict__.get("_given", [])
         index = group.get("layer_group", len(given))
         refs = given[index] if index < len(given) else []
-        return [Original(name, param) for name, ref in refs if (param := ref()) is not None]
+        return [Original(n, decays, p) for n, decays, ref in refs if (p := ref()) is not None]
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What a parameter of the group keeps: tensors of its shape, and numbers."""
@@ -252,6 +249,7 @@ class LayerwiseOptimizer(Optimizer):
     def _members(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> Iterator[Member]:
         """What the tensors of a group consist of: parameters, or parts of flat tensors."""
         flat = self._is_flat(group)
+        decays = [] if flat else _decays(group)
         if flat and not tensors and not any(is_held(x.param) for x in self._originals(group)):
             raise unknown(f"{len(group['layer_names'])}, now none")
         for i, tensor in enumerate(tensors):
@@ -260,14 +258,18 @@ class LayerwiseOptimizer(Optimizer):
             if not flat:
                 name = group["layer_names"][i]
                 over = sharded_over(tensor)
-                yield Member(name, tensor, group, stored, tensor, tensor.grad, over=over)
+                member = Member(name, tensor, group, stored, tensor, tensor.grad, over=over)
+                member.decays = decays[i]
+                yield member
                 continue
             for index, part in enumerate(self._parts(tensor, group)):
                 here = slice(part.start, part.start + part.size)
                 grad = None if tensor.grad is None else tensor.grad[here]
                 param = tensor.detach()[here]
                 which = (index, part)
-                yield Member(part.layer, tensor, group, stored, param, grad, which, part.over)
+                member = Member(part.layer, tensor, group, stored, param, grad, which, part.over)
+                member.decays = part.decays
+                yield member
 
     def _collect(self) -> Census:
         """The layers that have a gradient now, those with the same estimator side by side.
@@ -337,15 +339,16 @@ class LayerwiseOptimizer(Optimizer):
         if not any(m.part for layer in layers.values() for m in layer.members):
             return
         given = itertools.chain.from_iterable(self.__dict__["_given"])
-        held = Counter(name for name, ref in given if (p := ref()) is not None and is_held(p))
+        held = Counter(n for n, _, ref in given if (p := ref()) is not None and is_held(p))
         for layer in layers.values():
             if len(layer.all) < held[layer.name]:
                 raise RuntimeError(
                     f"DeepSpeed steps only {len(layer.all)} of the {held[layer.name]} parameters "
                     f"of layer {layer.name!r} at once, because they are in different parameter "
                     "groups (with and without weight decay) or sub-groups, so that the norm of "
-                    'the layer cannot be had: choose layers="tensor", or one group '
-                    "(weight_decay=0) and a larger sub_group_size"
+                    'the layer cannot be had: choose layers="tensor", or one group (as '
+                    "create_optimizer makes it for our six, or with weight_decay=0) and a larger "
+                    "sub_group_size"
                 )
 
     def _home(self) -> torch.device:
@@ -558,6 +561,14 @@ class LayerwiseOptimizer(Optimizer):
 def _size(param: Tensor) -> int | None:
     """None for a lazy module's parameter, which has no size yet."""
     return None if torch.nn.parameter.is_lazy(param) else param.numel()
+
+
+def _decays(group: dict[str, Any]) -> list[bool]:
+    """Whether the group's weight decay is for each of its parameters."""
+    spared = set(group.get("no_weight_decay", ()))
+    if not spared:
+        return [True] * len(group["params"])
+    return [name not in spared for name in group["param_names"]]
 
 
 def structure_of(group: dict[str, Any]) -> dict[str, Any]:

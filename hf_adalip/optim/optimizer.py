@@ -128,7 +128,8 @@ class LipOptimizer(LayerwiseOptimizer):
         return law, group.get("previous")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; a group may have its own value of every option, `layers` included.
+        """As torch's; a group may have its own value of every option, `layers` included, and
+        "no_weight_decay", the names of parameters that its weight decay is not for.
 
         Raises:
             ValueError: for a bad option, or a parameter given twice; nothing is added then.
@@ -142,6 +143,12 @@ class LipOptimizer(LayerwiseOptimizer):
             given = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
             if len({id(p) for p in given}) != len(given):
                 raise ValueError("some parameters appear more than once in a parameter group")
+        named = [p[0] for p in group["params"] if isinstance(p, tuple)]
+        if unknown := set(group.get("no_weight_decay", ())) - set(named):
+            raise ValueError(
+                f"no_weight_decay names {min(unknown)!r}, which is not a parameter of the group "
+                "(pass named parameters: model.named_parameters())"
+            )
         super().add_param_group(group)
         self._name_last_group(param_group.get("layers", self._layers))
 
@@ -248,7 +255,7 @@ class LipOptimizer(LayerwiseOptimizer):
         runs: dict[Any, list[tuple[int, Member]]] = {}
         for i, layer in enumerate(layers):
             for member in getattr(layer, which):
-                key = (id(member.group), member.param.device, member.param.dtype)
+                key = (id(member.group), member.decays, member.param.device, member.param.dtype)
                 runs.setdefault(key, []).append((i, member))
         batches = []
         for run in runs.values():
@@ -267,7 +274,7 @@ class LipOptimizer(LayerwiseOptimizer):
         return Batch(
             rule=self.rule,
             signal=self.signal,
-            group=group,
+            group=group if members[0].decays else group | {"weight_decay": 0.0},
             foreach=multi,
             members=members,
             params=[real(local(m.param)) for m in members],
