@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .shards import Over
+from .shards import Over, is_model_parallel
 
 _UNKNOWN = (
     "the parameters of a group were replaced ({}) by flat tensors in which layers cannot be told "
@@ -78,6 +78,11 @@ def parts_of(flat: Tensor, originals: Sequence[Original]) -> list[Part]:
 
 
 def _part(flat: Tensor, original: Original) -> Part | None:
+    if is_model_parallel(original.param):
+        raise NotImplementedError(
+            f"layer {original.layer!r} is split by a tensor parallelism besides ZeRO, so that its "
+            "norm cannot be had; use FSDP2 with torch's or transformers' tensor parallelism"
+        )
     zero3 = _zero3(original.param)
     return _part_zero3(flat, original, zero3) if zero3 else _part_zero12(flat, original)
 

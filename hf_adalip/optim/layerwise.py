@@ -22,7 +22,7 @@ from .flat import Original, Part, flat_tensors, is_held, parts_of, unknown
 from .lipschitz import NO_PREDECESSOR, Estimator, LayerState
 from .names import by_name, plain_names
 from .norms import index_tensor, layer_norms
-from .shards import Over, is_fsdp1, sharded_over, sum_over_shards
+from .shards import Over, is_fsdp1, is_model_parallel, sharded_over, sum_over_shards
 from .signals import Signal
 
 State = dict[str, Any]
@@ -333,6 +333,12 @@ class LayerwiseOptimizer(Optimizer):
     def _check(self, member: Member) -> None:
         if member.grad is not None and member.grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        if is_model_parallel(member.tensor):
+            raise NotImplementedError(
+                f"layer {member.layer!r} is split by a tensor parallelism that says nothing of its "
+                "process group (Megatron's, DeepSpeed's AutoTP), so that its norm cannot be had: "
+                "use one that makes DTensors (torch's parallelize_module, transformers' tp_plan)"
+            )
 
     def _check_whole(self, layers: dict[str, Layer]) -> None:
         """ZeRO steps one flat tensor after the other: a layer must not lie in two of them."""

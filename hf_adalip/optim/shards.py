@@ -52,6 +52,12 @@ def is_fsdp1(param: Tensor) -> bool:
     return getattr(param, "_fsdp_flattened", False)
 
 
+def is_model_parallel(param: Tensor) -> bool:
+    """Whether a plain tensor is marked as part of a larger one, as Megatron and DeepSpeed do."""
+    marks = ("tensor_model_parallel", "model_parallel")
+    return not is_dtensor(param) and any(getattr(param, mark, False) is True for mark in marks)
+
+
 def sharded_over(param: Tensor) -> Over:
     """The process groups over which a parameter is sharded; none where every rank has it whole."""
     if is_dtensor(param):

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hf_adalip import AdaLip, AdamLip, AdamLipU
 from tests.optim.cases import (
@@ -410,3 +412,28 @@ def test_errors_in_a_closure_come_through() -> None:
     with pytest.raises(ZeroDivisionError):
         optimizer.step(closure)
     assert_same(snapshot(optimizer, params), before)
+
+
+@six
+@pytest.mark.parametrize("mark", ["tensor_model_parallel", "model_parallel"])
+def test_a_tensor_parallelism_without_a_group_is_refused(name: str, mark: str) -> None:
+    params = named_params()
+    optimizer = CLASSES[name](params.items())
+    for p in params.values():
+        setattr(p, mark, True)
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in params.values()]
+    with pytest.raises(NotImplementedError, match="its norm cannot be had"):
+        optimizer.step()
+    assert_same(list(params.values()), before)
+
+
+def test_fsdp1s_flat_parameters_are_refused() -> None:
+    net = torch.nn.Linear(3, 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = FullyShardedDataParallel(net, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match="use_orig_params"):
+            AdamLip(wrapped.parameters())
+    finally:
+        dist.destroy_process_group()
