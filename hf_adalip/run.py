@@ -15,18 +15,22 @@ from .integrations.trainer import register
 USAGE = "usage: python -m hf_adalip.run SCRIPT [the script's arguments]"
 
 
-def main() -> None:
+def run_script(script: str, arguments: list[str]) -> None:
     """Registers the optimizers with transformers, then runs the script as `__main__`."""
+    path = Path(script)
+    if not path.is_file():
+        sys.exit(f"hf_adalip: no script at {path}")
+    register()
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(path.resolve().parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(f"{USAGE}\n\n{__doc__}")
         sys.exit(0 if len(sys.argv) > 1 else 2)
-    script = Path(sys.argv[1])
-    if not script.is_file():
-        sys.exit(f"hf_adalip.run: no script at {script}\n{USAGE}")
-    register()
-    sys.argv = sys.argv[1:]
-    sys.path[0] = str(script.resolve().parent)
-    runpy.run_path(str(script), run_name="__main__")
+    run_script(sys.argv[1], sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from transformers import (
 
 import hf_adalip
 from hf_adalip import attach, register, trainer_kwargs
+from hf_adalip.cli import doctor, main
+from hf_adalip.doctor import examine
 from hf_adalip.monitor import layerwise
 
 SIX = ["adalip", "rmslip", "adamlip", "adalipu", "rmslipu", "adamlipu"]
@@ -354,3 +356,55 @@ def test_run_says_how_it_is_used(tmp_path):
     done = run("hf_adalip.run", "missing.py", cwd=tmp_path)
     assert done.returncode == 1
     assert "no script at missing.py" in done.stderr
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """SCRIPT in the working folder, and what Python and transformers keep restored after it."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text(SCRIPT)
+    return ["--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
+
+
+def test_the_doctor_stops_a_script_before_it_trains(script, capsys):
+    assert doctor("train.py", [*script, "--optim", "adamlip"]) == 0
+    assert capsys.readouterr().out.endswith("nothing wrong\n")
+
+
+def test_the_doctor_finds_another_optimizer(script, capsys):
+    assert doctor("train.py", script) == 1
+    out = capsys.readouterr().out
+    assert "Trainer trains with optim=adamw_torch" in out
+    assert "trainer_kwargs(" in out
+    assert "RAN" not in out
+
+
+def test_the_doctor_says_that_a_script_does_not_train(script, capsys):
+    Path("train.py").write_text("print('done')")
+    assert doctor("train.py", script) == 2
+    assert "train.py ended without Trainer.train()" in capsys.readouterr().err
+
+
+def test_the_doctor_finds_an_optimizer_that_deepspeed_drops(tmp_path):
+    model = bert()
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path),
+        optimizers=(hf_adalip.AdamLip(model.parameters()), None),
+    )
+    assert examine(trainer) == []
+    trainer.is_deepspeed_enabled = True
+    (found,) = examine(trainer)
+    assert "drops the AdamLip" in found.what
+    assert "trainer_kwargs" in found.change
+
+
+def test_the_command_lists_optimizers(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hf-adalip", "optimizers", "adamlip*"])
+    main()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "adamlip",
+        "adamlipu",
+    ]

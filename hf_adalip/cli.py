@@ -1,0 +1,62 @@
+"""`hf-adalip COMMAND`: what can be done from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .registry import list_optimizers
+from .run import run_script
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="hf-adalip", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    listing = commands.add_parser("optimizers", help="list the optimizers by name")
+    listing.add_argument("filter", nargs="?", default="*", help="a wildcard, as in 'ada*'")
+    check = commands.add_parser(
+        "doctor",
+        help="run a Trainer script up to its train(), and say what is wrong",
+        description="Runs a script that uses transformers' Trainer, stops it where it would train, "
+        "and says what is wrong, why, and the line to change. The exit status is 1 if anything is, "
+        "2 if the script does not train.",
+    )
+    check.add_argument("script")
+    check.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's")
+    args = parser.parse_args()
+    if args.command == "optimizers":
+        for name, description in list_optimizers(args.filter, with_description=True):
+            print(f"{name:16} {description}")
+    else:
+        sys.exit(doctor(args.script, args.arguments))
+
+
+def doctor(script: str, arguments: list[str]) -> int:
+    """Runs a script up to `Trainer.train()` and prints what is wrong there.
+
+    Returns:
+        0 for nothing, 1 for something, 2 if the script ended without training.
+    """
+    from transformers import Trainer
+
+    from .doctor import examine
+
+    class Reached(BaseException):
+        """Ends the script; not an Exception, which it may catch."""
+
+    def stop(self: Trainer, *_: object, **__: object) -> None:
+        raise Reached(examine(self))
+
+    train, Trainer.train = Trainer.train, stop
+    try:
+        run_script(script, arguments)
+    except Reached as reached:
+        (findings,) = reached.args
+        for finding in findings:
+            print(f"- {finding}")
+        print(f"{len(findings) or 'nothing'} wrong" if len(findings) != 1 else "1 thing wrong")
+        return int(bool(findings))
+    finally:
+        Trainer.train = train
+    print(f"{script} ended without Trainer.train(): nothing to look at", file=sys.stderr)
+    return 2
