@@ -63,12 +63,13 @@ class Member:
     stored: State  # of `tensor`; not yet in the optimizer's state when it is new
     param: Tensor  # `tensor`, or a view of the part of it that is this parameter's
     grad: Tensor | None
-    part: tuple[int, Part] | None = None  # which one of a flat tensor's it is
-    over: Over = ()
+    decays: bool  # whether the group's weight decay is for it
+    over: Over
+    part: int | None = None  # which of a flat tensor's it is
+    parts: tuple[int, ...] = ()  # shape of a number in `stored`: how many a flat tensor has
+    here: slice | None = None  # where in a flat tensor it is
     place: int | None = None  # among all that are sharded, on every rank the same
     seen: bool = True  # False where only other ranks know whether there is a gradient
-    decays: bool = True  # whether the group's weight decay is for it
-
     views: State | None = None
 
     @property
@@ -77,10 +78,10 @@ class Member:
         if self.part is None:
             return self.stored
         if self.views is None:
-            index, part = self.part
-            here = slice(part.start, part.start + part.size)
             tensors = {n: x for n, x in self.stored.items() if isinstance(x, Tensor)}
-            self.views = {n: x[index if n in SCALARS else here] for n, x in tensors.items()}
+            self.views = {
+                n: x[self.part if n in SCALARS else self.here] for n, x in tensors.items()
+            }
         return self.views
 
 
@@ -202,14 +203,19 @@ class LayerwiseOptimizer(Optimizer):
         """What a parameter of the group keeps: tensors of its shape, and numbers."""
         raise NotImplementedError
 
-    def _complete(self, state: State, param: Tensor, group: dict[str, Any]) -> None:
+    def _complete_loaded(self, state: State, tensor: Tensor, group: dict[str, Any]) -> None:
+        parts = (len(self._parts(tensor, group)),) if self._is_flat(group) else ()
+        self._complete(state, tensor, group, parts)
+
+    def _complete(
+        self, state: State, param: Tensor, group: dict[str, Any], parts: tuple[int, ...]
+    ) -> None:
         """Adds to a tensor's state what it lacks, as it is before a first step.
 
         It lacks everything at first, and later what an older checkpoint did not have or an
         option that was changed calls for. Of a flat tensor, a number of the state is a vector
         with an element for each of its parts.
         """
-        size = (len(self._parts(param, group)),) if self._is_flat(group) else ()
         shaped, numbers = self._state_keys(group)
         estimator, _ = self._options(group)
         for name in shaped:
@@ -222,11 +228,12 @@ class LayerwiseOptimizer(Optimizer):
         initial |= dict.fromkeys((*numbers, "nonfinite_steps", "layer_lr"), 0.0)
         for name, value in initial.items():
             if not isinstance(state.get(name), Tensor):  # old checkpoints have step as a number
-                state[name] = scalar(float(state.get(name, value)), param).expand(size).clone()
-            elif state[name].shape != size:
+                state[name] = scalar(float(state.get(name, value)), param).expand(parts).clone()
+            elif state[name].shape != parts:
+                found = tuple(state[name].shape)
                 raise ValueError(
-                    f"state {name!r} is of shape {tuple(state[name].shape)}, and {size} is needed: "
-                    "it was saved by an engine that shards otherwise; load it under the same one"
+                    f"state {name!r} has shape {found} and needs {parts}: it was saved by an "
+                    "engine that shards otherwise; load it under the same one"
                 )
 
     def _is_flat(self, group: dict[str, Any]) -> bool:
@@ -248,28 +255,30 @@ class LayerwiseOptimizer(Optimizer):
 
     def _members(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> Iterator[Member]:
         """What the tensors of a group consist of: parameters, or parts of flat tensors."""
-        flat = self._is_flat(group)
-        decays = [] if flat else _decays(group)
-        if flat and not tensors and not any(is_held(x.param) for x in self._originals(group)):
+        if self._is_flat(group):
+            yield from self._flat_members(group, tensors)
+            return
+        for name, decays, param in zip(group["layer_names"], _decays(group), tensors, strict=True):
+            stored = self._stored(param)
+            yield Member(name, param, group, stored, param, param.grad, decays, sharded_over(param))
+
+    def _flat_members(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> Iterator[Member]:
+        if not tensors and not any(is_held(x.param) for x in self._originals(group)):
             raise unknown(f"{len(group['layer_names'])}, now none")
-        for i, tensor in enumerate(tensors):
-            state = self.state.get(tensor, {})
-            stored = state if "lipschitz_scale" in state else {}
-            if not flat:
-                name = group["layer_names"][i]
-                over = sharded_over(tensor)
-                member = Member(name, tensor, group, stored, tensor, tensor.grad, over=over)
-                member.decays = decays[i]
-                yield member
-                continue
-            for index, part in enumerate(self._parts(tensor, group)):
-                here = slice(part.start, part.start + part.size)
-                grad = None if tensor.grad is None else tensor.grad[here]
-                param = tensor.detach()[here]
-                which = (index, part)
-                member = Member(part.layer, tensor, group, stored, param, grad, which, part.over)
-                member.decays = part.decays
-                yield member
+        for flat in tensors:
+            stored, parts = self._stored(flat), self._parts(flat, group)
+            for i, (layer, decays, start, size, over) in enumerate(parts):
+                here = slice(start, start + size)
+                param = flat.detach()[here]
+                grad = None if flat.grad is None else flat.grad[here]
+                yield Member(
+                    *(layer, flat, group, stored, param, grad, decays, over),
+                    *(i, (len(parts),), here),
+                )
+
+    def _stored(self, tensor: Tensor) -> State:
+        state = self.state.get(tensor, {})
+        return state if "lipschitz_scale" in state else {}
 
     def _collect(self) -> Census:
         """The layers that have a gradient now, those with the same estimator side by side.
@@ -318,7 +327,7 @@ class LayerwiseOptimizer(Optimizer):
         known = next((m for m in layer.all if m.stored), None)
         for member in layer.all:
             new = not member.stored
-            self._complete(member.stored, member.tensor, member.group)
+            self._complete(member.stored, member.tensor, member.group, member.parts)
             if new and known is not None:
                 for key in LAYER_SCALARS:
                     if key in member.state:
@@ -342,7 +351,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def _check_whole(self, layers: dict[str, Layer]) -> None:
         """ZeRO steps one flat tensor after the other: a layer must not lie in two of them."""
-        if not any(m.part for layer in layers.values() for m in layer.members):
+        if not any(m.parts for layer in layers.values() for m in layer.members):
             return
         given = itertools.chain.from_iterable(self.__dict__["_given"])
         held = Counter(n for n, _, ref in given if (p := ref()) is not None and is_held(p))

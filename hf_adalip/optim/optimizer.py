@@ -172,7 +172,7 @@ class LipOptimizer(LayerwiseOptimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if state := self.state.get(param):
-                    self._complete(state, param, group)
+                    self._complete_loaded(state, param, group)
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         shaped = self.rule.kept(group) + self.signal.history(self.rule, group)

@@ -201,7 +201,7 @@ class Lipschitz(LayerwiseOptimizer):
                 if self._history in mine:
                     history = mine[self._history].to(param.device, param.dtype)
                     self.state[param][self._history] = history
-                self._complete(self.state[param], param, group)
+                self._complete_loaded(self.state[param], param, group)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
