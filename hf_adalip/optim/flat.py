@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -94,14 +93,14 @@ def _part_zero12(flat: Tensor, original: Original) -> Part:
     if param._hp_mapping is None:
         return Part(layer, decays, 0, 0, over)
     here, whole = param._hp_mapping.hp_fragment_address, param._hp_mapping.lp_fragment_address
-    fragment = flat.detach()[here.start : here.start + here.numel]
-    values = param.detach().reshape(-1)[whole.start : whole.start + whole.numel]
-    if not torch.equal(fragment.to(values.device, values.dtype), values):
+    # The model's parameters are views of what is cut. (Their values may be ahead of the flat
+    # tensor's: while a checkpoint is loaded, they are.)
+    shard = dist.get_rank(param._dp_group) * flat.numel()
+    if param.storage_offset() + whole.start != shard + here.start:
         raise RuntimeError(
-            f"DeepSpeed's map of a flat tensor is wrong for layer {layer!r}: the values there are "
-            "not the parameter's, and S would be another layer's. round_robin_gradients does this: "
-            "set it to false in DeepSpeed's configuration. If you changed parameters after "
-            "deepspeed.initialize, do it before"
+            f"DeepSpeed's map of a flat tensor is wrong for layer {layer!r}: another parameter is "
+            "there, and S would be another layer's. round_robin_gradients does this: set it to "
+            "false in DeepSpeed's configuration"
         )
     return Part(layer, decays, here.start, here.numel, over)
 
