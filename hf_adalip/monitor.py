@@ -10,20 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
-
 from .optim.layerwise import LayerRate, LayerwiseOptimizer
 
 
 def layerwise(optimizer: Any) -> LayerwiseOptimizer | None:
     """The optimizer with an S per layer inside what accelerate or a wrapper made of it, or None."""
     seen: set[int] = set()
-    while isinstance(optimizer, Optimizer) and id(optimizer) not in seen:
+    while optimizer is not None and id(optimizer) not in seen:
         if isinstance(optimizer, LayerwiseOptimizer):
             return optimizer
         seen.add(id(optimizer))
-        # accelerate's AcceleratedOptimizer; timm's Lookahead
-        attributes = vars(optimizer)
+        # accelerate's AcceleratedOptimizer; DeepSpeed's, which are none of torch; timm's Lookahead
+        attributes = getattr(optimizer, "__dict__", {})
         optimizer = attributes.get("optimizer", attributes.get("_base_optimizer"))
     return None
 

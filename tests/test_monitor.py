@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,5 +84,7 @@ def test_the_optimizer_is_found_inside_what_wraps_it():
     assert layerwise(optimizer) is optimizer
     wrapper = Lipschitz(torch.optim.SGD(params, lr=0.1))
     assert layerwise(wrapper) is wrapper
+    deepspeed = SimpleNamespace(optimizer=wrapper)  # its optimizers are none of torch
+    assert layerwise(deepspeed) is wrapper
     assert layerwise(torch.optim.SGD(params, lr=0.1)) is None
     assert layerwise(None) is None
