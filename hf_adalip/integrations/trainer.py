@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ _NEEDS = (
     "hf_adalip knows transformers 5.2 to 5.23 here; install one of these, or pass "
     "`optimizers=(optimizer, None)` to Trainer"
 )
+
+_PASS = 'Trainer(..., **trainer_kwargs("adamlip", lr=...)), which is right under any engine'
 
 
 class ModelOptimizer:
@@ -122,19 +125,33 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
         log_layers: log every layer's values too.
 
     Raises:
-        RuntimeError: when training starts and the optimizer has no S, as when DeepSpeed dropped
-            the one in `optimizers=`.
+        RuntimeError: if DeepSpeed is on and Trainer was given `optimizers=`, which it would drop;
+            or, when training starts, if the optimizer has no S.
     """
     from transformers import TrainerCallback
+
+    given = trainer.optimizer
+    if trainer.is_deepspeed_enabled and given is not None and layerwise(given) is given:
+        name = type(given).__name__
+        raise RuntimeError(
+            f"Trainer drops the {name} in `optimizers=({name}(...), None)` under DeepSpeed, and "
+            f"would train with optim={trainer.args.optim.value}: in its place pass {_PASS}"
+        )
 
     class Check(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             optimizer = kwargs.get("optimizer")
-            if layerwise(optimizer) is None:
+            found = layerwise(optimizer)
+            if found is None:
                 raise RuntimeError(
                     f"Trainer trains with {type(optimizer).__name__}, which has no learning rate "
-                    "per layer. DeepSpeed drops `optimizers=`: pass "
-                    'Trainer(..., **trainer_kwargs("adamlip", lr=...)) instead'
+                    f"per layer (DeepSpeed drops `optimizers=`): pass {_PASS}"
+                )
+            if state.global_step and not any("lipschitz_scale" in s for s in found.state.values()):
+                warnings.warn(
+                    f"Trainer goes on from step {state.global_step}, but found no S of any layer "
+                    "in the checkpoint (another engine's, or save_only_model): S starts at 1",
+                    stacklevel=2,
                 )
 
     log, create_model_card = trainer.log, trainer.create_model_card

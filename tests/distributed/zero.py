@@ -49,10 +49,7 @@ def like(engine):
     return "zero-steady" if "zero3" in engine or "offload" in engine else "zero"
 
 
-def train(engine, *optimizer_options):
-    torch.manual_seed(0)
-    net = Net()
-    optimizer = engines.make(net, *optimizer_options)
+def accelerator_for(engine):
     config = {
         "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
         "gradient_accumulation_steps": ACCUMULATED,
@@ -65,6 +62,14 @@ def train(engine, *optimizer_options):
     AcceleratorState._reset_state()
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
     assert accelerator.distributed_type == DistributedType.DEEPSPEED
+    return accelerator
+
+
+def train(engine, *optimizer_options):
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = engines.make(net, *optimizer_options)
+    accelerator = accelerator_for(engine)
     model, _ = accelerator.prepare(net, optimizer)
     share = engines.data_parallel_share(engine)
     dtype = next(model.parameters()).dtype
