@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -80,6 +81,34 @@ def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[s
     for problem in problems:
         print(f"warning: {problem}; going on from {chosen[0]}", file=sys.stderr)
     return chosen
+
+
+def check_distributed(folder: str | os.PathLike[str]) -> None:
+    """Finds what is missing of a checkpoint of torch.distributed.checkpoint, and loads nothing.
+
+    Call it before `torch.distributed.checkpoint.load`, which writes into the tensors that it is
+    given as it reads, so that at a file that ends too early the run is half of this and half of
+    the checkpoint; or load into a copy. Sizes are compared, not contents.
+
+    Args:
+        folder: with the `.metadata` that torch wrote; read with pickle, as torch reads it.
+
+    Raises:
+        ValueError: naming the file that is missing, shorter than it was, or cannot be read.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    folder = Path(folder)
+    try:
+        stored = FileSystemReader(folder).read_metadata().storage_data.values()
+    except Exception as error:  # pickle raises anything
+        raise ValueError(f"{folder / '.metadata'} is missing or cannot be read") from error
+    for piece in stored:
+        path, needed = folder / piece.relative_path, piece.offset + piece.length
+        size = path.stat().st_size if path.is_file() else None
+        if size is None or size < needed:
+            found = "is missing" if size is None else f"is torn: {size} of at least {needed} bytes"
+            raise ValueError(f"{path} {found}; load another checkpoint")
 
 
 def _sha256(path: Path) -> str:

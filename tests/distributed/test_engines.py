@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from hf_adalip import create_optimizer
+from hf_adalip.checkpoints import check_distributed
 from tests.distributed.engines import Net, batch
 from tests.optim.cases import assert_same
 
@@ -153,13 +154,17 @@ def test_a_checkpoint_goes_on_over_any_number_of_ranks(saved):
 
 @pytest.mark.parametrize("how", ["missing", "truncated"])
 def test_a_torn_distributed_checkpoint_leaves_the_run_as_it_was(saved, tmp_path, how):
-    """Loaded into a copy. Into the live state, torch writes what it can read before it fails."""
+    """It is told before anything is loaded, and it may be loaded into a copy. Into the live state,
+    torch writes what it can read before it fails."""
+    check_distributed(saved / "fsdp2 sharded adamlip")
     folder = shutil.copytree(saved / "fsdp2 sharded adamlip", tmp_path / "torn")
     shard = folder / "__1_0.distcp"
     content = shard.read_bytes()
     shard.unlink()
     if how == "truncated":
         shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=shard.name):
+        check_distributed(folder)
     net = Net()
     optimizer = create_optimizer(net, "adamlip", lr=1e-2, c="theoretical")
     x, y = batch(0)
