@@ -369,6 +369,44 @@ def test_state_that_is_missing_starts_as_before_a_first_step(
     assert all(p.isfinite().all() for p in others.values())
 
 
+@pytest.mark.parametrize("name", ["adamlip", "adalipu"])
+@pytest.mark.parametrize("key", ["nonfinite_steps", "layer_lr", "prev_norm"])
+def test_a_number_that_a_wrapped_optimizers_state_lacks_starts_anew(name: str, key: str) -> None:
+    params, others = named_params(), named_params()
+    optimizer, restored = (
+        BUILDERS[f"Lipschitz {name}"](params),
+        BUILDERS[f"Lipschitz {name}"](others),
+    )
+    train(optimizer, params, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    for tensor_state in state["state"].values():
+        del tensor_state[key]
+    restored.load_state_dict(state)
+    assert isinstance(restored, Lipschitz)
+    for p, q in zip(params.values(), others.values(), strict=True):
+        kept = {n: x for n, x in optimizer.state[p].items() if n != key}
+        assert_same({n: x for n, x in restored.state[q].items() if n != key}, kept)
+        assert restored.state[q][key].item() == (-1.0 if key == "prev_norm" else 0.0)
+    train(restored, others, range(2, 4))
+    assert all(p.isfinite().all() for p in others.values())
+
+
+@pytest.mark.parametrize("kind", ["adamlipu theoretical", "Lipschitz nadam"])
+def test_a_group_without_the_step_of_the_theoretical_c_counts_from_the_start(kind: str) -> None:
+    params, others = named_params(), named_params()
+    optimizer, restored = BUILDERS[kind](params), BUILDERS[kind](others)
+    train(optimizer, params, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["param_groups"][0]["lipschitz_step"]
+    train(restored, others, [0])  # its own count is not the checkpoint's
+    restored.load_state_dict(state)
+    train(restored, others, [2])
+    assert restored.param_groups[0]["lipschitz_step"].item() == 1
+    for p, q in zip(params.values(), others.values(), strict=True):
+        before, after = optimizer.state[p]["lipschitz_c"], restored.state[q]["lipschitz_c"]
+        assert after >= before  # Eq. A.3's never decreases
+
+
 def test_a_constant_c_continues_as_a_theoretical_one() -> None:
     params, others = named_params(), named_params()
     optimizer = AdamLip(params.items())
