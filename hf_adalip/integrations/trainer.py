@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..doctor import INSTEAD, dropped_optimizer
 from ..monitor import layerwise, summary
 from ..registry import create_optimizer, describe_optimizer, get_optimizer_info, list_optimizers
 from .arguments import convert_arguments
@@ -23,8 +24,6 @@ _NEEDS = (
     "hf_adalip knows transformers 5.2 to 5.23 here; install one of these, or pass "
     "`optimizers=(optimizer, None)` to Trainer"
 )
-
-_PASS = 'Trainer(..., **trainer_kwargs("adamlip", lr=...)), which is right under any engine'
 
 
 class ModelOptimizer:
@@ -130,13 +129,8 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
     """
     from transformers import TrainerCallback
 
-    given = trainer.optimizer
-    if trainer.is_deepspeed_enabled and given is not None and layerwise(given) is given:
-        name = type(given).__name__
-        raise RuntimeError(
-            f"Trainer drops the {name} in `optimizers=({name}(...), None)` under DeepSpeed, and "
-            f"would train with optim={trainer.args.optim.value}: in its place pass {_PASS}"
-        )
+    if dropped := dropped_optimizer(trainer):
+        raise RuntimeError(str(dropped))
 
     class Check(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -145,7 +139,7 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
             if found is None:
                 raise RuntimeError(
                     f"Trainer trains with {type(optimizer).__name__}, which has no learning rate "
-                    f"per layer (DeepSpeed drops `optimizers=`): pass {_PASS}"
+                    f"per layer (DeepSpeed drops `optimizers=`): {INSTEAD}"
                 )
             if state.global_step and not any("lipschitz_scale" in s for s in found.state.values()):
                 warnings.warn(
