@@ -80,5 +80,5 @@ def test_a_checkpoint_without_s_is_told(results):
 def test_an_optimizer_that_deepspeed_drops_is_refused_at_once(results):
     two, _ = results
     told = two["optimizers="]
-    assert "drops the AdamLip in `optimizers=(AdamLip(...), None)`" in told
+    assert "drops the AdamLip of optimizers=(AdamLip(...), None)" in told
     assert '**trainer_kwargs("adamlip", lr=...)' in told
