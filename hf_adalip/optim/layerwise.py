@@ -218,6 +218,8 @@ class LayerwiseOptimizer(Optimizer):
         """
         shaped, numbers = self._state_keys(group)
         estimator, _ = self._options(group)
+        if any(n.startswith("prev_") and state.get(n) is None for n in (*shaped, *numbers)):
+            state.pop("prev_norm", None)  # without x_{t-1}, its norm has nothing to compare with
         for name in shaped:
             if state.get(name) is None:
                 zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
@@ -267,6 +269,12 @@ class LayerwiseOptimizer(Optimizer):
             raise unknown(f"{len(group['layer_names'])}, now none")
         for flat in tensors:
             stored, parts = self._stored(flat), self._parts(flat, group)
+            if not stored and self.state.get(flat):
+                raise RuntimeError(
+                    "a flat tensor has state but no S, which DeepSpeed's universal checkpoints "
+                    "leave out: resume from the checkpoint that was converted, under the same "
+                    "stage and number of ranks"
+                )
             for i, (layer, decays, start, size, over) in enumerate(parts):
                 here = slice(start, start + size)
                 param = flat.detach()[here]

@@ -64,6 +64,7 @@ def test_deepspeeds_checkpoint_goes_on_under_its_like_only(results):
     assert_close(two["zero1 on zero2"], two["zero1", "adamlip"], "zero1 on zero2")
     assert "AssertionError" in two["zero1 on zero3"]
     assert "AssertionError" in two["zero3 on zero1"]
+    assert "no S, which DeepSpeed's universal checkpoints leave out" in two["universal"]
     assert "world size of 2 but the current world size is 1" in one["zero1"]
     assert "The size of tensor a" in one["zero3"]  # of a frozen layer, which is read first
 

@@ -10,6 +10,7 @@ at what is refused the error's text.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -21,6 +22,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from deepspeed.checkpoint import ds_to_universal
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -65,10 +67,14 @@ def reset():
 
 def arguments(folder, engine, **options):
     reset()
+    configs = zero.CONFIGS | {
+        "zero3-init": zero.CONFIGS["zero3"],
+        "zero3-universal": zero.CONFIGS["zero3"] | {"checkpoint": {"load_universal": True}},
+    }
     if engine.startswith("zero"):
         auto = ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
         auto = dict.fromkeys((*auto, "train_micro_batch_size_per_gpu"), "auto")
-        options["deepspeed"] = auto | zero.CONFIGS[engine.removesuffix("-init")]
+        options["deepspeed"] = auto | configs[engine]
     return TrainingArguments(
         str(folder),
         max_steps=END,
@@ -143,6 +149,26 @@ def dropped_optimizer(folder, engine):
     attach(Trainer(net, arguments(folder, engine), optimizers=optimizers))
 
 
+def to_universal(checkpoint):
+    """As `python -m deepspeed.checkpoint.ds_to_universal` and the hand of the user make it."""
+    if dist.get_rank() == 0:
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=f"{checkpoint}/global_step{SAVED}",
+                output_folder=f"{checkpoint}/universal",
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=False,
+            )
+        )
+        with open(f"{checkpoint}/latest_universal", "w") as file:
+            file.write("universal")
+    dist.barrier()
+    return checkpoint
+
+
 class Accelerated:
     """A loop of one's own with accelerate."""
 
@@ -191,6 +217,8 @@ def save(folder):
     results["zero1 on zero2"] = train(other, "zero2", "adamlip", saved("zero1"))
     results["zero1 on zero3"] = refused(train, other, "zero3", "adamlip", saved("zero1"))
     results["zero3 on zero1"] = refused(train, other, "zero1", "adamlip", saved("zero3"))
+    universal = to_universal(saved("zero3"))
+    results["universal"] = refused(train, other, "zero3-universal", "adamlip", universal)
     results["zero1 on ddp"] = warned(train, other, "ddp", "adamlip", saved("zero1"))
     results["ddp on ddp"] = warned(train, other, "ddp", "adamlip", saved("ddp"))
     results["optimizers="] = refused(dropped_optimizer, other, "zero1")

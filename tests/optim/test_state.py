@@ -391,6 +391,33 @@ def test_a_number_that_a_wrapped_optimizers_state_lacks_starts_anew(name: str, k
     assert all(p.isfinite().all() for p in others.values())
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("adamlip", "prev_grad"),
+        ("rmslipu", "prev_update"),
+        ("adamlipu", "prev_lr"),
+        ("adalipu momentum", "prev_lr"),
+        ("Lipschitz adamlip", "prev_grad"),
+        ("Lipschitz adamlipu", "prev_update"),
+    ],
+)
+def test_without_its_history_a_layers_next_step_is_a_first_one(kind: str, key: str) -> None:
+    """At A = α: ‖x_{t-1}‖ alone would make an S of a change that nobody knows."""
+    params, others = named_params(), named_params()
+    optimizer, restored = BUILDERS[kind](params), BUILDERS[kind](others)
+    train(optimizer, params, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    for tensor_state in state["state"].values():
+        del tensor_state[key]
+    restored.load_state_dict(state)
+    before = optimizer.layer_learning_rates()
+    train(restored, others, [2])
+    for layer, rate in restored.layer_learning_rates().items():
+        assert rate.lr == pytest.approx(0.05)
+        assert rate.scale == pytest.approx(0.8 * before[layer].scale)
+
+
 @pytest.mark.parametrize("kind", ["adamlipu theoretical", "Lipschitz nadam"])
 def test_a_group_without_the_step_of_the_theoretical_c_counts_from_the_start(kind: str) -> None:
     params, others = named_params(), named_params()
