@@ -298,7 +298,7 @@ class Lipschitz(LayerwiseOptimizer):
         finite = self._finite(layers, grad_norms)
 
         old = [p.clone() for p in params]
-        finite, moved = self._base_step(layers, finite, live)
+        finite, moved = self._base_step(layers, finite)
         updates = [wide(p) - wide(q) for p, q in zip(params, old, strict=True)]
         if not by_gradient:
             norms, proposed = signal_norms(updates)
@@ -342,19 +342,17 @@ class Lipschitz(LayerwiseOptimizer):
         param.copy_(_unless_skipped(ok, applied, wide(old)))
         history.copy_(_unless_skipped(ok, remembered, wide(history)))
 
-    def _base_step(
-        self, layers: list[Layer], finite: Tensor, live: Tensor
-    ) -> tuple[Tensor, list[bool]]:
-        """Steps the base, from which what it is not to step is hidden.
+    def _base_step(self, layers: list[Layer], finite: Tensor) -> tuple[Tensor, list[bool]]:
+        """Steps the base, from which non-finite gradients are hidden.
 
         Returns:
-            which layers were finite and, as the base steps a flat tensor as one, with what they
-            share one with; and for each of their members whether the base stepped it.
+            which layers were finite and, as the base steps a flat tensor as one, share none with
+            one that was not; and the same for each of their members.
         """
         if self._law.nonfinite != "skip":
             self.optimizer.step()
             return finite, [True for layer in layers for _ in layer.members]
-        fine, alive = torch.stack([finite, live]).tolist()
+        fine = finite.tolist()
         bad = {
             id(m.tensor)
             for layer, ok in zip(layers, fine, strict=True)
@@ -364,14 +362,7 @@ class Lipschitz(LayerwiseOptimizer):
         if bad:
             fine = [all(id(m.tensor) not in bad for m in layer.members) for layer in layers]
             finite = index_tensor(tuple(map(int, fine)), finite.device) > 0
-        living = {
-            id(m.tensor) for layer, ok in zip(layers, alive, strict=True) for m in layer.all if ok
-        }
-        moved = [
-            ok and id(m.tensor) in living
-            for layer, ok in zip(layers, fine, strict=True)
-            for m in layer.members
-        ]
+        moved = [ok for layer, ok in zip(layers, fine, strict=True) for _ in layer.members]
         members = [m for layer in layers for m in layer.members]
         hidden = {m.tensor: m.tensor.grad for m, ok in zip(members, moved, strict=True) if not ok}
         for tensor in hidden:

@@ -358,15 +358,20 @@ def whole(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
+def finish(path, found):
+    """Writes what was found, and ends the processes together."""
+    if dist.get_rank() == 0:
+        Path(path).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def main():
     path, *cases = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found = {case: compare(*case.split("/")) for case in cases}
-    if dist.get_rank() == 0:
-        Path(path).write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(path, found)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ MODEL is a folder of from_pretrained. Rank 0 writes the largest relative differe
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
 from hf_adalip import create_optimizer
-from tests.distributed.engines import clip, difference, whole
+from tests.distributed.engines import clip, difference, finish, whole
 
 STEPS = 20
 
@@ -61,10 +59,7 @@ def main():
             "norms": difference(norms, expected[3]),
             "same_on_all_ranks": all(other == rates for other in everyone),
         }
-    if dist.get_rank() == 0:
-        Path(path).write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(path, found)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ Rank 0 writes {case: {what should hold: whether it does on every rank}}.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,7 +16,7 @@ from torch import nn
 
 from hf_adalip import create_optimizer
 from hf_adalip.optim.shards import local
-from tests.distributed.engines import Net, batch, data_parallel_share, wrap
+from tests.distributed.engines import Net, batch, data_parallel_share, finish, wrap
 
 SIX = ("adalip", "rmslip", "adamlip", "adalipu", "rmslipu", "adamlipu")
 NAMES = {
@@ -235,14 +233,11 @@ def main():
     found = {case: checks for engine in engines for case, checks in cases(engine)}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
-    if dist.get_rank() == 0:
-        merged = {
-            case: {check: all(x[case][check] for x in everyone) for check in checks}
-            for case, checks in found.items()
-        }
-        Path(path).write_text(json.dumps(merged))
-    dist.barrier()
-    dist.destroy_process_group()
+    merged = {
+        case: {check: all(x[case][check] for x in everyone) for check in checks}
+        for case, checks in found.items()
+    }
+    finish(path, merged)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ EXACT = [
 ]
 BF16 = ["zero1-bf16/adamlip/module/foreach/0", "zero3-bf16/adamlip/module/foreach/0"]
 REFUSED = {
-    "zero1/adamlip/module/foreach/0.01": 'layers="tensor"',
+    "zero1/lip-nadam/module/foreach/0.01": 'layers="tensor"',
     "zero3-subgroups/adamlip/module/foreach/0": "sub_group_size",
     "zero2-round-robin/adamlip/tensor/foreach/0": "round_robin_gradients",
 }

@@ -8,11 +8,9 @@ engines.py writes, or {"error": text} for a case that is refused.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
-from pathlib import Path
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
 
@@ -106,10 +104,7 @@ def main():
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
     found = {name: case(*name.split("/")) for name in cases}
-    if dist.get_rank() == 0:
-        Path(path).write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    engines.finish(path, found)
 
 
 if __name__ == "__main__":
