@@ -28,8 +28,23 @@ class Finding:
 
 def examine(trainer: Trainer) -> list[Finding]:
     """What is wrong with a Trainer; to be called before `train()`."""
-    checks = (dropped_optimizer, other_optimizer)
+    checks = (configured_optimizer, dropped_optimizer, other_optimizer)
     return [found for check in checks if (found := check(trainer)) is not None]
+
+
+def configured_optimizer(trainer: Trainer) -> Finding | None:
+    """DeepSpeed's configuration has an optimizer of its own."""
+    if not trainer.is_deepspeed_enabled:
+        return None
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    own = plugin and plugin.deepspeed_config.get("optimizer")
+    if not own:
+        return None
+    return Finding(
+        f"DeepSpeed's configuration has an optimizer of its own, {own.get('type')}",
+        "Trainer takes that one whatever else it is told",
+        'remove the "optimizer" section from DeepSpeed\'s configuration',
+    )
 
 
 def dropped_optimizer(trainer: Trainer) -> Finding | None:
@@ -48,8 +63,11 @@ def dropped_optimizer(trainer: Trainer) -> Finding | None:
 def other_optimizer(trainer: Trainer) -> Finding | None:
     """Neither `optimizers=`, nor `trainer_kwargs`, nor a name of the registry as `--optim`."""
     optim = trainer.args.optim.value
+    from transformers import Trainer
+
     made = trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None
-    if not made or optim in list_optimizers():
+    own = type(trainer).create_optimizer is not Trainer.create_optimizer
+    if not made or own or optim in list_optimizers():
         return None
     return Finding(
         f"Trainer trains with optim={optim}",

@@ -22,7 +22,14 @@ from .flat import Original, Part, flat_tensors, is_held, parts_of, unknown
 from .lipschitz import NO_PREDECESSOR, Estimator, LayerState
 from .names import by_name, plain_names
 from .norms import index_tensor, layer_norms
-from .shards import Over, is_fsdp1, is_model_parallel, sharded_over, sum_over_shards
+from .shards import (
+    Over,
+    is_fsdp1,
+    is_model_parallel,
+    refuse_if_fsdp1_took_all,
+    sharded_over,
+    sum_over_shards,
+)
 from .signals import Signal
 
 State = dict[str, Any]
@@ -172,7 +179,8 @@ class LayerwiseOptimizer(Optimizer):
         super().__setstate__(state)
         if "_given" not in self.__dict__:  # a copy, with parameters of its own
             for group in self.param_groups:
-                self._remember_originals(group)
+                if not self._is_flat(group):
+                    self._remember_originals(group)
 
     def _options(self, group: dict[str, Any]) -> Options:
         raise NotImplementedError
@@ -243,6 +251,11 @@ class LayerwiseOptimizer(Optimizer):
         params, sizes = group["params"], group.get("layer_sizes", ())
         if len(params) != len(sizes):
             return True
+        if len(params) == 1 and not torch.compiler.is_compiling():  # which follows no weakref
+            # A flat tensor of one parameter may be of its size.
+            held = [x.param for x in self._originals(group) if is_held(x.param)]
+            if held and held[0] is not params[0]:
+                return True
         return any(
             size not in (None, p.numel()) and p.requires_grad and not is_fsdp1(p)
             for p, size in zip(params, sizes, strict=True)
@@ -265,8 +278,12 @@ class LayerwiseOptimizer(Optimizer):
             yield Member(name, param, group, stored, param, param.grad, decays, sharded_over(param))
 
     def _flat_members(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> Iterator[Member]:
-        if not tensors and not any(is_held(x.param) for x in self._originals(group)):
-            raise unknown(f"{len(group['layer_names'])}, now none")
+        if not any(is_held(x.param) for x in self._originals(group)):
+            given = sum(group.get("layer_sizes", ()))
+            now = sum(p.numel() for p in tensors)
+            raise unknown(
+                f"{len(group['layer_names'])} with {given} elements, now {len(tensors)} with {now}"
+            )
         for flat in tensors:
             stored, parts = self._stored(flat), self._parts(flat, group)
             if not stored and self.state.get(flat):
@@ -317,6 +334,8 @@ class LayerwiseOptimizer(Optimizer):
             if member.layer in layers or not member.seen:
                 layers.setdefault(member.layer, Layer(member.layer)).absent.append(member)
         self._check_whole(layers)
+        if not layers and not self.state:
+            refuse_if_fsdp1_took_all()
         options = {id(group): self._options(group) for group in self.param_groups}
         for layer in layers.values():
             self._join(layer, options)
@@ -361,7 +380,7 @@ class LayerwiseOptimizer(Optimizer):
         """ZeRO steps one flat tensor after the other: a layer must not lie in two of them."""
         if not any(m.parts for layer in layers.values() for m in layer.members):
             return
-        given = itertools.chain.from_iterable(self.__dict__["_given"])
+        given = itertools.chain.from_iterable(self.__dict__.get("_given", ()))
         held = Counter(n for n, _, ref in given if (p := ref()) is not None and is_held(p))
         for layer in layers.values():
             if len(layer.all) < held[layer.name]:
@@ -417,6 +436,12 @@ class LayerwiseOptimizer(Optimizer):
             torch.distributed.checkpoint makes the state before training.
         """
         if census.hidden:
+            # A member may have a gradient on one rank and none on the other; they are summed up
+            # in the same order on both.
+            order = sorted(range(len(members)), key=lambda i: (members[i].place or 0, i))
+            owner = tuple(owner[i] for i in order)
+            members = [members[i] for i in order]
+            norms = norms[index_tensor(tuple(order), norms.device)]
             seen = tuple(int(m.seen and m.grad is not None) for m in members)
             norms = torch.cat([norms, index_tensor(seen, norms.device)[:, None]], dim=1)
         norms = self._whole_norms(norms, members, census)
@@ -424,7 +449,7 @@ class LayerwiseOptimizer(Optimizer):
             return norms, norms.new_zeros(0, dtype=torch.bool)
         norms = layer_norms(norms, owner, len(census.layers))
         live = (norms[:, 0] != 0) | (_gather(census.layers, "prev_norm", norms) >= 0)
-        live = live | _has_rate([layer.all[0].group for layer in census.layers], live)
+        live = live | _has_rate([[m.group for m in x.all] for x in census.layers], live)
         return (norms[:, :-1], live & (norms[:, -1] > 0)) if census.hidden else (norms, live)
 
     def _finite(self, layers: list[Layer], norms: Tensor) -> Tensor:
@@ -508,7 +533,7 @@ class LayerwiseOptimizer(Optimizer):
                         (), dtype=_get_scalar_dtype(), device=home
                     )
                 count = group["lipschitz_step"]
-                taken = live.any().to(count.device) | _has_rate([group], count)[0]
+                taken = live.any().to(count.device) | _has_rate([[group]], count)[0]
                 count += taken.to(count.dtype)
 
     def _tensors(self, group: dict[str, Any]) -> list[Tensor]:
@@ -568,7 +593,7 @@ class LayerwiseOptimizer(Optimizer):
             for key, param in zip(saved, params, strict=True):
                 self._restore_numbers(param, loaded["state"].get(key, {}))
             for group, own in zip(self.param_groups, structure, strict=True):
-                group.update(own)
+                restore_structure(group, own)
 
         handles = (
             self.register_load_state_dict_pre_hook(see),
@@ -591,12 +616,20 @@ def _decays(group: dict[str, Any]) -> list[bool]:
     spared = set(group.get("no_weight_decay", ()))
     if not spared:
         return [True] * len(group["params"])
-    return [name not in spared for name in group["param_names"]]
+    return [name not in spared for name in group.get("param_names", group["params"])]
 
 
 def structure_of(group: dict[str, Any]) -> dict[str, Any]:
     """What a group's parameters are, which loading a state_dict leaves as it is."""
     return {key: group[key] for key in STRUCTURE if key in group}
+
+
+def restore_structure(group: dict[str, Any], own: dict[str, Any]) -> None:
+    """Gives a loaded group the structure that it had before, and none but that."""
+    for key in STRUCTURE:
+        if key != "param_names":  # which torch loads
+            group.pop(key, None)
+    group.update(own)
 
 
 def _name_of(function: Callable[[str], str]) -> str:
@@ -614,12 +647,17 @@ def scalar(value: float, param: Tensor) -> Tensor:
     return torch.tensor(value, dtype=_get_scalar_dtype(), device=param.device)
 
 
-def _has_rate(groups: list[dict[str, Any]], like: Tensor) -> Tensor:
-    """Which groups have lr != 0, on `like`'s device."""
-    rates = [group["lr"] for group in groups]
-    if any(isinstance(lr, Tensor) for lr in rates):
-        return torch.stack([torch.as_tensor(x, device=like.device).squeeze() for x in rates]) != 0
-    return index_tensor(tuple(int(lr != 0) for lr in rates), like.device) > 0
+def _has_rate(groups: Sequence[Sequence[dict[str, Any]]], like: Tensor) -> Tensor:
+    """Which lists of groups have one with lr != 0, on `like`'s device."""
+    rates = [[group["lr"] for group in some] for some in groups]
+    if not any(isinstance(lr, Tensor) for some in rates for lr in some):
+        return index_tensor(tuple(int(any(some)) for some in rates), like.device) > 0
+    return torch.stack(
+        [
+            torch.stack([torch.as_tensor(lr, device=like.device).squeeze() for lr in some]).any()
+            for some in rates
+        ]
+    )
 
 
 def may_change(nonfinite: str, finite: Tensor, live: Tensor) -> Tensor:

@@ -219,8 +219,8 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None
         go: shape [tensors]; where False, a tensor and its state stay as they are.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
-    for i, (param, raw, state) in enumerate(
-        zip(batch.params, batch.grads, batch.states, strict=True)
+    for i, (param, raw, state, moves) in enumerate(
+        zip(batch.params, batch.grads, batch.states, go.unbind(), strict=True)
     ):
         grad = gradient(param, raw, group)
         old = {name: _read(state[name], batch.group) for name in batch.names}
@@ -231,15 +231,15 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             value = value * (1 - batch.lr * group["weight_decay"])
         for name in batch.names:
-            _commit(state[name], new[name], go[i])
-        _commit(param, value - rates[i] * direction, go[i])
+            _commit(state[name], new[name], moves)
+        _commit(param, value - rates[i] * direction, moves)
 
 
 def forget(batch: Batch, go: Tensor) -> None:
     """`advance` for the tensors of `measure_absent`: their previous signal becomes zero."""
-    for i, state in enumerate(batch.states):
+    for state, moves in zip(batch.states, go.unbind(), strict=True):
         for name in batch.signal.history(batch.rule, batch.group):
-            _commit(state[name], torch.zeros_like(wide(state[name])), go[i])
+            _commit(state[name], torch.zeros_like(wide(state[name])), moves)
 
 
 def _retraced(batch: Batch, old: Moments, state: dict[str, Tensor], step: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class Slice(NamedTuple):
 
     over: Over
     shape: torch.Size
+    extended: bool  # tensor parallelism below FSDP1
 
 
 _FSDP1: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -89,26 +90,42 @@ def _fsdp1(param: Tensor) -> Slice:
     They are found among the objects that are alive, once (in 0.1 s).
     """
     if param not in _FSDP1:
-        from torch.distributed.fsdp._flat_param import FlatParamHandle
-
-        for handle in [x for x in gc.get_objects() if type(x) is FlatParamHandle]:
-            if handle._fsdp_extension is not None:
-                raise NotImplementedError(
-                    "FSDP1 on top of tensor parallelism hides which process groups share a layer; "
-                    "use FSDP2 (fully_shard), which keeps it in the DTensor"
-                )
+        for handle in _fsdp1_handles():
             over = (handle.process_group,) if handle.uses_sharded_strategy else ()
-            flat = handle.flat_param
+            flat, extended = handle.flat_param, handle._fsdp_extension is not None
             for held, shape in zip(flat._params or (), flat._shapes, strict=False):
-                _FSDP1[held] = Slice(over, shape)
+                _FSDP1[held] = Slice(over, shape, extended)
     if param not in _FSDP1:
         raise RuntimeError(
-            "a parameter was sharded by a FullyShardedDataParallel module (FSDP1) that is no "
-            "longer there, so that how it is sharded cannot be known; use FSDP2 (fsdp_version: 2 "
-            "in accelerate's configuration, or fully_shard), or keep the module"
+            "a parameter was sharded by a FullyShardedDataParallel module (FSDP1) that is not to "
+            "be found (deleted, or hidden by gc.freeze()), so that how it is sharded cannot be "
+            "known; use FSDP2 (fsdp_version: 2 in accelerate's configuration, or fully_shard), or "
+            "keep the module"
         )
     found: Slice = _FSDP1[param]
+    if found.extended:
+        raise NotImplementedError(
+            "FSDP1 on top of tensor parallelism hides which process groups share a layer; use "
+            "FSDP2 (fully_shard), which keeps it in the DTensor"
+        )
     return found
+
+
+def _fsdp1_handles() -> list[Any]:
+    module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    if module is None:
+        return []
+    return [x for x in gc.get_objects() if type(x) is module.FlatParamHandle]
+
+
+def refuse_if_fsdp1_took_all() -> None:
+    """For an optimizer none of whose parameters has ever had a gradient."""
+    if any(not handle._use_orig_params for handle in _fsdp1_handles()):
+        raise RuntimeError(
+            "none of the optimizer's parameters has a gradient, and there is a model that FSDP1 "
+            "has given flat parameters in their place: set use_orig_params=True "
+            "(fsdp_use_orig_params: true in accelerate's configuration), or use FSDP2"
+        )
 
 
 def sum_over_shards(squares: Tensor, over: Sequence[Over]) -> Tensor:

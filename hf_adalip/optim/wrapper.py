@@ -24,6 +24,7 @@ from .layerwise import (
     may_change,
     name_layers,
     real,
+    restore_structure,
     store,
     structure_of,
 )
@@ -192,7 +193,7 @@ class Lipschitz(LayerwiseOptimizer):
                 based[key] = saved
         self.optimizer.load_state_dict({**state_dict, "state": based})
         for group, own_structure in zip(self.param_groups, structure, strict=True):
-            group.update(own_structure)
+            restore_structure(group, own_structure)
         self.state = defaultdict(dict)
         everyone = ((group, param) for group in self.param_groups for param in group["params"])
         for key, (group, param) in zip(_ids(state_dict), everyone, strict=True):

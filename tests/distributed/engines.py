@@ -163,7 +163,7 @@ def make(net, name, layers, form, weight_decay="0.01"):
         net,
         name,
         lr=1e-2,
-        layers=layers,
+        layers=(lambda name: "all") if layers == "all" else layers,
         foreach=form == "foreach",
         weight_decay=float(weight_decay),
     )

@@ -38,7 +38,7 @@ ENGINES = {
         "fsdp2-no-reshard": (1, SOME),
         "fsdp2-offload": (1, SOME),
         "fsdp2-bf16": (1, SOME),
-        "fsdp1": (1, [*SOME, "lip-nadam/module/loop"]),
+        "fsdp1": (1, [*SOME, "lip-nadam/module/loop", "adamlip/all/loop"]),
         "fsdp1-grad-op": (1, SOME),
         "fsdp1-no-shard": (0, SOME),
         "tp": (1, SOME),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -399,6 +400,26 @@ def test_the_doctor_finds_an_optimizer_that_deepspeed_drops(tmp_path):
     (found,) = examine(trainer)
     assert "drops the AdamLip" in found.what
     assert "trainer_kwargs" in found.change
+
+
+def test_the_doctor_finds_an_optimizer_in_deepspeeds_configuration(tmp_path, monkeypatch):
+    trainer = Trainer(model=bert(), args=arguments(tmp_path), **trainer_kwargs("adamlip", lr=1e-3))
+    assert examine(trainer) == []
+    plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}})
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
+    trainer.is_deepspeed_enabled = True
+    (found,) = examine(trainer)
+    assert "of its own, AdamW" in found.what
+
+
+def test_the_doctor_leaves_a_trainers_own_create_optimizer_alone(tmp_path):
+    class Own(Trainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = hf_adalip.AdamLip(self.model.parameters())
+            return self.optimizer
+
+    assert examine(Own(model=bert(), args=arguments(tmp_path))) == []
 
 
 def test_the_command_lists_optimizers(capsys, monkeypatch):

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hf_adalip import AdaLip, AdamLip, AdamLipU
 from tests.optim.cases import (
@@ -426,14 +424,3 @@ def test_a_tensor_parallelism_without_a_group_is_refused(name: str, mark: str) -
     with pytest.raises(NotImplementedError, match="its norm cannot be had"):
         optimizer.step()
     assert_same(list(params.values()), before)
-
-
-def test_fsdp1s_flat_parameters_are_refused() -> None:
-    net = torch.nn.Linear(3, 2)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        wrapped = FullyShardedDataParallel(net, device_id=torch.device("cpu"))
-        with pytest.raises(ValueError, match="use_orig_params"):
-            AdamLip(wrapped.parameters())
-    finally:
-        dist.destroy_process_group()

@@ -614,3 +614,17 @@ def test_making_the_state_before_training_moves_nothing(name: str, lr: float | T
             model(torch.full((2, 4), step + 1.0)).square().sum().backward()
             optimizer.step()
     assert_same(list(asked.parameters()), list(plain.parameters()))
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["AdamLip", "Lipschitz"])
+def test_structure_of_another_model_is_not_loaded(wrapped: bool) -> None:
+    params = named_params()
+    saved = AdamLip([{"params": params.items(), "no_weight_decay": ["a.bias"]}])
+    train(saved, params, [0])
+    own = list(named_params().values())
+    optimizer = Lipschitz(torch.optim.Adam(own)) if wrapped else AdamLip(own)
+    optimizer.load_state_dict(saved.state_dict())
+    assert "no_weight_decay" not in optimizer.param_groups[0]
+    for p in own:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
