@@ -211,9 +211,13 @@ class LayerwiseOptimizer(Optimizer):
         """What a parameter of the group keeps: tensors of its shape, and numbers."""
         raise NotImplementedError
 
-    def _complete_loaded(self, state: State, tensor: Tensor, group: dict[str, Any]) -> None:
-        parts = (len(self._parts(tensor, group)),) if self._is_flat(group) else ()
-        self._complete(state, tensor, group, parts)
+    def _complete_loaded(self) -> None:
+        for group in self.param_groups:
+            flat = self._is_flat(group)
+            for tensor in group["params"]:
+                if state := self.state.get(tensor):
+                    parts = (len(self._parts(tensor, group)),) if flat else ()
+                    self._complete(state, tensor, group, parts)
 
     def _complete(
         self, state: State, param: Tensor, group: dict[str, Any], parts: tuple[int, ...]

@@ -169,10 +169,7 @@ class LipOptimizer(LayerwiseOptimizer):
         """
         with self._loading():
             super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            for param in group["params"]:
-                if state := self.state.get(param):
-                    self._complete_loaded(state, param, group)
+        self._complete_loaded()
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         shaped = self.rule.kept(group) + self.signal.history(self.rule, group)

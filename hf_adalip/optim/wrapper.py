@@ -195,14 +195,13 @@ class Lipschitz(LayerwiseOptimizer):
         for group, own_structure in zip(self.param_groups, structure, strict=True):
             restore_structure(group, own_structure)
         self.state = defaultdict(dict)
-        everyone = ((group, param) for group in self.param_groups for param in group["params"])
-        for key, (group, param) in zip(_ids(state_dict), everyone, strict=True):
+        for key, param in zip(_ids(state_dict), self._parameters(), strict=True):
             if mine := own.get(key):
                 self._restore_numbers(param, mine)
                 if self._history in mine:
                     history = mine[self._history].to(param.device, param.dtype)
                     self.state[param][self._history] = history
-                self._complete_loaded(self.state[param], param, group)
+        self._complete_loaded()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
