@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .norms import norms, wide_dtype
-from .rules import Batch, Group, bias_correction, wide
+from .norms import norms
+from .rules import Batch, Group, bias_correction, wide, widened
 
 Tensors = list[Tensor]
 Moments = dict[str, Tensors]
@@ -160,7 +160,7 @@ def _old(batch: Batch) -> Moments:
 
 def _gradients(batch: Batch) -> Tensors:
     group = batch.group
-    grads = [g.to(wide_dtype(p.dtype)) for p, g in zip(batch.params, batch.grads, strict=True)]
+    grads = [widened(g, p.dtype) for p, g in zip(batch.params, batch.grads, strict=True)]
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     if group["weight_decay"] and not group["decoupled_weight_decay"]:

@@ -686,7 +686,8 @@ def _keys(estimator: Estimator) -> tuple[str, ...]:
 
 def _gather(layers: list[Layer], key: str, like: Tensor) -> Tensor:
     """A number of every layer as a vector on `like`'s device; all members have the same."""
-    return torch.stack([x.all[0].state[key].to(like.device) for x in layers])
+    values = [(x.members or x.absent)[0].state[key] for x in layers]
+    return torch.stack([x if x.device == like.device else x.to(like.device) for x in values])
 
 
 def _scatter(layers: list[Layer], key: str, values: Tensor) -> None:

@@ -160,7 +160,14 @@ class Batch:
 
 def wide(x: Tensor) -> Tensor:
     """x itself, or its float32 copy when it is of low precision."""
-    return x.to(wide_dtype(x.dtype))
+    return widened(x, x.dtype)
+
+
+def widened(x: Tensor, like: torch.dtype) -> Tensor:
+    """x in the dtype that arithmetic on `like` is done in. (Tensor.to takes a microsecond to find
+    that there is nothing to do, and there are hundreds of tensors.)"""
+    dtype = wide_dtype(like)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _read(x: Tensor, group: Group) -> Tensor:
@@ -170,7 +177,7 @@ def _read(x: Tensor, group: Group) -> Tensor:
 
 def gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
     """g_t: the gradient to descend, with λp added when weight decay is coupled."""
-    grad = grad.to(wide_dtype(param.dtype))
+    grad = widened(grad, param.dtype)
     if group["maximize"]:
         grad = -grad
     if group["weight_decay"] and not group["decoupled_weight_decay"]:
