@@ -29,10 +29,13 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleInput,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
@@ -110,8 +113,14 @@ def wrap(engine, net):
         fully_shard(net.a, mesh=mesh)
         return fully_shard(net, mesh=mesh), True
     plan = {"b": ColwiseParallel(), "c": RowwiseParallel()}
-    if engine == "tp":
-        return parallelize_module(net, init_device_mesh("cpu", (world,)), plan), False
+    if engine in ("tp", "tp-sequence"):
+        mesh = init_device_mesh("cpu", (world,))
+        if engine == "tp-sequence":  # the norm's gradients are partial sums
+            rows = {"input_layouts": Replicate(), "desired_input_layouts": Shard(0)}
+            parallelize_module(net.norm, mesh, PrepareModuleInput(use_local_output=False, **rows))
+            parallelize_module(net.norm, mesh, SequenceParallel(sequence_dim=0))
+            plan["b"] = ColwiseParallel(input_layouts=Shard(0))
+        return parallelize_module(net, mesh, plan), False
     assert engine == "fsdp2-tp"
     mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
     parallelize_module(net, mesh["tp"], plan)
