@@ -39,7 +39,7 @@ def doctor(script: str, arguments: list[str]) -> int:
     """
     from transformers import Trainer
 
-    from .doctor import examine
+    from .doctor import WrongOptimizerError, examine
 
     class Reached(BaseException):
         """Ends the script; not an Exception, which it may catch."""
@@ -50,13 +50,16 @@ def doctor(script: str, arguments: list[str]) -> int:
     train, Trainer.train = Trainer.train, stop
     try:
         run_script(script, arguments)
+    except WrongOptimizerError as wrong:  # from `attach` in the script
+        findings = [wrong.finding]
     except Reached as reached:
         (findings,) = reached.args
-        for finding in findings:
-            print(f"- {finding}")
-        print(f"{len(findings) or 'nothing'} wrong" if len(findings) != 1 else "1 thing wrong")
-        return int(bool(findings))
+    else:
+        print(f"{script} ended without Trainer.train(): nothing to look at", file=sys.stderr)
+        return 2
     finally:
         Trainer.train = train
-    print(f"{script} ended without Trainer.train(): nothing to look at", file=sys.stderr)
-    return 2
+    for finding in findings:
+        print(f"- {finding}")
+    print({0: "nothing wrong", 1: "1 thing wrong"}.get(len(findings), f"{len(findings)} wrong"))
+    return int(bool(findings))

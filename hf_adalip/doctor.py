@@ -26,6 +26,14 @@ class Finding:
         return f"{self.what}: {self.why}. {self.change[0].upper()}{self.change[1:]}"
 
 
+class WrongOptimizerError(RuntimeError):
+    """What `attach` raises for a finding."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(str(finding))
+        self.finding = finding
+
+
 def examine(trainer: Trainer) -> list[Finding]:
     """What is wrong with a Trainer; to be called before `train()`."""
     checks = (configured_optimizer, dropped_optimizer, other_optimizer)
@@ -72,5 +80,6 @@ def other_optimizer(trainer: Trainer) -> Finding | None:
     return Finding(
         f"Trainer trains with optim={optim}",
         "that has no learning rate per layer",
-        f"{INSTEAD}, or --optim with one of {', '.join(list_optimizers('ada*'))}, ...",
+        f"{INSTEAD}, or leave the script as it is and run it as "
+        "python -m hf_adalip.run SCRIPT --optim adamlip",
     )

@@ -12,10 +12,10 @@ line says what was really run, which is not always what the configuration asked 
 for one, turns FSDP on a CPU into DDP without a word.
 
 The network has shapes that divide by nothing, a norm, a tensor that is empty on all ranks but one,
-a layer that is not used, and groups with and without weight decay (one group where an engine does
-not allow two: FSDP1 without use_orig_params, ZeRO with layers="module"). Gradient accumulation and
-DeepSpeed's clipping are those of the configuration; steps that a loss scaler leaves out are left
-out alone as well.
+a layer that is not used, and parameters with and without weight decay (all without where they
+would be two groups that an engine does not allow: FSDP1 without use_orig_params; lip-NAME under
+ZeRO with layers="module"). Gradient accumulation and DeepSpeed's clipping are those of the
+configuration; steps that a loss scaler leaves out are left out alone as well.
 
 Bounds for the largest relative difference of a layer's S, and for that of the parameters, the norm
 of the difference over their norm:
@@ -300,8 +300,8 @@ def run(accelerator: Accelerator, args: argparse.Namespace) -> bool:
     groups_apart = zero is not None and zero.zero_stage > 0  # stepped one after the other
 
     def maker(name: str, layers: str) -> Make:
-        one_group = flat_fsdp or (groups_apart and layers == "module")
-        decay = 0.0 if one_group else 0.01
+        split = name.startswith("lip-")  # into two groups, with and without weight decay
+        decay = 0.0 if flat_fsdp or (groups_apart and split and layers == "module") else 0.01
         return lambda net: create_optimizer(
             net, name, lr=args.lr, weight_decay=decay, layers=layers
         )
@@ -353,7 +353,11 @@ def main() -> int:
     parser.add_argument("--layers", nargs="+", default=["module"], choices=choices, help="(module)")
     parser.add_argument("--steps", type=int, default=20, help="(20)")
     parser.add_argument("--lr", type=float, default=1e-2, help="(0.01)")
-    parser.add_argument("--cpu", action="store_true", help="on the CPU; not for DeepSpeed")
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="on the CPU; leave it out for DeepSpeed, which goes there by itself without a GPU",
+    )
     parser.add_argument(
         "--engine",
         choices=("ddp", "fsdp1", "fsdp2"),

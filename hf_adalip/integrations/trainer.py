@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..doctor import INSTEAD, dropped_optimizer
+from ..doctor import INSTEAD, WrongOptimizerError, dropped_optimizer
 from ..monitor import layerwise, summary
 from ..registry import create_optimizer, describe_optimizer, get_optimizer_info, list_optimizers
 from .arguments import convert_arguments
@@ -130,7 +130,7 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
     from transformers import TrainerCallback
 
     if dropped := dropped_optimizer(trainer):
-        raise RuntimeError(str(dropped))
+        raise WrongOptimizerError(dropped)
 
     class Check(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -402,6 +402,16 @@ def test_the_doctor_finds_an_optimizer_that_deepspeed_drops(tmp_path):
     assert "trainer_kwargs" in found.change
 
 
+def test_the_doctor_reports_what_attach_refuses(script, capsys):
+    Path("train.py").write_text(
+        "from hf_adalip.doctor import Finding, WrongOptimizerError\n"
+        "raise WrongOptimizerError(Finding('AdamLip is dropped', 'DeepSpeed', 'pass another'))\n"
+    )
+    assert doctor("train.py", script) == 1
+    out = capsys.readouterr().out
+    assert "- AdamLip is dropped: DeepSpeed. Pass another\n1 thing wrong" in out
+
+
 def test_the_doctor_finds_an_optimizer_in_deepspeeds_configuration(tmp_path, monkeypatch):
     trainer = Trainer(model=bert(), args=arguments(tmp_path), **trainer_kwargs("adamlip", lr=1e-3))
     assert examine(trainer) == []
