@@ -18,7 +18,8 @@ from torch.optim.optimizer import ParamsT
 
 from .layers import parameter_groups
 from .optim import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU
-from .optim.layerwise import STRUCTURE, LayerwiseOptimizer
+from .optim.groups import STRUCTURE
+from .optim.layerwise import LayerwiseOptimizer
 from .optim.optimizer import LipOptimizer
 
 LIP_PREFIX = "lip-"

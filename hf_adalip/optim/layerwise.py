@@ -8,9 +8,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +17,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .census import LAYER_SCALARS, SCALARS, Census, Layer, Member, Options, State, scalar
 from .flat import Original, Part, flat_tensors, is_held, parts_of, unknown
+from .groups import Layers, decays_of, name_layers, restore_structure, structure_of
 from .lipschitz import NO_PREDECESSOR, Estimator, LayerState
-from .names import by_name, plain_names
+from .names import by_name
 from .norms import index_tensor, layer_norms
 from .shards import (
     Over,
@@ -32,24 +33,6 @@ from .shards import (
 )
 from .signals import Signal
 
-State = dict[str, Any]
-Options = tuple[Estimator, str | None]  # with -U's `previous`
-Layers = Literal["tensor", "module"] | Callable[[str], str]
-
-LAYER_SCALARS = ("lipschitz_scale", "prev_norm", "nonfinite_steps", "lipschitz_c")
-"""Numbers of a layer. Each of its parameters keeps a copy, so that state stays per parameter,
-as every checkpoint format wants it."""
-
-SCALARS = (*LAYER_SCALARS, "step", "layer_lr", "prev_lr")
-"""All state that is one number, on the parameter's device, and never of its dtype."""
-
-
-STRUCTURE = ("param_names", "layer_names", "layer_sizes", "layer_group", "no_weight_decay")
-"""Keys of a group that say what its parameters are. They are the model's, and are not loaded."""
-
-ROOT = "(root)"
-"""The layer of parameters that belong to the outermost module itself."""
-
 
 class LayerRate(NamedTuple):
     """A layer's learning rate at its last step."""
@@ -60,105 +43,52 @@ class LayerRate(NamedTuple):
     nonfinite_steps: int  # steps that were left out because the gradient was not finite
 
 
-@dataclass
-class Member:
-    """A parameter of a layer at one step, or what of it lies in a flat tensor."""
+class Kept:
+    """A census, and what it was made from: it holds until any of that changes."""
 
-    layer: str
-    tensor: Tensor  # of the parameter group, which has the state
-    group: dict[str, Any]
-    stored: State  # of `tensor`; not yet in the optimizer's state when it is new
-    param: Tensor  # `tensor`, or a view of the part of it that is this parameter's
-    grad: Tensor | None
-    decays: bool  # whether the group's weight decay is for it
-    over: Over
-    part: int | None = None  # which of a flat tensor's it is
-    parts: tuple[int, ...] = ()  # shape of a number in `stored`: how many a flat tensor has
-    here: slice | None = None  # where in a flat tensor it is
-    place: int | None = None  # among all that are sharded, on every rank the same
-    seen: bool = True  # False where only other ranks know whether there is a gradient
-    views: State | None = None
-
-    @property
-    def state(self) -> State:
-        """This parameter's own, as views where `tensor` has many; once `stored` is complete."""
-        if self.part is None:
-            return self.stored
-        if self.views is None:
-            tensors = {n: x for n, x in self.stored.items() if isinstance(x, Tensor)}
-            self.views = {
-                n: x[self.part if n in SCALARS else self.here] for n, x in tensors.items()
-            }
-        return self.views
-
-
-@dataclass
-class Layer:
-    """The parameters that share one S."""
-
-    name: str
-    members: list[Member] = field(default_factory=list)  # with a gradient
-    absent: list[Member] = field(default_factory=list)  # with a history, but no gradient now
-    options: Options = field(init=False)  # of `_join`
-
-    @property
-    def all(self) -> list[Member]:
-        return self.members + self.absent
-
-
-@dataclass
-class Census:
-    """Who takes part in a step, here and on other ranks."""
-
-    layers: list[Layer]
-    over: list[Over]  # of everything that is sharded, also what has no gradient here
-    hidden: bool  # whether it takes a collective to know which layers have a gradient
-
-
-def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
-    """Gives the last of the groups its "layer_names" and "layer_sizes": of each parameter, its
-    layer, and its number of elements, by which a parameter that was replaced is known.
-
-    Raises:
-        ValueError: if `layers` is unknown, or needs names and there are none, or there are two
-            parameters of one name. Nothing has been changed then.
-    """
-    group = groups[-1]
-    for param in group["params"]:
-        if getattr(param, "_is_flat_param", False):
-            raise ValueError(
-                "a parameter is FSDP1's FlatParameter, in which the layers of a module are lost: "
-                "set use_orig_params=True (fsdp_use_orig_params: true in accelerate's "
-                "configuration), or use FSDP2"
+    def __init__(self, optimizer: LayerwiseOptimizer, census: Census) -> None:
+        self.census = census
+        self._used = False
+        state = optimizer.state
+        self._groups = [
+            (
+                group,
+                optimizer._manner(group),
+                [(p, p.grad is None, state.get(p), _kind(p)) for p in group["params"]],
             )
-    group["layer_sizes"] = [_size(param) for param in group["params"]]
-    names = plain_names(group["param_names"]) if "param_names" in group else None
-    known = itertools.chain.from_iterable(plain_names(g.get("param_names", ())) for g in groups)
-    twice = {name for name, count in Counter(known).items() if count > 1}
-    if layers == "tensor":
-        places = [f"param_groups.{len(groups) - 1}.{i}" for i in range(len(group["params"]))]
-        named = zip(names or places, places, strict=True)
-        group["layer_names"] = [f"{n} ({place})" if n in twice else n for n, place in named]
-        return
-    if layers != "module" and not callable(layers):
-        raise ValueError(
-            f'layers must be "tensor", "module" or a function from a name to a name, got {layers!r}'
-        )
-    if names is None:
-        raise ValueError(
-            f"layers={layers!r} needs the parameters' names: pass model.named_parameters() instead "
-            'of model.parameters(), use create_optimizer(model, ...), or choose layers="tensor"'
-        )
-    if twice:
-        raise ValueError(
-            f"two parameters are named {min(twice)!r}, and layers={layers!r} would make one layer "
-            "of them; give them different names"
-        )
-    keys = [layers(n) if callable(layers) else n.rpartition(".")[0] or ROOT for n in names]
-    for name, key in zip(names, keys, strict=True):
-        if not isinstance(key, str):
-            raise ValueError(f"layers must return a string, got {key!r} for {name!r}")
-    group["layer_names"] = keys
+            for group in optimizer.param_groups
+        ]
+
+    def holds(self, optimizer: LayerwiseOptimizer) -> bool:
+        if len(optimizer.param_groups) != len(self._groups):
+            return False
+        state = optimizer.state
+        for group, (known, manner, entries) in zip(
+            optimizer.param_groups, self._groups, strict=True
+        ):
+            params = group["params"]
+            if group is not known or len(params) != len(entries):
+                return False
+            if optimizer._manner(group) != manner:
+                return False
+            for param, (tensor, silent, stored, kind) in zip(params, entries, strict=True):
+                grad = param.grad
+                if (
+                    param is not tensor
+                    or (grad is None) is not silent
+                    or state.get(param) is not stored
+                    or _kind(param) != kind
+                    or (grad is not None and grad.is_sparse)
+                ):
+                    return False
+        if not self._used:  # packing is for those that are used again
+            self._used = True
+            self.census.pack()
+        return self.census.intact
+
+
+def _kind(param: Tensor) -> tuple[object, ...]:
+    return param.device, param.dtype, param.shape
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -197,7 +127,7 @@ class LayerwiseOptimizer(Optimizer):
         """Keeps hold of a group's parameters, for an engine that will replace them."""
         originals = self.__dict__.setdefault("_given", [])
         group["layer_group"] = len(originals)
-        named = zip(group["layer_names"], _decays(group), group["params"], strict=True)
+        named = zip(group["layer_names"], decays_of(group), group["params"], strict=True)
         originals.append([(name, decays, weakref.ref(param)) for name, decays, param in named])
 
     def _originals(self, group: dict[str, Any]) -> list[Original]:
@@ -277,9 +207,11 @@ class LayerwiseOptimizer(Optimizer):
         if self._is_flat(group):
             yield from self._flat_members(group, tensors)
             return
-        for name, decays, param in zip(group["layer_names"], _decays(group), tensors, strict=True):
+        for name, decays, param in zip(
+            group["layer_names"], decays_of(group), tensors, strict=True
+        ):
             stored = self._stored(param)
-            yield Member(name, param, group, stored, param, param.grad, decays, sharded_over(param))
+            yield Member(name, param, group, stored, param, decays, sharded_over(param))
 
     def _flat_members(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> Iterator[Member]:
         if not any(is_held(x.param) for x in self._originals(group)):
@@ -299,15 +231,33 @@ class LayerwiseOptimizer(Optimizer):
             for i, (layer, decays, start, size, over) in enumerate(parts):
                 here = slice(start, start + size)
                 param = flat.detach()[here]
-                grad = None if flat.grad is None else flat.grad[here]
                 yield Member(
-                    *(layer, flat, group, stored, param, grad, decays, over),
+                    *(layer, flat, group, stored, param, decays, over),
                     *(i, (len(parts),), here),
                 )
 
     def _stored(self, tensor: Tensor) -> State:
         state = self.state.get(tensor, {})
         return state if "lipschitz_scale" in state else {}
+
+    def _survey(self) -> Census:
+        """The census of this step: that of the last one, where nothing it says has changed."""
+        kept: Kept | None = self.__dict__.get("_kept")
+        if kept is not None and not torch.compiler.is_compiling() and kept.holds(self):
+            return kept.census
+        self.__dict__.pop("_kept", None)
+        return self._collect()
+
+    def _remember(self, census: Census) -> None:
+        """Keeps the census of a step that was taken for the next one."""
+        if torch.compiler.is_compiling() or census.hidden or torch.is_grad_enabled():
+            return
+        if "_kept" not in self.__dict__ and not any(m.parts for m in census.members):
+            self._kept = Kept(self, census)
+
+    def _manner(self, group: dict[str, Any]) -> object:
+        """What of a group's options decides how its parameters are stepped together."""
+        return self._options(group), self._state_keys(group)
 
     def _collect(self) -> Census:
         """The layers that have a gradient now, those with the same estimator side by side.
@@ -316,19 +266,18 @@ class LayerwiseOptimizer(Optimizer):
         no longer fail. It takes the S of the parameters that were in its layer before it.
         """
         layers: dict[str, Layer] = {}
-        census = Census([], [], hidden=False)
+        over: list[Over] = []
+        hidden = False
         absent = []
         for group in self.param_groups:
             for member in self._members(group, group["params"]):
                 if member.over:
-                    member.place = len(census.over)
-                    census.over.append(member.over)
+                    member.place = len(over)
+                    over.append(member.over)
                 if member.over and is_fsdp1(member.tensor) and member.tensor.requires_grad:
                     # It gives no gradient to a rank that has nothing of a parameter.
-                    census.hidden = True
-                    member.seen = member.grad is not None
-                    if not member.seen and not member.tensor.numel():
-                        member.grad = member.tensor.detach()
+                    hidden = True
+                    member.seen = member.tensor.grad is not None
                 if member.grad is not None:
                     self._check(member)
                     layers.setdefault(member.layer, Layer(member.layer)).members.append(member)
@@ -344,8 +293,8 @@ class LayerwiseOptimizer(Optimizer):
         for layer in layers.values():
             self._join(layer, options)
         order = dict.fromkeys(options.values())
-        census.layers = [x for kind in order for x in layers.values() if x.options == kind]
-        return census
+        sorted_layers = [x for kind in order for x in layers.values() if x.options == kind]
+        return Census(sorted_layers, over, hidden)
 
     def _join(self, layer: Layer, options: dict[int, Options]) -> None:
         layer.options, *others = dict.fromkeys(options[id(m.group)] for m in layer.all)
@@ -369,6 +318,8 @@ class LayerwiseOptimizer(Optimizer):
             for member in layer.all:
                 if "lipschitz_scale" not in self.state[member.tensor]:
                     self.state[member.tensor].update(member.stored)
+                    if member.part is None:
+                        member.stored = self.state[member.tensor]
 
     def _check(self, member: Member) -> None:
         if member.grad is not None and member.grad.is_sparse:
@@ -423,15 +374,11 @@ class LayerwiseOptimizer(Optimizer):
         whole[here] = sum_over_shards(table, census.over).sqrt()[there]
         return whole
 
-    def _layer_norms(
-        self, norms: Tensor, members: Sequence[Member], owner: tuple[int, ...], census: Census
-    ) -> tuple[Tensor, Tensor]:
+    def _layer_norms(self, norms: Tensor, census: Census) -> tuple[Tensor, Tensor]:
         """Norms of whole layers from those of this rank's shards of their parameters.
 
         Args:
-            norms: shape [members, columns], the gradient's first.
-            members: of each row.
-            owner: the index of each member's layer.
+            norms: of the census' members, shape [members, columns], the gradient's first.
             census: the layers, and who is sharded over what.
 
         Returns:
@@ -439,6 +386,7 @@ class LayerwiseOptimizer(Optimizer):
             gradient, and this is not the step with zero gradients and lr = 0 with which
             torch.distributed.checkpoint makes the state before training.
         """
+        members, owner = census.members, census.owner
         if census.hidden:
             # A member may have a gradient on one rank and none on the other; they are summed up
             # in the same order on both.
@@ -452,8 +400,9 @@ class LayerwiseOptimizer(Optimizer):
         if not census.layers:
             return norms, norms.new_zeros(0, dtype=torch.bool)
         norms = layer_norms(norms, owner, len(census.layers))
-        live = (norms[:, 0] != 0) | (_gather(census.layers, "prev_norm", norms) >= 0)
-        live = live | _has_rate([[m.group for m in x.all] for x in census.layers], live)
+        everyone = slice(0, len(census.layers))
+        live = (norms[:, 0] != 0) | (census.read_layers("prev_norm", everyone, norms.device) >= 0)
+        live = live | _has_rate(census.groups, live)
         return (norms[:, :-1], live & (norms[:, -1] > 0)) if census.hidden else (norms, live)
 
     def _finite(self, layers: list[Layer], norms: Tensor) -> Tensor:
@@ -478,11 +427,11 @@ class LayerwiseOptimizer(Optimizer):
                 )
         return finite
 
-    def _follow(self, layers: list[Layer], norms: Tensor, finite: Tensor, live: Tensor) -> Tensor:
+    def _follow(self, census: Census, norms: Tensor, finite: Tensor, live: Tensor) -> Tensor:
         """One step of S of every layer, stored in its parameters' state.
 
         Args:
-            layers: as from `_collect`.
+            census: as from `_collect`.
             norms: ‖x_t‖ and ‖x_t - x_{t-1}‖, shape [layers, 2].
             finite: shape [layers]; where False and nonfinite="skip", only the count moves.
             live: shape [layers]; where False, nothing moves.
@@ -491,13 +440,10 @@ class LayerwiseOptimizer(Optimizer):
             A_t/α_t, shape [layers].
         """
         factors = []
-        start = 0
-        for options in dict.fromkeys(layer.options for layer in layers):
-            estimator, previous = options
-            part = [layer for layer in layers if layer.options == options]
-            here = slice(start, start := start + len(part))
+        for (estimator, previous), here in census.kinds:
             go = may_change(estimator.nonfinite, finite[here], live[here])
-            old = LayerState(*(_gather(part, key, norms) for key in _keys(estimator)))
+            keys = _keys(estimator)
+            old = LayerState(*(census.read_layers(key, here, norms.device) for key in keys))
             step = self._steps_taken(norms) + 1.0 if estimator.theoretical else None
             new, factor = estimator.update(old, norms[here, 0], norms[here, 1], step)
             new = new._replace(
@@ -507,12 +453,13 @@ class LayerwiseOptimizer(Optimizer):
                     self._signal.remembered_norm(new.prev_norm, factor, previous),
                 )
             )
-            for key, before, after in zip(_keys(estimator), old, new, strict=False):
+            for key, before, after in zip(keys, old, new, strict=False):
                 assert before is not None
                 assert after is not None
-                _scatter(part, key, torch.where(go, after, before))
-            count = _gather(part, "nonfinite_steps", norms)
-            _scatter(part, "nonfinite_steps", count + (~finite[here]).to(count.dtype))
+                census.write_layers(key, torch.where(go, after, before), here)
+            count = census.read_layers("nonfinite_steps", here, norms.device)
+            count = count + (~finite[here]).to(count.dtype)
+            census.write_layers("nonfinite_steps", count, here)
             factors.append(factor)
         return torch.cat(factors)
 
@@ -528,9 +475,10 @@ class LayerwiseOptimizer(Optimizer):
     def _count_step(self, live: Tensor) -> None:
         """Ends a step, also one in which no layer had a gradient."""
         for group in self.param_groups:
+            if not self._options(group)[0].theoretical:
+                continue
             # ZeRO-3 makes one call of step() for each flat tensor of a group.
-            last = any(p is tensor for p in group["params"] for tensor in self._tensors(group)[-1:])
-            if last and self._options(group)[0].theoretical:
+            if any(p is tensor for p in group["params"] for tensor in self._tensors(group)[-1:]):
                 if "lipschitz_step" not in group:
                     home = self._home()
                     group["lipschitz_step"] = torch.zeros(
@@ -610,52 +558,19 @@ class LayerwiseOptimizer(Optimizer):
                 handle.remove()
 
 
-def _size(param: Tensor) -> int | None:
-    """None for a lazy module's parameter, which has no size yet."""
-    return None if torch.nn.parameter.is_lazy(param) else param.numel()
-
-
-def _decays(group: dict[str, Any]) -> list[bool]:
-    """Whether the group's weight decay is for each of its parameters."""
-    spared = set(group.get("no_weight_decay", ()))
-    if not spared:
-        return [True] * len(group["params"])
-    return [name not in spared for name in group.get("param_names", group["params"])]
-
-
-def structure_of(group: dict[str, Any]) -> dict[str, Any]:
-    """What a group's parameters are, which loading a state_dict leaves as it is."""
-    return {key: group[key] for key in STRUCTURE if key in group}
-
-
-def restore_structure(group: dict[str, Any], own: dict[str, Any]) -> None:
-    """Gives a loaded group the structure that it had before, and none but that."""
-    for key in STRUCTURE:
-        if key != "param_names":  # which torch loads
-            group.pop(key, None)
-    group.update(own)
-
-
 def _name_of(function: Callable[[str], str]) -> str:
     return getattr(function, "__qualname__", repr(function))
 
 
-def real(x: Any) -> Any:
-    """A complex tensor as its real and imaginary parts: one layer of twice as many numbers."""
-    return torch.view_as_real(x) if isinstance(x, Tensor) and x.is_complex() else x
-
-
-def scalar(value: float, param: Tensor) -> Tensor:
-    """A number of the state: float32 whatever the parameter's dtype (float64 if that is
-    torch's default dtype, as in torch.optim), on the parameter's device."""
-    return torch.tensor(value, dtype=_get_scalar_dtype(), device=param.device)
-
-
 def _has_rate(groups: Sequence[Sequence[dict[str, Any]]], like: Tensor) -> Tensor:
     """Which lists of groups have one with lr != 0, on `like`'s device."""
-    rates = [[group["lr"] for group in some] for some in groups]
-    if not any(isinstance(lr, Tensor) for some in rates for lr in some):
+    own = {id(group): group["lr"] for some in groups for group in some}
+    if not any(isinstance(lr, Tensor) for lr in own.values()):
+        if all(own.values()):
+            return torch.ones(len(groups), dtype=torch.bool, device=like.device)
+        rates = [[own[id(group)] for group in some] for some in groups]
         return index_tensor(tuple(int(any(some)) for some in rates), like.device) > 0
+    rates = [[group["lr"] for group in some] for some in groups]
     return torch.stack(
         [
             torch.stack([torch.as_tensor(lr, device=like.device).squeeze() for lr in some]).any()
@@ -669,30 +584,7 @@ def may_change(nonfinite: str, finite: Tensor, live: Tensor) -> Tensor:
     return finite & live if nonfinite == "skip" else live
 
 
-def store(targets: Sequence[Tensor], values: Tensor) -> None:
-    """Copies a vector into 0-dim tensors."""
-    if torch.is_grad_enabled():  # differentiable=True
-        for target, value in zip(targets, values.unbind(), strict=True):
-            target.copy_(value)
-    else:
-        torch._foreach_copy_(list(targets), list(values.unbind()))
-
-
 @lru_cache(maxsize=8)
 def _keys(estimator: Estimator) -> tuple[str, ...]:
     """The state keys of LayerState's fields."""
     return ("lipschitz_scale", "prev_norm", *(("lipschitz_c",) if estimator.theoretical else ()))
-
-
-def _gather(layers: list[Layer], key: str, like: Tensor) -> Tensor:
-    """A number of every layer as a vector on `like`'s device; all members have the same."""
-    values = [(x.members or x.absent)[0].state[key] for x in layers]
-    return torch.stack([x if x.device == like.device else x.to(like.device) for x in values])
-
-
-def _scatter(layers: list[Layer], key: str, values: Tensor) -> None:
-    targets = [m.state[key] for layer in layers for m in layer.all]
-    if len(targets) != len(layers):
-        owner = tuple(i for i, layer in enumerate(layers) for _ in layer.all)
-        values = values[index_tensor(owner, values.device)]
-    store(targets, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, ClassVar, Literal, cast
@@ -17,19 +18,11 @@ from torch.optim.optimizer import (
 )
 
 from . import foreach, rules
-from .layerwise import (
-    Census,
-    Layer,
-    Layers,
-    LayerwiseOptimizer,
-    Member,
-    Options,
-    may_change,
-    real,
-    store,
-)
+from .census import Census, Member, Options, pick, real
+from .groups import Layers
+from .layerwise import LayerwiseOptimizer, may_change
 from .lipschitz import Estimator, is_number
-from .norms import index_tensor, wide_dtype
+from .norms import wide_dtype
 from .rules import Batch, Rule
 from .shards import local, local_grad
 from .signals import Signal, Updates, remembered_rates
@@ -43,6 +36,16 @@ _FLAGS = (
     *("nesterov", "eps_in_sqrt", "decoupled_weight_decay"),
     *("maximize", "capturable", "differentiable"),
 )
+
+
+@dataclass
+class Run:
+    """Members of one group, device and dtype, which are stepped together."""
+
+    form: ModuleType | None  # None for those without a gradient in a layer that has one
+    members: list[Member]
+    layer_of: list[int]
+    here: slice  # of the census' members
 
 
 class LipOptimizer(LayerwiseOptimizer):
@@ -171,6 +174,9 @@ class LipOptimizer(LayerwiseOptimizer):
             super().load_state_dict(state_dict)
         self._complete_loaded()
 
+    def _manner(self, group: dict[str, Any]) -> object:
+        return super()._manner(group), group["foreach"], group["differentiable"]
+
     def _state_keys(self, group: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         shaped = self.rule.kept(group) + self.signal.history(self.rule, group)
         own = ("prev_lr",) if self.signal.retraces(self.rule, group) else ()
@@ -195,91 +201,105 @@ class LipOptimizer(LayerwiseOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._count_step(self._step(self._collect()))
+        census = self._survey()
+        self._count_step(self._step(census))
+        self._remember(census)
         return loss
 
     def _step(self, census: Census) -> Tensor:
         """Returns which layers live."""
-        layers = census.layers
-        batches = self._batches(layers, "members")
-        silent = self._batches(layers, "absent")
-        forms = [_form(batch) for batch in batches]
-        home = self._home()
+        layers, home = census.layers, self._home()
+        if not census.runs:
+            census.runs = self._runs(census)
+        runs = census.runs
+        batches = [self._batch(run, census) for run in runs]
 
         # Measure. Nothing is changed here.
-        rows = [form.measure(b).to(home) for form, b in zip(forms, batches, strict=True)]
-        rows += [rules.measure_absent(b).to(home) for b in silent]
-        owner = tuple(i for b in batches + silent for i in b.layer_of)
-        members = [m for b in batches + silent for m in b.members]
+        rows = [
+            (run.form.measure if run.form else rules.measure_absent)(batch).to(home)
+            for run, batch in zip(runs, batches, strict=True)
+        ]
         rows = rows or [torch.zeros(0, 3, device=home)]  # other ranks may have gradients
-        norms, live = self._layer_norms(torch.cat(rows), members, owner, census)
+        norms, live = self._layer_norms(torch.cat(rows), census)
         if not layers:
             return live
         finite = self._finite(layers, norms)
 
         # Follow: S of every layer, and what it makes of every tensor's learning rate.
         self._keep(layers)
-        factor = self._follow(layers, norms[:, 1:], finite, live)
-        of_members = [factor, finite, live]
-        if owner != tuple(range(len(layers))):
-            index = index_tensor(owner, home)
-            of_members = [x[index] for x in of_members]
+        factor = self._follow(census, norms[:, 1:], finite, live)
+        factor, finite_members, live_members = (
+            pick(x, census.owner) for x in (factor, finite, live)
+        )
 
         # Step.
-        sizes = [len(b.params) for b in batches + silent]
-        scales, *masks = (torch.split(x, sizes) for x in of_members)
-        goes = [
-            may_change(b.group["nonfinite"], *x).to(b.steps.device)
-            for b, *x in zip(batches + silent, *masks, strict=True)
-        ]
-        for form, batch, scale, go in zip(forms, batches, scales, goes, strict=False):
-            rates = batch.lr * scale.to(batch.steps.device, wide_dtype(batch.params[0].dtype))
-            remembered = remembered_rates(rates, batch.lr, batch.group.get("previous", "applied"))
-            form.advance(batch, rates, remembered, go)
-            _keep_scalar(batch, "step", batch.steps, go)
-            _keep_scalar(batch, "layer_lr", rates, go)
-            if "prev_lr" in batch.states[0]:
-                gain = self.rule.gain(batch.steps, batch.group)
-                _keep_scalar(batch, "prev_lr", remembered * gain, go)
-        for batch, go in zip(silent, goes[len(batches) :], strict=True):
-            rules.forget(batch, go)
-            if "prev_lr" in batch.states[0]:
-                _keep_scalar(batch, "prev_lr", torch.zeros_like(batch.steps), go)
+        for run, batch in zip(runs, batches, strict=True):
+            device, here = batch.steps.device, run.here
+            may = may_change(batch.group["nonfinite"], finite_members[here], live_members[here])
+            go = may.to(device)
+            numbers = {}
+            if run.form is None:
+                rules.forget(batch, go)
+                gained = torch.zeros_like(batch.steps)
+            else:
+                rates = batch.lr * factor[here].to(device, wide_dtype(batch.params[0].dtype))
+                previous = batch.group.get("previous", "applied")
+                remembered = remembered_rates(rates, batch.lr, previous)
+                run.form.advance(batch, rates, remembered, go)
+                numbers = {"step": batch.steps, "layer_lr": rates}
+                gained = remembered * self.rule.gain(batch.steps, batch.group)
+            if self.signal.retraces(self.rule, batch.group):
+                numbers["prev_lr"] = gained
+            for name, values in numbers.items():
+                before = census.read(name, here, device)
+                census.write(name, torch.where(go, values, before), here)
         return live
 
-    def _batches(self, layers: list[Layer], which: Literal["members", "absent"]) -> list[Batch]:
-        """Tensors of one group, device and dtype together, in buckets for the foreach form."""
-        runs: dict[Any, list[tuple[int, Member]]] = {}
-        for i, layer in enumerate(layers):
-            for member in getattr(layer, which):
-                key = (id(member.group), member.decays, member.param.device, member.param.dtype)
-                runs.setdefault(key, []).append((i, member))
-        batches = []
-        for run in runs.values():
-            group = run[0][1].group
-            multi = which == "members" and _wants_foreach(group, [local(m.param) for _, m in run])
-            for part in _buckets(run) if multi else [run]:
-                batches.append(self._batch(group, part, multi))
-        return batches
+    def _runs(self, census: Census) -> list[Run]:
+        """Puts the members in the order in which they are worked through.
 
-    def _batch(self, group: dict[str, Any], run: list[tuple[int, Member]], multi: bool) -> Batch:
-        members = [member for _, member in run]
+        Tensors of one group, device and dtype go together, in buckets for the foreach form.
+        """
+        alike: dict[Any, list[tuple[int, Member]]] = {}
+        for i, layer in enumerate(census.layers):
+            for member, absent in [
+                *((m, False) for m in layer.members),
+                *((m, True) for m in layer.absent),
+            ]:
+                param = member.param
+                key = (absent, id(member.group), member.decays, param.device, param.dtype)
+                alike.setdefault(key, []).append((i, member))
+        parts: list[tuple[ModuleType | None, list[tuple[int, Member]]]] = []
+        for absent, *kind in sorted(alike, key=lambda key: key[0]):
+            run = alike[(absent, *kind)]
+            multi = not absent and _wants_foreach(run[0][1].group, [local(m.param) for _, m in run])
+            form = None if absent else foreach if multi else rules
+            parts += [(form, part) for part in (_buckets(run) if multi else [run])]
+        census.arrange([entry for _, part in parts for entry in part])
+        runs, start = [], 0
+        for form, part in parts:
+            here = slice(start, start := start + len(part))
+            runs.append(Run(form, [m for _, m in part], [i for i, _ in part], here))
+        return runs
+
+    def _batch(self, run: Run, census: Census) -> Batch:
+        members = run.members
+        group = members[0].group
         device = members[0].param.device
         lr = group["lr"]
-        steps = torch.stack([m.state["step"] for m in members])
-        present = [(m.param, m.grad) for m in members if m.grad is not None]
+        steps = census.read("step", run.here, device)
+        present = [(m.param, m.grad) for m in members if m.grad is not None] if run.form else []
         return Batch(
             rule=self.rule,
             signal=self.signal,
             group=group if members[0].decays else group | {"weight_decay": 0.0},
-            foreach=multi,
             members=members,
             params=[real(local(m.param)) for m in members],
             grads=[real(local_grad(p, grad)) for p, grad in present],
             states=[{name: real(local(x)) for name, x in m.state.items()} for m in members],
-            steps=steps + 1 if present else steps,
+            steps=steps + 1 if run.form else steps,
             lr=lr.to(device).squeeze() if isinstance(lr, Tensor) else lr,
-            layer_of=[i for i, _ in run],
+            layer_of=run.layer_of,
         )
 
     def _capture_check(self) -> None:
@@ -303,10 +323,6 @@ def _estimator(gamma: Any, c: Any, bounds: Any, nonfinite: Any) -> Estimator:
     return Estimator(gamma, c, bounds, nonfinite)
 
 
-def _form(batch: Batch) -> ModuleType:
-    return foreach if batch.foreach else rules
-
-
 def _wants_foreach(group: dict[str, Any], params: list[Tensor]) -> bool:
     if group["foreach"] is None:
         return bool(_default_to_fused_or_foreach(params, group["differentiable"])[1])
@@ -324,11 +340,6 @@ def _buckets(run: list[tuple[int, Member]]) -> list[list[tuple[int, Member]]]:
             size = entry[1].param.numel()
         parts[-1].append(entry)
     return parts
-
-
-def _keep_scalar(batch: Batch, name: str, values: Tensor, go: Tensor) -> None:
-    targets = [state[name] for state in batch.states]
-    store(targets, torch.where(go, values, torch.stack(targets)))
 
 
 def _validate(group: dict[str, Any]) -> None:

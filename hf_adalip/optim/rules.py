@@ -21,7 +21,7 @@ from torch import Tensor
 from .norms import norm, wide_dtype
 
 if TYPE_CHECKING:
-    from .layerwise import Member
+    from .census import Member
     from .signals import Signal
 
 Group = Mapping[str, Any]
@@ -143,7 +143,6 @@ class Batch:
     rule: Rule
     signal: Signal
     group: Group
-    foreach: bool
     members: list[Member]
     params: list[Tensor]
     grads: list[Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import TypedDict, Unpack
 
-from .layerwise import Layers
+from .groups import Layers
 from .optimizer import LipOptimizer
 from .rules import SGD, Adam, RMSprop
 from .signals import Gradients, Signal, Updates

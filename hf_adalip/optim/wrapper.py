@@ -12,22 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from .layerwise import (
-    SCALARS,
-    Census,
-    Layer,
-    Layers,
-    LayerwiseOptimizer,
-    Member,
-    Options,
-    State,
-    may_change,
-    name_layers,
-    real,
-    restore_structure,
-    store,
-    structure_of,
-)
+from .census import SCALARS, Census, Layer, Member, Options, State, pick, real, store
+from .groups import Layers, name_layers, restore_structure, structure_of
+from .layerwise import LayerwiseOptimizer, may_change
 from .lipschitz import Estimator
 from .names import by_name
 from .norms import index_tensor, mixed_norms
@@ -258,7 +245,9 @@ class Lipschitz(LayerwiseOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._count_step(self._step(self._collect()))
+        census = self._survey()
+        self._count_step(self._step(census))
+        self._remember(census)
         return loss
 
     def _step(self, census: Census) -> Tensor:
@@ -268,22 +257,20 @@ class Lipschitz(LayerwiseOptimizer):
         history = self._history
         members = [m for layer in layers for m in layer.members]
         silent = [m for layer in layers for m in layer.absent]
-        owner = tuple(i for i, layer in enumerate(layers) for _ in layer.members)
-        owner += tuple(i for i, layer in enumerate(layers) for _ in layer.absent)
+        order = [(i, m) for i, layer in enumerate(layers) for m in layer.members]
+        order += [(i, m) for i, layer in enumerate(layers) for m in layer.absent]
+        census.arrange(order)
         home = self._home()
         params = [real(local(m.param)) for m in members]
         grads = [real(local_grad(m.param, m.grad)) for m in members if m.grad is not None]
         before = [_previous(m, history) for m in members]
         silence = [_previous(m, history) for m in silent]
 
-        def of_layers(norms: Tensor) -> tuple[Tensor, Tensor]:
-            return self._layer_norms(norms, members + silent, owner, census)
-
         def signal_norms(now: list[Tensor]) -> tuple[Tensor, Tensor]:
             """‖x_t‖ and ‖x_t - x_{t-1}‖ of the layers, and which live."""
             size = mixed_norms(now + [torch.zeros_like(x) for x in silence], home)
             change = mixed_norms([x - y for x, y in zip(now, before, strict=True)] + silence, home)
-            return of_layers(torch.stack([size, change], dim=1))
+            return self._layer_norms(torch.stack([size, change], dim=1), census)
 
         if by_gradient:
             norms, live = signal_norms([wide(g) for g in grads])
@@ -294,7 +281,7 @@ class Lipschitz(LayerwiseOptimizer):
         else:
             size = mixed_norms(grads, home)
             size = torch.cat([size, size.new_zeros(len(silent))])
-            grad_norms, live = of_layers(size[:, None])
+            grad_norms, live = self._layer_norms(size[:, None], census)
         finite = self._finite(layers, grad_norms)
 
         old = [p.clone() for p in params]
@@ -307,17 +294,16 @@ class Lipschitz(LayerwiseOptimizer):
         if not layers:  # other ranks may have gradients; this one took part in the norms
             return live
         self._keep(layers)
-        index = index_tensor(owner, home)
-        factor = self._follow(layers, norms, finite, live)[index]
-        go = may_change(self._law.nonfinite, finite, live)
-        goes = go[index].unbind()
+        factor = pick(self._follow(census, norms, finite, live), census.owner)
+        go = pick(may_change(self._law.nonfinite, finite, live), census.owner)
+        goes = go.unbind()
         for i, member in enumerate(members):
             if moved[i]:
                 self._scale(member, old[i], updates[i], grads[i], factor[i], goes[i])
         for member, ok in zip(silent, goes[len(members) :], strict=True):
             x = real(local(member.state[history]))
             x.copy_(_unless_skipped(ok, torch.zeros_like(x), x))
-        self._keep_rates(members, factor, moved, go[index])
+        self._keep_rates(members, factor, moved, go)
         return live
 
     def _scale(

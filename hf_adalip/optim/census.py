@@ -1,0 +1,194 @@
+"""Who takes part in a step: the parameters of each layer, and the numbers kept for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
+
+from .lipschitz import Estimator
+from .norms import index_tensor
+from .shards import Over
+
+State = dict[str, Any]
+Options = tuple[Estimator, str | None]  # with -U's `previous`
+
+LAYER_SCALARS = ("lipschitz_scale", "prev_norm", "nonfinite_steps", "lipschitz_c")
+"""Numbers of a layer. Each of its parameters keeps a copy, so that state stays per parameter,
+as every checkpoint format wants it."""
+
+SCALARS = (*LAYER_SCALARS, "step", "layer_lr", "prev_lr")
+"""All state that is one number, on the parameter's device, and never of its dtype."""
+
+
+@dataclass
+class Member:
+    """A parameter of a layer at one step, or what of it lies in a flat tensor."""
+
+    layer: str
+    tensor: Tensor  # of the parameter group, which has the state
+    group: dict[str, Any]
+    stored: State  # of `tensor`; not yet in the optimizer's state when it is new
+    param: Tensor  # `tensor`, or a view of the part of it that is this parameter's
+    decays: bool  # whether the group's weight decay is for it
+    over: Over
+    part: int | None = None  # which of a flat tensor's it is
+    parts: tuple[int, ...] = ()  # shape of a number in `stored`: how many a flat tensor has
+    here: slice | None = None  # where in a flat tensor it is
+    place: int | None = None  # among all that are sharded, on every rank the same
+    seen: bool = True  # False where only other ranks know whether there is a gradient
+    views: State | None = None
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Asked for anew, so that a member does not keep a gradient alive between two steps."""
+        grad = self.tensor.grad
+        if grad is None:
+            # FSDP1 gives a rank no gradient of a parameter of which it has nothing.
+            return None if self.seen or self.tensor.numel() else self.tensor.detach()
+        return grad if self.here is None else grad[self.here]
+
+    @property
+    def state(self) -> State:
+        """This parameter's own, as views where `tensor` has many; once `stored` is complete."""
+        if self.part is None:
+            return self.stored
+        if self.views is None:
+            tensors = {n: x for n, x in self.stored.items() if isinstance(x, Tensor)}
+            self.views = {
+                n: x[self.part if n in SCALARS else self.here] for n, x in tensors.items()
+            }
+        return self.views
+
+
+@dataclass
+class Layer:
+    """The parameters that share one S."""
+
+    name: str
+    members: list[Member] = field(default_factory=list)  # with a gradient
+    absent: list[Member] = field(default_factory=list)  # with a history, but no gradient now
+    options: Options = field(init=False)  # of `_join`
+
+    @property
+    def all(self) -> list[Member]:
+        return self.members + self.absent
+
+
+class Census:
+    """Who takes part in a step, here and on other ranks, and the numbers kept for them.
+
+    Attributes:
+        layers: those of one kind, which have the same options, side by side.
+        over: of everything that is sharded, also what has no gradient here.
+        hidden: whether it takes a collective to know which layers have a gradient.
+        members: of all layers, in the order in which a step works through them.
+        owner: the index of each member's layer.
+    """
+
+    def __init__(self, layers: list[Layer], over: list[Over], hidden: bool) -> None:
+        self.layers = layers
+        self.over = over
+        self.hidden = hidden
+        self.kinds: list[tuple[Options, slice]] = []
+        for i, layer in enumerate(layers):
+            if not self.kinds or self.kinds[-1][0] != layer.options:
+                self.kinds.append((layer.options, slice(i, i + 1)))
+            else:
+                self.kinds[-1] = (layer.options, slice(self.kinds[-1][1].start, i + 1))
+        self.groups = [[m.group for m in layer.all] for layer in layers]
+        self.runs: list[Any] = []  # an optimizer's, of members that are stepped together
+        self._vectors: dict[str, Tensor] = {}
+        self._views: dict[str, list[Tensor]] = {}
+        self.arrange([(i, m) for i, layer in enumerate(layers) for m in layer.all])
+
+    def arrange(self, members: Sequence[tuple[int, Member]]) -> None:
+        """Sets the order of the members, given with the index of their layer."""
+        self.members = [member for _, member in members]
+        self.owner = tuple(i for i, _ in members)
+        places = {layer: place for place, layer in reversed(list(enumerate(self.owner)))}
+        self._lead = tuple(places[i] for i in range(len(self.layers)))
+
+    def pack(self) -> None:
+        """Makes each number of the members a view of one vector, so that all are read or written
+        by one operation."""
+        if len({m.tensor.device for m in self.members}) > 1:
+            return
+        for key in SCALARS:
+            if self.members and all(key in m.stored for m in self.members):
+                vector = torch.stack([m.stored[key] for m in self.members])
+                self._vectors[key] = vector
+                self._views[key] = [vector[i] for i in range(len(self.members))]
+                for member, view in zip(self.members, self._views[key], strict=True):
+                    member.stored[key] = view
+
+    @property
+    def intact(self) -> bool:
+        """Whether the packed numbers are still those of the members."""
+        return all(
+            member.stored.get(key) is view
+            for key, views in self._views.items()
+            for member, view in zip(self.members, views, strict=True)
+        )
+
+    def read(self, key: str, here: slice, home: torch.device) -> Tensor:
+        """A number of some of the members."""
+        if key in self._vectors:
+            return self._vectors[key][here]
+        values = [member.state[key] for member in self.members[here]]
+        return torch.stack([x if x.device == home else x.to(home) for x in values])
+
+    def write(self, key: str, values: Tensor, here: slice) -> None:
+        """Stores a number of some of the members."""
+        if key in self._vectors:
+            self._vectors[key][here].copy_(values)
+        else:
+            store([member.state[key] for member in self.members[here]], values)
+
+    def read_layers(self, key: str, here: slice, home: torch.device) -> Tensor:
+        """A number of some of the layers; all members of a layer have the same."""
+        if key in self._vectors:
+            return pick(self._vectors[key], self._lead)[here]
+        values = [self.members[i].state[key] for i in self._lead[here]]
+        return torch.stack([x if x.device == home else x.to(home) for x in values])
+
+    def write_layers(self, key: str, values: Tensor, here: slice) -> None:
+        """Stores a number of some of the layers in all of their members."""
+        if key in self._vectors and len(values) == len(self.layers):
+            self._vectors[key].copy_(pick(values, self.owner))
+            return
+        owned = [(i, m) for i, m in zip(self.owner, self.members, strict=True)]
+        first, last, _ = here.indices(len(self.layers))
+        mine = [(i - first, m) for i, m in owned if first <= i < last]
+        store([m.state[key] for _, m in mine], pick(values, tuple(i for i, _ in mine)))
+
+
+def pick(values: Tensor, indices: tuple[int, ...]) -> Tensor:
+    """values[indices]; themselves where that is all of them in their order."""
+    if indices == tuple(range(len(values))):
+        return values
+    return values[index_tensor(indices, values.device)]
+
+
+def real(x: Any) -> Any:
+    """A complex tensor as its real and imaginary parts: one layer of twice as many numbers."""
+    return torch.view_as_real(x) if isinstance(x, Tensor) and x.is_complex() else x
+
+
+def scalar(value: float, param: Tensor) -> Tensor:
+    """A number of the state: float32 whatever the parameter's dtype (float64 if that is
+    torch's default dtype, as in torch.optim), on the parameter's device."""
+    return torch.tensor(value, dtype=_get_scalar_dtype(), device=param.device)
+
+
+def store(targets: Sequence[Tensor], values: Tensor) -> None:
+    """Copies a vector into 0-dim tensors."""
+    if torch.is_grad_enabled():  # differentiable=True
+        for target, value in zip(targets, values.unbind(), strict=True):
+            target.copy_(value)
+    else:
+        torch._foreach_copy_(list(targets), list(values.unbind()))

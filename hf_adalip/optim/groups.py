@@ -1,0 +1,93 @@
+"""Parameter groups: which layer each of their parameters belongs to."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .names import plain_names
+
+Layers = Literal["tensor", "module"] | Callable[[str], str]
+
+STRUCTURE = ("param_names", "layer_names", "layer_sizes", "layer_group", "no_weight_decay")
+"""Keys of a group that say what its parameters are. They are the model's, and are not loaded."""
+
+ROOT = "(root)"
+"""The layer of parameters that belong to the outermost module itself."""
+
+
+def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
+    """Gives the last of the groups its "layer_names" and "layer_sizes": of each parameter, its
+    layer, and its number of elements, by which a parameter that was replaced is known.
+
+    Raises:
+        ValueError: if `layers` is unknown, or needs names and there are none, or there are two
+            parameters of one name. Nothing has been changed then.
+    """
+    group = groups[-1]
+    for param in group["params"]:
+        if getattr(param, "_is_flat_param", False):
+            raise ValueError(
+                "a parameter is FSDP1's FlatParameter, in which the layers of a module are lost: "
+                "set use_orig_params=True (fsdp_use_orig_params: true in accelerate's "
+                "configuration), or use FSDP2"
+            )
+    group["layer_sizes"] = [_size(param) for param in group["params"]]
+    names = plain_names(group["param_names"]) if "param_names" in group else None
+    known = itertools.chain.from_iterable(plain_names(g.get("param_names", ())) for g in groups)
+    twice = {name for name, count in Counter(known).items() if count > 1}
+    if layers == "tensor":
+        places = [f"param_groups.{len(groups) - 1}.{i}" for i in range(len(group["params"]))]
+        named = zip(names or places, places, strict=True)
+        group["layer_names"] = [f"{n} ({place})" if n in twice else n for n, place in named]
+        return
+    if layers != "module" and not callable(layers):
+        raise ValueError(
+            f'layers must be "tensor", "module" or a function from a name to a name, got {layers!r}'
+        )
+    if names is None:
+        raise ValueError(
+            f"layers={layers!r} needs the parameters' names: pass model.named_parameters() instead "
+            'of model.parameters(), use create_optimizer(model, ...), or choose layers="tensor"'
+        )
+    if twice:
+        raise ValueError(
+            f"two parameters are named {min(twice)!r}, and layers={layers!r} would make one layer "
+            "of them; give them different names"
+        )
+    keys = [layers(n) if callable(layers) else n.rpartition(".")[0] or ROOT for n in names]
+    for name, key in zip(names, keys, strict=True):
+        if not isinstance(key, str):
+            raise ValueError(f"layers must return a string, got {key!r} for {name!r}")
+    group["layer_names"] = keys
+
+
+def _size(param: Tensor) -> int | None:
+    """None for a lazy module's parameter, which has no size yet."""
+    return None if torch.nn.parameter.is_lazy(param) else param.numel()
+
+
+def decays_of(group: dict[str, Any]) -> list[bool]:
+    """Whether the group's weight decay is for each of its parameters."""
+    spared = set(group.get("no_weight_decay", ()))
+    if not spared:
+        return [True] * len(group["params"])
+    return [name not in spared for name in group.get("param_names", group["params"])]
+
+
+def structure_of(group: dict[str, Any]) -> dict[str, Any]:
+    """What a group's parameters are, which loading a state_dict leaves as it is."""
+    return {key: group[key] for key in STRUCTURE if key in group}
+
+
+def restore_structure(group: dict[str, Any], own: dict[str, Any]) -> None:
+    """Gives a loaded group the structure that it had before, and none but that."""
+    for key in STRUCTURE:
+        if key != "param_names":  # which torch loads
+            group.pop(key, None)
+    group.update(own)
