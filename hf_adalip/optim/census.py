@@ -42,6 +42,8 @@ class Member:
     place: int | None = None  # among all that are sharded, on every rank the same
     seen: bool = True  # False where only other ranks know whether there is a gradient
     views: State | None = None
+    sketch: int = 0  # how many numbers are kept of x_{t-1}; 0 where it is kept as a tensor
+    sketch_place: int | None = None  # as `place`, among the sketched
 
     @property
     def grad(self) -> Tensor | None:
@@ -85,14 +87,20 @@ class Census:
     Attributes:
         layers: those of one kind, which have the same options, side by side.
         over: of everything that is sharded, also what has no gradient here.
+        sketched: the part of `over` whose history is a sketch.
+        width: the largest size of a sketch; 0 where there is none.
         hidden: whether it takes a collective to know which layers have a gradient.
         members: of all layers, in the order in which a step works through them.
         owner: the index of each member's layer.
     """
 
-    def __init__(self, layers: list[Layer], over: list[Over], hidden: bool) -> None:
+    def __init__(
+        self, layers: list[Layer], over: list[Over], sketched: list[Over], width: int, hidden: bool
+    ) -> None:
         self.layers = layers
         self.over = over
+        self.sketched = sketched
+        self.width = width
         self.hidden = hidden
         self.kinds: list[tuple[Options, slice]] = []
         for i, layer in enumerate(layers):
@@ -186,7 +194,7 @@ def scalar(value: float, param: Tensor) -> Tensor:
 
 
 def store(targets: Sequence[Tensor], values: Tensor) -> None:
-    """Copies a vector into 0-dim tensors."""
+    """Copies the elements of a vector, or the rows of a matrix, into as many tensors."""
     if torch.is_grad_enabled():  # differentiable=True
         for target, value in zip(targets, values.unbind(), strict=True):
             target.copy_(value)

@@ -130,6 +130,11 @@ def measure(batch: Batch) -> Tensor:
         return [d.masked_fill_(zero, 0.0) for d, zero in zip(directions, fresh, strict=True)]
 
     now = batch.signal.now(grads, proposal)
+    if batch.sketch:
+        sizes = norms(grads).unbind(), norms(now).unbind()
+        params = [member.param for member in batch.members]
+        rows = zip(now, *sizes, params, strict=True)
+        return torch.stack([rules.sketched(*row, batch.sketch) for row in rows])
     changes = list(torch._foreach_sub(now, batch.signal.before(old, retraced)))
     size = norms(grads)
     return torch.stack([size, size if now is grads else norms(now), norms(changes)], dim=1)
@@ -141,9 +146,10 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None
     grads = _gradients(batch)
     new = form.moments(grads, _old(batch), group)
     directions = form.directions(new, batch.steps, group)
-    new |= batch.signal.remember(
-        grads, lambda: _times_([d.clone() for d in directions], -remembered)
-    )
+    if not batch.sketch:
+        new |= batch.signal.remember(
+            grads, lambda: _times_([d.clone() for d in directions], -remembered)
+        )
     for name in batch.names:
         _commit([state[name] for state in batch.states], new[name], go)
     updates = _times_(directions, -rates)

@@ -23,11 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .norms import wide_dtype
+from .shards import whole_shape
 
 DEFAULT_SKETCH_SIZE = 4096
 
@@ -40,6 +42,69 @@ _WORD = 32
 """Signs that one hash has."""
 
 Numbers = Sequence[int]
+
+
+HISTORIES = ("prev_grad", "prev_update")
+"""Beginnings of the state keys in which x_{t-1} is remembered."""
+
+SKETCH = "_sketch"
+"""End of such a key where only a sketch is kept."""
+
+
+class Exact(NamedTuple):
+    """Keeps x_{t-1} as a tensor of the parameter's shape."""
+
+    dtype: torch.dtype | None = None  # None for the parameter's own
+    size: int = 0
+
+    def key(self, name: str) -> str:
+        return name
+
+    def empty(self, param: Tensor) -> Tensor:
+        """As it is before a first step."""
+        dtype = self.dtype or param.dtype
+        like = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        return like.detach()
+
+    def adopt(self, state: dict[str, Any], name: str, param: Tensor) -> None:
+        """Makes what a state has of a history, of whatever kind, one of this kind."""
+        state.pop(name + SKETCH, None)
+        kept = state.get(name)
+        dtype = self.dtype or param.dtype
+        if kept is not None and kept.dtype != dtype:
+            state[name] = kept.to(dtype)
+
+
+class Sketch(NamedTuple):
+    """Keeps `size` numbers of x_{t-1}."""
+
+    size: int
+
+    def key(self, name: str) -> str:
+        return name + SKETCH
+
+    def empty(self, param: Tensor) -> Tensor:
+        """As it is before a first step."""
+        dtype = wide_dtype(param.dtype.to_real() if param.is_complex() else param.dtype)
+        return torch.zeros(self.size, dtype=dtype, device=param.device)
+
+    def adopt(self, state: dict[str, Any], name: str, param: Tensor) -> None:
+        """Drops what a state has of a history of another kind."""
+        state.pop(name, None)
+        kept = state.get(self.key(name))
+        if kept is not None and kept.shape != (self.size,):
+            del state[self.key(name)]
+
+
+def history_of(group: dict[str, Any], param: Tensor) -> Exact | Sketch:
+    """How a group keeps the history of one of its parameters.
+
+    With "sketch", a parameter that has no more elements than a sketch keeps them all.
+    """
+    how = group.get("history", "exact")
+    if how == "sketch" and whole_shape(param).numel() > group["sketch_size"]:
+        return Sketch(group["sketch_size"])
+    return Exact(None if how in ("exact", "sketch") else getattr(torch, how))
 
 
 def sketch(
@@ -150,7 +215,9 @@ def _signs(start: int, like: Tensor, seed: int) -> Tensor:
     words = torch.arange(like.numel() // _WORD, device=like.device)
     words = _mix(words + (start // _WORD + _GOLDEN * (2 * seed + 1)))
     # Put together as bits: the sign of a word's bit, and the rest of 1.0.
-    bits, one = (torch.int64, 0x3FF << 52) if like.dtype == torch.float64 else (torch.int32, 127 << 23)
+    bits, one = (
+        (torch.int64, 0x3FF << 52) if like.dtype == torch.float64 else (torch.int32, 127 << 23)
+    )
     top = torch.iinfo(bits).bits - 1
     shifts = torch.arange(top, top - _WORD, -1, dtype=bits, device=like.device)
     signs = words.to(bits).unsqueeze(1) << shifts

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .census import LAYER_SCALARS, SCALARS, Census, Layer, Member, Options, State, scalar
 from .flat import Original, Part, flat_tensors, is_held, parts_of, unknown
 from .groups import Layers, decays_of, name_layers, restore_structure, structure_of
+from .history import HISTORIES, Exact, history_of
 from .lipschitz import NO_PREDECESSOR, Estimator, LayerState
 from .names import by_name
 from .norms import index_tensor, layer_norms
@@ -41,6 +42,14 @@ class LayerRate(NamedTuple):
     lr: float  # A_t as applied: α_t·S_t, or α_t on the layer's first step
     norm: float  # ‖g_t‖; in the -U forms, of the update that the next one is compared with
     nonfinite_steps: int  # steps that were left out because the gradient was not finite
+
+
+class Keys(NamedTuple):
+    """What is kept for a parameter."""
+
+    moments: tuple[str, ...]  # tensors of its shape and dtype
+    histories: tuple[str, ...]  # what is remembered of x_{t-1}, in whichever way
+    numbers: tuple[str, ...]
 
 
 class Kept:
@@ -137,8 +146,8 @@ class LayerwiseOptimizer(Optimizer):
         refs = given[index] if index < len(given) else []
         return [Original(n, decays, p) for n, decays, ref in refs if (p := ref()) is not None]
 
-    def _state_keys(self, group: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What a parameter of the group keeps: tensors of its shape, and numbers."""
+    def _state_keys(self, group: dict[str, Any]) -> Keys:
+        """What the parameters of the group keep."""
         raise NotImplementedError
 
     def _complete_loaded(self) -> None:
@@ -158,14 +167,20 @@ class LayerwiseOptimizer(Optimizer):
         option that was changed calls for. Of a flat tensor, a number of the state is a vector
         with an element for each of its parts.
         """
-        shaped, numbers = self._state_keys(group)
+        moments, histories, numbers = self._state_keys(group)
         estimator, _ = self._options(group)
-        if any(n.startswith("prev_") and state.get(n) is None for n in (*shaped, *numbers)):
-            state.pop("prev_norm", None)  # without x_{t-1}, its norm has nothing to compare with
-        for name in shaped:
+        keeps = history_of(group, param)
+        for name in moments:
             if state.get(name) is None:
-                zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
-                state[name] = zeros.detach()
+                state[name] = Exact().empty(param)
+        for name in histories:
+            keeps.adopt(state, name, param)
+        previous = [n for n in numbers if n.startswith("prev_")]
+        if any(state.get(n) is None for n in (*previous, *map(keeps.key, histories))):
+            state.pop("prev_norm", None)  # without x_{t-1}, its norm has nothing to compare with
+        for key in map(keeps.key, histories):
+            if state.get(key) is None:
+                state[key] = keeps.empty(param)
         initial = {"lipschitz_scale": 1.0, "prev_norm": NO_PREDECESSOR}
         if estimator.theoretical:
             initial["lipschitz_c"] = estimator.initial_c
@@ -210,8 +225,9 @@ class LayerwiseOptimizer(Optimizer):
         for name, decays, param in zip(
             group["layer_names"], decays_of(group), tensors, strict=True
         ):
-            stored = self._stored(param)
-            yield Member(name, param, group, stored, param, decays, sharded_over(param))
+            stored, over = self._stored(param), sharded_over(param)
+            sketch = history_of(group, param).size
+            yield Member(name, param, group, stored, param, decays, over, sketch=sketch)
 
     def _flat_members(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> Iterator[Member]:
         if not any(is_held(x.param) for x in self._originals(group)):
@@ -220,6 +236,8 @@ class LayerwiseOptimizer(Optimizer):
             raise unknown(
                 f"{len(group['layer_names'])} with {given} elements, now {len(tensors)} with {now}"
             )
+        if group.get("history") == "sketch":
+            raise _unsketchable("DeepSpeed's flat tensors")
         for flat in tensors:
             stored, parts = self._stored(flat), self._parts(flat, group)
             if not stored and self.state.get(flat):
@@ -267,13 +285,19 @@ class LayerwiseOptimizer(Optimizer):
         """
         layers: dict[str, Layer] = {}
         over: list[Over] = []
+        sketched: list[Over] = []
+        width = 0
         hidden = False
         absent = []
         for group in self.param_groups:
             for member in self._members(group, group["params"]):
+                width = max(width, member.sketch)
                 if member.over:
                     member.place = len(over)
                     over.append(member.over)
+                    if member.sketch:
+                        member.sketch_place = len(sketched)
+                        sketched.append(member.over)
                 if member.over and is_fsdp1(member.tensor) and member.tensor.requires_grad:
                     # It gives no gradient to a rank that has nothing of a parameter.
                     hidden = True
@@ -294,7 +318,7 @@ class LayerwiseOptimizer(Optimizer):
             self._join(layer, options)
         order = dict.fromkeys(options.values())
         sorted_layers = [x for kind in order for x in layers.values() if x.options == kind]
-        return Census(sorted_layers, over, hidden)
+        return Census(sorted_layers, over, sketched, width, hidden)
 
     def _join(self, layer: Layer, options: dict[int, Options]) -> None:
         layer.options, *others = dict.fromkeys(options[id(m.group)] for m in layer.all)
@@ -330,6 +354,9 @@ class LayerwiseOptimizer(Optimizer):
                 "process group (Megatron's, DeepSpeed's AutoTP), so that its norm cannot be had: "
                 "use one that makes DTensors (torch's parallelize_module, transformers' tp_plan)"
             )
+
+        if member.sketch and is_fsdp1(member.tensor):
+            raise _unsketchable("FSDP1's slices")
 
     def _check_whole(self, layers: dict[str, Layer]) -> None:
         """ZeRO steps one flat tensor after the other: a layer must not lie in two of them."""
@@ -374,12 +401,28 @@ class LayerwiseOptimizer(Optimizer):
         whole[here] = sum_over_shards(table, census.over).sqrt()[there]
         return whole
 
-    def _layer_norms(self, norms: Tensor, census: Census) -> tuple[Tensor, Tensor]:
+    def _whole_sketches(self, sketches: Tensor, census: Census) -> Tensor:
+        """Sketches of whole parameters from those of this rank's shards, shape [sketched, k]."""
+        if not census.sketched:
+            return sketches
+        members = [m for m in census.members if m.sketch]
+        rows = tuple(i for i, m in enumerate(members) if m.sketch_place is not None)
+        places = tuple(m.sketch_place for m in members if m.sketch_place is not None)
+        here, there = index_tensor(rows, sketches.device), index_tensor(places, sketches.device)
+        table = sketches.new_zeros(len(census.sketched), sketches.shape[1])
+        table[there] = sketches[here]
+        sketches[here] = sum_over_shards(table, census.sketched)[there]
+        return sketches
+
+    def _layer_norms(
+        self, norms: Tensor, census: Census, changes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Norms of whole layers from those of this rank's shards of their parameters.
 
         Args:
             norms: of the census' members, shape [members, columns], the gradient's first.
             census: the layers, and who is sharded over what.
+            changes: ‖x_t - x_{t-1}‖ of the members that have a sketch, which is of the whole.
 
         Returns:
             shape [layers, columns]; and which layers live, shape [layers]: some rank has a
@@ -397,6 +440,13 @@ class LayerwiseOptimizer(Optimizer):
             seen = tuple(int(m.seen and m.grad is not None) for m in members)
             norms = torch.cat([norms, index_tensor(seen, norms.device)[:, None]], dim=1)
         norms = self._whole_norms(norms, members, census)
+        if changes is not None:
+            sketched = tuple(i for i, m in enumerate(members) if m.sketch)
+            norms = norms.index_copy(
+                0,
+                index_tensor(sketched, norms.device),
+                torch.cat([norms[index_tensor(sketched, norms.device), :2], changes[:, None]], 1),
+            )
         if not census.layers:
             return norms, norms.new_zeros(0, dtype=torch.bool)
         norms = layer_norms(norms, owner, len(census.layers))
@@ -520,9 +570,13 @@ class LayerwiseOptimizer(Optimizer):
         return {name: rate for name, rate in rates.items() if rate is not None}
 
     def _restore_numbers(self, param: Tensor, saved: State) -> None:
-        for name in SCALARS:
-            if isinstance(saved.get(name), Tensor):
-                self.state[param][name] = saved[name].detach().to(param.device, copy=True)
+        for name, value in saved.items():
+            # A history, too, may be of another dtype than its parameter.
+            own = name in SCALARS or name.startswith(HISTORIES)
+            if own and isinstance(value, Tensor):
+                loaded = self.state[param][name]
+                if name in SCALARS or loaded.dtype != value.dtype:
+                    self.state[param][name] = value.detach().to(param.device, copy=True)
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
@@ -576,6 +630,13 @@ def _has_rate(groups: Sequence[Sequence[dict[str, Any]]], like: Tensor) -> Tenso
             torch.stack([torch.as_tensor(lr, device=like.device).squeeze() for lr in some]).any()
             for some in rates
         ]
+    )
+
+
+def _unsketchable(what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f'history="sketch" needs to know which elements of a parameter {what} hold; use '
+        'history="exact" or a dtype there, or FSDP2, whose shards can be sketched'
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.optim.optimizer import (
     ParamsT,
     _default_to_fused_or_foreach,
@@ -18,9 +19,10 @@ from torch.optim.optimizer import (
 )
 
 from . import foreach, rules
-from .census import Census, Member, Options, pick, real
+from .census import Census, Member, Options, pick, real, store
 from .groups import Layers
-from .layerwise import LayerwiseOptimizer, may_change
+from .history import DEFAULT_SKETCH_SIZE, SKETCH
+from .layerwise import Keys, LayerwiseOptimizer, may_change
 from .lipschitz import Estimator, is_number
 from .norms import wide_dtype
 from .rules import Batch, Rule
@@ -31,6 +33,8 @@ _BUCKET = 2**22
 """Elements that a foreach batch takes together, unless a single tensor has more: temporaries stay
 below the size of the largest tensor, or 16 MiB."""
 
+
+_HISTORY_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 _FLAGS = (
     *("nesterov", "eps_in_sqrt", "decoupled_weight_decay"),
@@ -43,9 +47,11 @@ class Run:
     """Members of one group, device and dtype, which are stepped together."""
 
     form: ModuleType | None  # None for those without a gradient in a layer that has one
+    sketch: int  # how many numbers they keep of x_{t-1}; 0 for tensors
     members: list[Member]
     layer_of: list[int]
     here: slice  # of the census' members
+    rows: slice  # of those that have a sketch
 
 
 class LipOptimizer(LayerwiseOptimizer):
@@ -66,6 +72,12 @@ class LipOptimizer(LayerwiseOptimizer):
             step; "propagate" computes with it.
         decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p, not scaled by S; False
             adds λp to the gradient, and so to what S is estimated from.
+        history: how x_{t-1} is remembered. "exact": as a tensor of the parameter's shape and
+            dtype; a floating-point dtype (or its name): as one of that dtype; "sketch": as
+            `sketch_size` numbers for each parameter that has more elements than that, from which
+            ‖x_t - x_{t-1}‖ is estimated with a relative standard deviation of √(1/2k) at most
+            (see `hf_adalip.optim.history`). Changing it starts the history anew; S stays.
+        sketch_size: k, how many numbers a sketch has; a power of two, at least 32.
         foreach: use the multi-tensor form; None takes it where torch's own optimizers do.
         maximize: ascend instead of descend.
         capturable: safe to capture in a CUDA graph: excludes nonfinite="raise" and, for a lr
@@ -91,6 +103,8 @@ class LipOptimizer(LayerwiseOptimizer):
         scale_bounds: tuple[float, float] | None = (0.1, 10.0),
         nonfinite: Literal["skip", "raise", "propagate"] = "skip",
         decoupled_weight_decay: bool = True,
+        history: str | torch.dtype = "exact",
+        sketch_size: int = DEFAULT_SKETCH_SIZE,
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -110,13 +124,15 @@ class LipOptimizer(LayerwiseOptimizer):
             "scale_bounds": scale_bounds,
             "nonfinite": nonfinite,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "history": history,
+            "sketch_size": sketch_size,
             "foreach": foreach,
             "maximize": maximize,
             "capturable": capturable,
             "differentiable": differentiable,
         }
         defaults = {key: _plain(value) for key, value in defaults.items()}
-        _validate(defaults)
+        self._validate(defaults)
         self._layers = layers
         super().__init__(params, defaults)
 
@@ -140,7 +156,7 @@ class LipOptimizer(LayerwiseOptimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = {key: _plain(value) for key, value in param_group.items() if key != "layers"}
-        _validate(self.defaults | group)
+        self._validate(self.defaults | group)
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
             given = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
@@ -154,6 +170,16 @@ class LipOptimizer(LayerwiseOptimizer):
             )
         super().add_param_group(group)
         self._name_last_group(param_group.get("layers", self._layers))
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        """Refuses a bad option of a group (or of the defaults) before anything is changed."""
+        _validate(group)
+        if group["history"] != "exact" and not self.signal.history(self.rule, group):
+            raise ValueError(
+                f"history={group['history']!r} has nothing to act on: {type(self).__name__} "
+                "computes its last update again from the moments that it keeps anyway; leave "
+                'history="exact"'
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_layers": self._layers}
@@ -177,10 +203,10 @@ class LipOptimizer(LayerwiseOptimizer):
     def _manner(self, group: dict[str, Any]) -> object:
         return super()._manner(group), group["foreach"], group["differentiable"]
 
-    def _state_keys(self, group: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        shaped = self.rule.kept(group) + self.signal.history(self.rule, group)
+    def _state_keys(self, group: dict[str, Any]) -> Keys:
         own = ("prev_lr",) if self.signal.retraces(self.rule, group) else ()
-        return shaped, ("step", *own)
+        histories = self.signal.history(self.rule, group)
+        return Keys(self.rule.kept(group), histories, ("step", *own))
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -220,7 +246,9 @@ class LipOptimizer(LayerwiseOptimizer):
             for run, batch in zip(runs, batches, strict=True)
         ]
         rows = rows or [torch.zeros(0, 3, device=home)]  # other ranks may have gradients
-        norms, live = self._layer_norms(torch.cat(rows), census)
+        norms = torch.cat([x[:, :3] for x in rows])
+        sketches, changes = self._sketches(census, rows) if census.width else (None, None)
+        norms, live = self._layer_norms(norms, census, changes)
         if not layers:
             return live
         finite = self._finite(layers, norms)
@@ -238,22 +266,51 @@ class LipOptimizer(LayerwiseOptimizer):
             may = may_change(batch.group["nonfinite"], finite_members[here], live_members[here])
             go = may.to(device)
             numbers = {}
+            previous = batch.group.get("previous", "applied")
             if run.form is None:
                 rules.forget(batch, go)
                 gained = torch.zeros_like(batch.steps)
             else:
                 rates = batch.lr * factor[here].to(device, wide_dtype(batch.params[0].dtype))
-                previous = batch.group.get("previous", "applied")
                 remembered = remembered_rates(rates, batch.lr, previous)
                 run.form.advance(batch, rates, remembered, go)
                 numbers = {"step": batch.steps, "layer_lr": rates}
                 gained = remembered * self.rule.gain(batch.steps, batch.group)
+            if sketches is not None and run.sketch:
+                x = sketches[run.rows, : run.sketch].to(device)
+                x = self.signal.remembered_norm(x, factor[here, None].to(x), previous)
+                kept = [_sketch_of(member.state) for member in run.members]
+                store(kept, torch.where(go[:, None], x, torch.stack(kept)))
             if self.signal.retraces(self.rule, batch.group):
                 numbers["prev_lr"] = gained
             for name, values in numbers.items():
                 before = census.read(name, here, device)
                 census.write(name, torch.where(go, values, before), here)
         return live
+
+    def _sketches(self, census: Census, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of the members that have one, in their order.
+
+        Args:
+            census: of this step, its runs included.
+            rows: what each run's `measure` gave.
+
+        Returns:
+            the sketches of x_t of whole parameters, shape [sketched, width]; and
+            ‖x_t - x_{t-1}‖ estimated from them, shape [sketched].
+        """
+        home, width = self._home(), census.width
+        now = [torch.zeros(0, width, device=home)]
+        before = []
+        for run, row in zip(census.runs, rows, strict=False):
+            if run.sketch:
+                now.append(pad(row[:, 3:], (0, width - run.sketch)))
+                kept = torch.stack([_sketch_of(m.state) for m in run.members]).to(home)
+                before.append(pad(kept, (0, width - run.sketch)))
+        sketches = self._whole_sketches(torch.cat(now), census)
+        if not before:
+            return sketches, sketches.new_zeros(0)
+        return sketches, torch.linalg.vector_norm(sketches - torch.cat(before), dim=1)
 
     def _runs(self, census: Census) -> list[Run]:
         """Puts the members in the order in which they are worked through.
@@ -267,7 +324,8 @@ class LipOptimizer(LayerwiseOptimizer):
                 *((m, True) for m in layer.absent),
             ]:
                 param = member.param
-                key = (absent, id(member.group), member.decays, param.device, param.dtype)
+                kind = (member.decays, member.sketch, param.device, param.dtype)
+                key = (absent, id(member.group), *kind)
                 alike.setdefault(key, []).append((i, member))
         parts: list[tuple[ModuleType | None, list[tuple[int, Member]]]] = []
         for absent, *kind in sorted(alike, key=lambda key: key[0]):
@@ -276,10 +334,13 @@ class LipOptimizer(LayerwiseOptimizer):
             form = None if absent else foreach if multi else rules
             parts += [(form, part) for part in (_buckets(run) if multi else [run])]
         census.arrange([entry for _, part in parts for entry in part])
-        runs, start = [], 0
+        runs, start, sketched = [], 0, 0
         for form, part in parts:
             here = slice(start, start := start + len(part))
-            runs.append(Run(form, [m for _, m in part], [i for i, _ in part], here))
+            members = [m for _, m in part]
+            size = members[0].sketch
+            rows = slice(sketched, sketched := sketched + (len(part) if size else 0))
+            runs.append(Run(form, size, members, [i for i, _ in part], here, rows))
         return runs
 
     def _batch(self, run: Run, census: Census) -> Batch:
@@ -300,6 +361,7 @@ class LipOptimizer(LayerwiseOptimizer):
             steps=steps + 1 if run.form else steps,
             lr=lr.to(device).squeeze() if isinstance(lr, Tensor) else lr,
             layer_of=run.layer_of,
+            sketch=run.sketch,
         )
 
     def _capture_check(self) -> None:
@@ -342,6 +404,10 @@ def _buckets(run: list[tuple[int, Member]]) -> list[list[tuple[int, Member]]]:
     return parts
 
 
+def _sketch_of(state: dict[str, Tensor]) -> Tensor:
+    return next(x for key, x in state.items() if key.endswith(SKETCH))
+
+
 def _validate(group: dict[str, Any]) -> None:
     """Refuses the value of an option of a group (or of the defaults) before it is used."""
     Estimator(group["gamma"], group["c"], group["scale_bounds"], group["nonfinite"])
@@ -370,6 +436,14 @@ def _validate(group: dict[str, Any]) -> None:
         raise ValueError(f"nesterov=True needs a momentum > 0, got momentum={group['momentum']!r}")
     if group.get("previous", "applied") not in ("applied", "proposed"):
         raise ValueError(f'previous must be "applied" or "proposed", got {group["previous"]!r}')
+    if group["history"] not in ("exact", "sketch", *_HISTORY_DTYPES):
+        raise ValueError(
+            'history must be "exact", "sketch" or a floating-point dtype '
+            f"({', '.join(_HISTORY_DTYPES)}), got {group['history']!r}"
+        )
+    size = group["sketch_size"]
+    if isinstance(size, bool) or not isinstance(size, int) or size < 32 or size & (size - 1):
+        raise ValueError(f"sketch_size must be a power of two >= 32, got {size!r}")
     for name in _FLAGS:
         if name in group and not isinstance(group[name], bool):
             raise ValueError(f"{name} must be True or False, got {group[name]!r}")
@@ -385,7 +459,10 @@ def _validate(group: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, which torch.load(weights_only=True) reads."""
+    """NumPy's numbers as Python's, which torch.load(weights_only=True) reads, and dtypes as text,
+    which every checkpoint format keeps."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     if isinstance(value, (tuple, list)):
         return type(value)(_plain(item) for item in value)
     return float(value) if is_number(value) and type(value) not in (int, float) else value

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .history import sketch
 from .norms import norm, wide_dtype
+from .shards import place_in_whole
 
 if TYPE_CHECKING:
     from .census import Member
@@ -150,11 +152,17 @@ class Batch:
     steps: Tensor  # [tensors], t of each
     lr: Tensor | float  # α_t
     layer_of: list[int]
+    sketch: int = 0  # the size of the sketches of x that are kept; 0 where x itself is
+
+    @property
+    def history(self) -> tuple[str, ...]:
+        """State keys of the parameter's shape in which x_t is remembered."""
+        return () if self.sketch else self.signal.history(self.rule, self.group)
 
     @property
     def names(self) -> tuple[str, ...]:
         """State keys of the parameter's shape: moments, then history."""
-        return self.rule.kept(self.group) + self.signal.history(self.rule, self.group)
+        return self.rule.kept(self.group) + self.history
 
 
 def wide(x: Tensor) -> Tensor:
@@ -185,11 +193,15 @@ def gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
 
 
 def measure(batch: Batch) -> Tensor:
-    """‖g_t‖, ‖x_t‖ and ‖x_t - x_{t-1}‖ of each tensor, shape [tensors, 3]; changes nothing."""
+    """‖g_t‖, ‖x_t‖ and ‖x_t - x_{t-1}‖ of each tensor, shape [tensors, 3]; changes nothing.
+
+    With a sketch, the sketch of x_t follows in further columns, shape [tensors, 3 + sketch], and
+    the change, which can only be had of the whole parameter, is zero.
+    """
     rule, signal, group = batch.rule, batch.signal, batch.group
     rows = []
-    for param, raw, state, step in zip(
-        batch.params, batch.grads, batch.states, batch.steps.unbind(), strict=True
+    for member, param, raw, state, step in zip(
+        batch.members, batch.params, batch.grads, batch.states, batch.steps.unbind(), strict=True
     ):
         grad = gradient(param, raw, group)
         old = {name: _read(state[name], batch.group) for name in batch.names}
@@ -198,15 +210,27 @@ def measure(batch: Batch) -> Tensor:
             return -batch.lr * rule.direction(rule.moments(grad, old, group), step, group)
 
         now = signal.now(grad, proposal)
+        if batch.sketch:
+            rows.append(sketched(now, norm(grad), norm(now), member.param, batch.sketch))
+            continue
         before = signal.before(old, partial(_retraced, batch, old, state, step - 1))
         size = norm(grad)
         rows.append(torch.stack([size, size if now is grad else norm(now), norm(now - before)]))
     return torch.stack(rows)
 
 
+def sketched(x: Tensor, grad_norm: Tensor, size: Tensor, param: Tensor, k: int) -> Tensor:
+    """A row of `measure`, with the sketch of x."""
+    place = place_in_whole(param)
+    norms = torch.stack([grad_norm, size, torch.zeros_like(size)])
+    return torch.cat([norms, sketch(x, k, shape=place.shape, offset=place.offset)])
+
+
 def measure_absent(batch: Batch) -> Tensor:
     """`measure` for tensors without a gradient in a layer that has one: theirs is zero."""
     rows = []
+    if batch.sketch:
+        return batch.steps.new_zeros(len(batch.states), 3 + batch.sketch)
     for state, step in zip(batch.states, batch.steps.unbind(), strict=True):
         old = {name: _read(state[name], batch.group) for name in batch.names}
         before = norm(batch.signal.before(old, partial(_retraced, batch, old, state, step)))
@@ -232,7 +256,8 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None
         old = {name: _read(state[name], batch.group) for name in batch.names}
         new = rule.moments(grad, old, group)
         direction = rule.direction(new, batch.steps[i], group)
-        new |= signal.remember(grad, partial(mul, direction, -remembered[i]))
+        if not batch.sketch:
+            new |= signal.remember(grad, partial(mul, direction, -remembered[i]))
         value = _read(param, group)
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             value = value * (1 - batch.lr * group["weight_decay"])
@@ -244,7 +269,7 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None
 def forget(batch: Batch, go: Tensor) -> None:
     """`advance` for the tensors of `measure_absent`: their previous signal becomes zero."""
     for state, moves in zip(batch.states, go.unbind(), strict=True):
-        for name in batch.signal.history(batch.rule, batch.group):
+        for name in batch.history:
             _commit(state[name], torch.zeros_like(wide(state[name])), moves)
 
 

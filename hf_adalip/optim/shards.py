@@ -73,6 +73,29 @@ def whole_shape(param: Tensor) -> torch.Size:
     return _fsdp1(param).shape if is_fsdp1(param) else param.shape
 
 
+class Place(NamedTuple):
+    """Where in the whole parameter a rank's part of it lies."""
+
+    shape: tuple[int, ...]  # of the whole
+    offset: tuple[int, ...]
+
+
+def place_in_whole(param: Tensor) -> Place:
+    """The place of a plain tensor or a DTensor; of a complex one, with its two parts as a last
+    dimension."""
+    shape, offset = tuple(param.shape), (0,) * param.dim()
+    if is_dtensor(param):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        mesh, placements = param.device_mesh, param.placements
+        local_shape, offset = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+        if 0 in local_shape:
+            offset = (0,) * param.dim()
+    if param.is_complex():
+        return Place((*shape, 2), (*offset, 0))
+    return Place(shape, tuple(offset))
+
+
 class Slice(NamedTuple):
     """What FSDP1 knows of a parameter."""
 

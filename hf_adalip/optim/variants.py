@@ -1,13 +1,15 @@
 """The six optimizers: a signature, a rule and a signal each.
 
 What all of them take by keyword (`scale_bounds`, `nonfinite`, `decoupled_weight_decay`,
-`foreach`, `maximize`, `capturable`, `differentiable`) is documented in `LipOptimizer`.
+`history`, `sketch_size`, `foreach`, `maximize`, `capturable`, `differentiable`) is documented in
+`LipOptimizer`.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import TypedDict, Unpack
@@ -24,6 +26,8 @@ class Options(TypedDict, total=False):
     scale_bounds: tuple[float, float] | None
     nonfinite: Literal["skip", "raise", "propagate"]
     decoupled_weight_decay: bool
+    history: str | torch.dtype
+    sketch_size: int
     foreach: bool | None
     maximize: bool
     capturable: bool

@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 
 from .census import SCALARS, Census, Layer, Member, Options, State, pick, real, store
 from .groups import Layers, name_layers, restore_structure, structure_of
-from .layerwise import LayerwiseOptimizer, may_change
+from .layerwise import Keys, LayerwiseOptimizer, may_change
 from .lipschitz import Estimator
 from .names import by_name
 from .norms import index_tensor, mixed_norms
@@ -224,8 +224,8 @@ class Lipschitz(LayerwiseOptimizer):
                 "AdaLipU, RMSLipU or AdamLipU"
             )
 
-    def _state_keys(self, group: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return (self._history,), ()
+    def _state_keys(self, group: dict[str, Any]) -> Keys:
+        return Keys((), (self._history,), ())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
