@@ -1,0 +1,173 @@
+"""The rules of rules.py compiled: two passes over memory for a whole batch, whatever its tensors.
+
+Here a Batch becomes what the kernels of its device take: a Spec to be compiled for, tensors of
+one memory order, and a table of numbers, none of which is read on the host.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .kernels import COLUMNS, Constants, Spec, Tensors, cpu
+from .norms import wide_dtype
+from .rules import SGD, Adam, Batch, RMSprop, Rule, bias_correction
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_RULES: dict[type[Rule], Literal["SGD", "RMSprop", "Adam"]] = {
+    SGD: "SGD",
+    RMSprop: "RMSprop",
+    Adam: "Adam",
+}
+
+
+def missing(device: torch.device) -> str | None:
+    """What the fused form lacks on a device, or None; found out once per process."""
+    if device.type not in BACKENDS:
+        return f"a device among {', '.join(BACKENDS)}, not {device.type}"
+    lack: str | None = BACKENDS[device.type].missing()
+    return lack
+
+
+def fits(param: Tensor) -> bool:
+    """Whether a parameter is for the fused form: real, and without gaps or overlaps in memory."""
+    return param.dtype in _DTYPES and param.layout == torch.strided and _dense(param)
+
+
+def measure(batch: Batch) -> Tensor:
+    """As `rules.measure`."""
+    spec = _spec(batch)
+    found: tuple[Tensor, Tensor | None] = _backend(batch).measure(
+        spec, _tensors(batch, spec), _numbers(batch), _constants(batch.group)
+    )
+    return found[0]
+
+
+def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
+    """As `rules.advance`."""
+    spec = _spec(batch)
+    tensors = _tensors(batch, spec)
+    numbers = _numbers(batch, rates, remembered)
+    _backend(batch).advance(spec, tensors, numbers, _constants(batch.group), go)
+    for name, used in zip(batch.names, [*tensors.moments, tensors.history], strict=False):
+        for state, x in zip(batch.states, used, strict=True):
+            if x is not state[name]:
+                state[name].copy_(x)
+    increment_version(batch.params)  # autograd refuses a backward through what was changed
+
+
+def _backend(batch: Batch) -> Any:
+    return BACKENDS[batch.params[0].device.type]
+
+
+def _spec(batch: Batch) -> Spec:
+    rule, signal, group = batch.rule, batch.signal, batch.group
+    history = signal.history(rule, group)
+    return Spec(
+        rule=_RULES[type(rule)],
+        signal=_signal(batch),
+        dtype=batch.params[0].dtype,
+        history=batch.states[0][history[0]].dtype if history else None,
+        momentum=bool(group.get("momentum")),
+        nesterov=group.get("nesterov", False),
+        eps_in_sqrt=group.get("eps_in_sqrt", False),
+        maximize=group["maximize"],
+        coupled=bool(group["weight_decay"]) and not group["decoupled_weight_decay"],
+    )
+
+
+def _signal(batch: Batch) -> Literal["gradient", "update", "retraced"]:
+    if not batch.signal.measures_updates:
+        return "gradient"
+    return "retraced" if batch.signal.retraces(batch.rule, batch.group) else "update"
+
+
+def _constants(group: Any) -> Constants:
+    beta1, beta2 = group.get("betas", (group.get("alpha", 0.0), 0.0))
+    momentum, eps = group.get("momentum", 0.0), group.get("eps", 0.0)
+    return Constants(momentum, beta1, beta2, eps, group["weight_decay"])
+
+
+def _numbers(batch: Batch, rates: Tensor | None = None, remembered: Tensor | None = None) -> Tensor:
+    """The table of `COLUMNS`: for `advance` with rates, otherwise for `measure`."""
+    group, lr = batch.group, batch.lr
+    dtype = wide_dtype(batch.params[0].dtype)
+    steps = batch.steps.to(dtype)
+    columns: dict[str, Tensor | float] = {"lr": lr}
+    if rates is not None:
+        columns = {"rate": rates, "decay": 1.0}
+        if remembered is not None:
+            columns["remembered"] = remembered
+        if group["decoupled_weight_decay"]:
+            columns["decay"] = 1 - lr * group["weight_decay"]
+    elif _signal(batch) == "gradient":
+        columns = {}
+    elif _signal(batch) == "retraced":
+        before = (batch.steps - 1).clamp(min=1)
+        prev_lr = torch.stack([state["prev_lr"] for state in batch.states])
+        columns["prev_rate"] = prev_lr / batch.rule.gain(before, group)
+        columns |= _corrections(group, before.to(dtype), "prev_")
+    if columns:
+        columns |= _corrections(group, steps)
+    numbers = torch.ones(len(batch.params), len(COLUMNS), dtype=dtype, device=steps.device)
+    for name, value in columns.items():
+        numbers[:, COLUMNS.index(name)] = value
+    return numbers
+
+
+def _corrections(group: Any, steps: Tensor, prefix: str = "") -> dict[str, Tensor | float]:
+    if "betas" not in group:
+        return {}
+    return {
+        f"{prefix}correction{i}": bias_correction(beta, steps)
+        for i, beta in enumerate(group["betas"], start=1)
+    }
+
+
+# Memory order
+
+
+def _tensors(batch: Batch, spec: Spec) -> Tensors:
+    def alike(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        return [_like(p, x, dtype) for p, x in zip(batch.params, tensors, strict=True)]
+
+    kept = batch.rule.kept(batch.group)
+    rows = {name: [state[name] for state in batch.states] for name in batch.names}
+    return Tensors(
+        params=batch.params,
+        grads=alike(batch.grads, spec.dtype),
+        moments=tuple(alike(rows.pop(name), spec.dtype) for name in kept),
+        history=[x for row in rows.values() for x in alike(row, spec.history or spec.dtype)],
+        starts=[],
+    )
+
+
+def _like(param: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, or a copy of it of that dtype whose elements lie in memory as the parameter's do."""
+    ordered = (x.is_contiguous() and param.is_contiguous()) or _strides(x) == _strides(param)
+    if ordered and x.dtype == dtype and not x.is_neg():
+        return x
+    made = torch.empty_strided(param.shape, param.stride(), dtype=dtype, device=x.device)
+    return made.copy_(x)
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides that matter: in a dimension of one element, any will do."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1]
+
+
+def _dense(x: Tensor) -> bool:
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

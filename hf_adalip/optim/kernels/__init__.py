@@ -1,0 +1,82 @@
+"""What the kernels of the fused form are compiled for, and what they are called with.
+
+A backend (cpu.py: C++, gpu.py: Triton) is two functions:
+
+    measure(spec, tensors, numbers, constants) -> (norms, sketches or None)
+        norms [n, 3]: ‖g‖, ‖x‖ and ‖x - x_prev‖ of each tensor (x_prev = 0 without a history);
+        sketches [n, k] of x.
+    advance(spec, tensors, numbers, constants, go) -> None
+        writes parameters, moments and history; nothing of a tensor whose go [n] is False.
+
+Arithmetic and results are of the wide dtype. Sums are added up in an order that depends on the
+sizes of the tensors alone, so that all ranks have the same S, bit for bit.
+
+A sketch (k a power of two, at least 32) is the sum of sign(i)·x_i in bucket(i), i the row-major
+index of an element in its whole parameter. In 32-bit arithmetic that wraps, with // the integer
+division and
+
+    mix(x):  x ^= x >> 16; x *= 0x85ebca6b; x ^= x >> 13; x *= 0xc2b2ae35; x ^= x >> 16
+
+sign(i) is -1 where bit i mod 32 of mix(i//32 + 0x9e3779b9) is set, and bucket(i) is
+(i + mix(i//k + 2·0x9e3779b9)) mod k. So one hash gives 32 signs, and runs of elements are added
+to runs of buckets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a kernel is compiled for."""
+
+    rule: Literal["SGD", "RMSprop", "Adam"]
+    signal: Literal["gradient", "update", "retraced"]  # x = g; û; û, with u_prev from the moments
+    dtype: torch.dtype  # of parameters, gradients and moments
+    history: torch.dtype | None  # of what is kept of x, in the parameter's shape
+    momentum: bool = False
+    nesterov: bool = False
+    eps_in_sqrt: bool = False
+    maximize: bool = False
+    coupled: bool = False  # λp is a part of the gradient
+    sketch: int = 0  # k, or 0 for none
+
+
+class Tensors(NamedTuple):
+    """The n tensors of each role, dense, and of the same memory order in all roles."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    moments: tuple[list[Tensor], ...]  # as `Rule.kept` names them
+    history: list[Tensor]  # empty where Spec.history is None
+    starts: list[int]  # index of the first element in its whole parameter; empty without a sketch
+
+
+class Constants(NamedTuple):
+    """Numbers of a group that schedules may change, and so arguments of a kernel."""
+
+    momentum: float
+    beta1: float  # RMSprop's alpha
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+COLUMNS = (
+    "lr",  # α_t
+    "correction1",  # 1 - β1^t
+    "correction2",
+    "prev_rate",  # u_{t-1} = -prev_rate·d_{t-1}, or zero where it is 0
+    "prev_correction1",  # 1 - β1^{t-1}
+    "prev_correction2",
+    "rate",  # A_t
+    "remembered",  # what the history becomes is -remembered·d_t, where it is of updates
+    "decay",  # what p is multiplied with before the step
+)
+"""`numbers` is [n, 9] in the wide dtype, on the tensors' device, with these columns. `measure`
+reads the first six, `advance` 1, 2 and the last three; others may be anything."""

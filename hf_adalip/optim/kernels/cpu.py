@@ -1,0 +1,123 @@
+"""The kernels on the CPU: step.cpp, compiled by the compiler that torch.compile finds."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from array import array
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..norms import wide_dtype
+from . import Constants, Spec, Tensors
+
+_TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    None: "void",
+}
+
+# After torch.compile's own flags, which keep loops and roots from becoming vectors.
+_FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")
+
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int
+
+
+def measure(
+    spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants
+) -> tuple[Tensor, Tensor | None]:
+    n = len(tensors.params)
+    norms = numbers.new_empty(n, 3)
+    sketches = numbers.new_zeros(n, spec.sketch) if spec.sketch else None
+    rows = _rows(tensors)
+    library(spec).measure(
+        n,
+        rows.buffer_info()[0],
+        numbers.data_ptr(),
+        (ctypes.c_double * len(constants))(*constants),
+        torch.get_num_threads(),
+        norms.data_ptr(),
+        None if sketches is None else sketches.data_ptr(),
+    )
+    return norms, sketches
+
+
+def advance(
+    spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants, go: Tensor
+) -> None:
+    rows, go = _rows(tensors), go.contiguous()
+    library(spec).advance(
+        len(tensors.params),
+        rows.buffer_info()[0],
+        numbers.data_ptr(),
+        (ctypes.c_double * len(constants))(*constants),
+        torch.get_num_threads(),
+        go.data_ptr(),
+    )
+
+
+def _rows(tensors: Tensors) -> array[int]:
+    """Sizes, then the addresses of each role, then `starts`: n numbers each."""
+    rows = array("q", [p.numel() for p in tensors.params])
+    for role in (tensors.params, tensors.grads, *tensors.moments, tensors.history):
+        rows.extend([x.data_ptr() for x in role])
+    rows.extend(tensors.starts)
+    return rows
+
+
+@cache
+def missing() -> str | None:
+    """What the kernels lack on this machine, or None; found out once, by compiling two lines."""
+    if sys.platform == "win32":
+        return "a compiler that takes GCC's options (not on Windows)"
+    try:
+        _compile('#include <omp.h>\nextern "C" int threads() { return omp_get_max_threads(); }')
+    except Exception as error:
+        return f"a C++ compiler with OpenMP (name one in the environment as CXX): {error}"
+    return None
+
+
+@cache
+def library(spec: Spec) -> ctypes.CDLL:
+    """step.cpp for a Spec, compiled when first asked for, and kept on disk by torch.
+
+    Raises:
+        RuntimeError: where it cannot be compiled.
+    """
+    if lack := missing():
+        raise RuntimeError(f"fused=True on a CPU needs {lack}")
+    source = "".join(f"#define {name} {value}\n" for name, value in _defined(spec).items())
+    try:
+        made = _compile(source + Path(__file__).with_name("step.cpp").read_text("utf-8"))
+    except Exception as error:
+        raise RuntimeError(f"the C++ of fused=True did not compile for {spec}") from error
+    made.measure.argtypes = (ctypes.c_int64, *[_POINTER] * 3, _INT, _POINTER, _POINTER)
+    made.advance.argtypes = (ctypes.c_int64, *[_POINTER] * 3, _INT, _POINTER)
+    made.measure.restype = made.advance.restype = None
+    return made
+
+
+def _compile(source: str) -> ctypes.CDLL:
+    # Imported here: it is large, and only who runs a fused step needs it. It finds the compiler,
+    # and locks between processes that compile the same.
+    from torch._inductor.codecache import CppCodeCache
+
+    made: ctypes.CDLL = CppCodeCache.load(source, extra_flags=_FLAGS)
+    return made
+
+
+def _defined(spec: Spec) -> dict[str, str]:
+    flags = ("momentum", "nesterov", "eps_in_sqrt", "maximize", "coupled")
+    return {
+        "RULE": spec.rule,
+        "SIGNAL": spec.signal,
+        "PARAM": _TYPES[spec.dtype],
+        "WIDE": _TYPES[wide_dtype(spec.dtype)],
+        "HISTORY": _TYPES[spec.history],
+        "SKETCH": str(spec.sketch),
+    } | {flag.upper(): str(getattr(spec, flag)).lower() for flag in flags}

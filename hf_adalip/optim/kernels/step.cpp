@@ -1,0 +1,381 @@
+// The passes over memory of a fused step, compiled for one Spec (see kernels/__init__.py):
+//
+//   measure   reads what the signal x_t needs, and sums g², x² and (x - x_prev)²
+//   advance   reads gradient, parameter and moments, and writes parameter, moments and history
+//
+// cpu.py defines, above this text, what depends on the Spec:
+//   RULE SIGNAL                                     a word of the enumerations below
+//   MOMENTUM NESTEROV EPS_IN_SQRT MAXIMIZE COUPLED  true or false
+//   PARAM WIDE HISTORY   types: of parameters, of arithmetic, of the history (void for none)
+//   SKETCH               k, or 0
+//
+// Sums are added up in an order that neither the number of threads nor the width of vectors
+// changes: that all ranks have the same S, bit for bit, rests on it.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// Types
+
+struct bfloat16 {
+  uint16_t bits;
+
+  bfloat16() = default;
+
+  explicit bfloat16(float x) {  // to the nearest, ties to even
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+    bits = nan ? 0x7fc0 : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  }
+
+  operator float() const {
+    const uint32_t u = uint32_t(bits) << 16;
+    float x;
+    std::memcpy(&x, &u, 4);
+    return x;
+  }
+};
+
+using float16 = _Float16;
+
+enum class Rule { SGD, RMSprop, Adam };
+enum class Signal { gradient, update, retraced };
+
+constexpr Rule rule = Rule::RULE;
+constexpr Signal signal = Signal::SIGNAL;
+constexpr bool has_history = !std::is_void_v<HISTORY>;
+using Param = PARAM;
+using Wide = WIDE;
+using History = std::conditional_t<has_history, HISTORY, Wide>;
+
+constexpr int moments = rule == Rule::Adam ? 2 : rule == Rule::RMSprop || MOMENTUM ? 1 : 0;
+
+constexpr int64_t block = 1024;  // elements that the first cache holds in all their roles
+constexpr int64_t chunk = std::max(16 * block, int64_t{64} * SKETCH);  // what a thread takes
+constexpr int64_t lanes = 128 / sizeof(Wide);  // sums that are added up side by side
+
+// What cpu.py passes
+
+struct Numbers {  // of one tensor, a row of `numbers`
+  Wide lr, correction1, correction2;
+  Wide prev_rate, prev_correction1, prev_correction2;
+  Wide rate, remembered, decay;
+};
+
+struct Constants {  // of the group
+  double momentum, beta1, beta2, eps, weight_decay;  // beta1 is RMSprop's alpha too
+};
+
+struct Tensors {  // rows of n numbers each
+  int64_t n;
+  const int64_t* rows;
+
+  int64_t size(int64_t i) const { return rows[i]; }
+  template <class T>
+  T* role(int64_t row, int64_t i) const { return reinterpret_cast<T*>(rows[(1 + row) * n + i]); }
+  Param* param(int64_t i) const { return role<Param>(0, i); }
+  const Param* grad(int64_t i) const { return role<const Param>(1, i); }
+  Param* moment(int64_t which, int64_t i) const { return role<Param>(2 + which, i); }
+  History* history(int64_t i) const { return role<History>(2 + moments, i); }
+  int64_t start(int64_t i) const { return rows[(3 + moments + has_history) * n + i]; }
+};
+
+// The rules, one element at a time, as in rules.py
+
+struct Moments {
+  Wide first, second;
+};
+
+struct Arithmetic {
+  Wide momentum, beta1, take1, beta2, take2, eps, weight_decay;
+
+  explicit Arithmetic(const Constants& c)
+      : momentum(c.momentum), beta1(c.beta1), take1(1 - c.beta1), beta2(c.beta2),
+        take2(1 - c.beta2), eps(c.eps), weight_decay(c.weight_decay) {}
+
+  Wide gradient(Wide grad, Wide param) const {
+    if constexpr (MAXIMIZE) grad = -grad;
+    if constexpr (COUPLED) grad += weight_decay * param;
+    return grad;
+  }
+
+  Moments follow(Wide grad, Moments old) const {
+    if constexpr (rule == Rule::Adam)
+      return {beta1 * old.first + take1 * grad, beta2 * old.second + take2 * grad * grad};
+    else if constexpr (rule == Rule::RMSprop)
+      return {beta1 * old.first + take1 * grad * grad, 0};
+    else if constexpr (MOMENTUM)
+      return {old.first * momentum + grad, 0};
+    else
+      return {0, 0};
+  }
+
+  Wide direction(Wide grad, Moments m, Wide scale1, Wide scale2) const {
+    if constexpr (rule == Rule::Adam)
+      return m.first * scale1 / root(m.second * scale2);
+    else if constexpr (rule == Rule::RMSprop)
+      return grad / root(m.first);
+    else if constexpr (NESTEROV)
+      return grad + momentum * m.first;
+    else
+      return MOMENTUM ? m.first : grad;
+  }
+
+  Wide root(Wide square) const {
+    return EPS_IN_SQRT ? std::sqrt(square + eps) : std::sqrt(square) + eps;
+  }
+};
+
+// Memory
+
+template <class To, class From>
+void convert(const From* __restrict from, int64_t n, To* __restrict to) {
+  int64_t i = 0;
+#if defined(__F16C__)  // which GCC does not use by itself
+  if constexpr (std::is_same_v<From, float16> && std::is_same_v<To, float>)
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+  if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float16>)
+    for (; i + 8 <= n; i += 8)
+      _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+  for (; i < n; ++i) to[i] = static_cast<To>(from[i]);
+}
+
+// n elements in another type: converted into the buffer, or as they are where that is the type.
+template <class To, class From>
+To* as(From* from, int64_t n, To* buffer) {
+  if constexpr (std::is_same_v<std::remove_const_t<From>, To>) {
+    return const_cast<To*>(from);
+  } else {
+    convert(from, n, buffer);
+    return buffer;
+  }
+}
+
+void put(const Wide* from, int64_t n, Param* to) {
+  if constexpr (!std::is_same_v<Param, Wide>) convert(from, n, to);
+}
+
+// Writes past the cache, which would read first what is about to be overwritten.
+void stream(const void* from, int64_t bytes, void* to) {
+  auto source = static_cast<const char*>(from);
+  auto target = static_cast<char*>(to);
+#if defined(__AVX__)
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(target) & 31);
+  std::memcpy(target, source, head);
+  int64_t i = head;
+  for (; i + 32 <= bytes; i += 32)
+    _mm256_stream_si256((__m256i*)(target + i), _mm256_loadu_si256((const __m256i*)(source + i)));
+  std::memcpy(target + i, source + i, bytes - i);
+#else
+  std::memcpy(target, source, bytes);
+#endif
+}
+
+// Arithmetic on a block. Functions of pointers that are known to differ, and not inlined: so
+// compilers make vectors of them.
+
+__attribute__((noinline)) void measure_block(
+    const Arithmetic rules, const Numbers of, const int64_t n, const Wide* __restrict grad,
+    const Wide* __restrict param, const Wide* __restrict first, const Wide* __restrict second,
+    const Wide* __restrict history, Wide* __restrict signals, double (*__restrict totals)[lanes]) {
+  const Wide scale1 = 1 / of.correction1, scale2 = 1 / of.correction2;
+  const Wide prev_scale1 = 1 / of.prev_correction1, prev_scale2 = 1 / of.prev_correction2;
+  Wide sums[3][lanes] = {};
+  const auto add = [&](int64_t i, int64_t lane) {
+    const Wide g = rules.gradient(grad[i], COUPLED ? param[i] : 0);
+    Wide x = g, before = has_history ? history[i] : 0;
+    if constexpr (signal != Signal::gradient) {
+      const Moments old{moments > 0 ? first[i] : 0, moments > 1 ? second[i] : 0};
+      x = -of.lr * rules.direction(g, rules.follow(g, old), scale1, scale2);
+      if constexpr (signal == Signal::retraced) {
+        const Wide d = rules.direction(0, old, prev_scale1, prev_scale2);
+        before = of.prev_rate == 0 ? 0 : -of.prev_rate * d;
+      }
+      sums[1][lane] += x * x;
+    }
+    if constexpr (SKETCH > 0) signals[i] = x;
+    sums[0][lane] += g * g;
+    sums[2][lane] += (x - before) * (x - before);
+  };
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes)
+    for (int64_t lane = 0; lane < lanes; ++lane) add(i + lane, lane);
+  for (int64_t lane = 0; i + lane < n; ++lane) add(i + lane, lane);
+  for (int sum = 0; sum < 3; ++sum)
+    for (int64_t lane = 0; lane < lanes; ++lane) totals[sum][lane] += sums[sum][lane];
+}
+
+__attribute__((noinline)) void advance_block(
+    const Arithmetic rules, const Numbers of, const int64_t n, const Wide* __restrict grad,
+    Wide* __restrict param, Wide* __restrict first, Wide* __restrict second,
+    Wide* __restrict history) {
+  const Wide scale1 = 1 / of.correction1, scale2 = 1 / of.correction2;
+  for (int64_t i = 0; i < n; ++i) {
+    const Wide g = rules.gradient(grad[i], param[i]);
+    const Moments old{moments > 0 ? first[i] : 0, moments > 1 ? second[i] : 0};
+    const Moments next = rules.follow(g, old);
+    const Wide d = rules.direction(g, next, scale1, scale2);
+    if constexpr (moments > 0) first[i] = next.first;
+    if constexpr (moments > 1) second[i] = next.second;
+    param[i] = param[i] * of.decay - of.rate * d;
+    if constexpr (has_history)
+      history[i] = signal == Signal::gradient ? g : -of.remembered * d;
+  }
+}
+
+// Sketch (see kernels/__init__.py)
+
+constexpr int64_t run = 32;  // elements that share a hash
+constexpr int64_t k = std::max(SKETCH, 1);
+
+constexpr uint32_t mix(uint32_t x) {
+  x = (x ^ x >> 16) * 0x85ebca6bu;
+  x = (x ^ x >> 13) * 0xc2b2ae35u;
+  return x ^ x >> 16;
+}
+
+// Adds signed x, from element `index` of the parameter on, to k + run buckets: a run may go
+// over the end, and what it leaves there is added to the first buckets by who folds them.
+void sketch_block(const Wide* x, int64_t n, int64_t index, Wide* __restrict buckets) {
+  constexpr uint32_t golden = 0x9e3779b9u;
+  for (int64_t i = 0, size; i < n; i += size) {
+    const int64_t here = index + i, skip = here % run;
+    size = std::min(run - skip, n - i);
+    const uint32_t signs = mix(uint32_t(here / run) + golden) >> skip;
+    const uint32_t turn = mix(uint32_t(here / k) + golden * 2);
+    Wide* __restrict to = buckets + (here + turn) % k;
+    for (int64_t l = 0; l < size; ++l) to[l] += signs >> l & 1 ? -x[i + l] : x[i + l];
+  }
+}
+
+// Work
+
+struct Chunk {
+  int64_t tensor, first, size;
+  int64_t before;  // elements of the chunks before it
+};
+
+template <class Takes>
+std::vector<Chunk> cut(const Tensors& tensors, const Takes& takes) {
+  std::vector<Chunk> chunks;
+  int64_t before = 0;
+  for (int64_t i = 0; i < tensors.n; ++i)
+    for (int64_t first = 0, size = takes(i) ? tensors.size(i) : 0; first < size; first += chunk) {
+      chunks.push_back({i, first, std::min(chunk, size - first), before});
+      before += chunks.back().size;
+    }
+  return chunks;
+}
+
+// Calls work(number of a chunk), each thread for a run of chunks with as many elements as others.
+template <class Work>
+void share(const std::vector<Chunk>& chunks, int threads, const Work& work) {
+  if (chunks.empty()) return;
+  const int64_t total = chunks.back().before + chunks.back().size;
+  threads = std::min<int64_t>(threads, 1 + total / chunk);
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+    const auto edge = [&](int64_t before) {
+      const auto less = [](const Chunk& c, int64_t value) { return c.before < value; };
+      return std::lower_bound(chunks.begin(), chunks.end(), before, less) - chunks.begin();
+    };
+    const int64_t begin = edge(total * me / all), end = edge(total * (me + 1) / all);
+    for (int64_t i = begin; i < end; ++i) work(i);
+  }
+}
+
+}  // namespace
+
+// norms: [n, 3]; sketches: [n, SKETCH] zeros.
+extern "C" void measure(int64_t n, const int64_t* rows, const Numbers* numbers,
+                        const Constants* constants, int threads, Wide* norms, Wide* sketches) {
+  const Tensors tensors{n, rows};
+  const auto chunks = cut(tensors, [](int64_t) { return true; });
+  std::vector<std::array<double, 3>> squares(chunks.size());
+  std::vector<Wide> parts(chunks.size() * SKETCH);
+
+  share(chunks, threads, [&](int64_t number) {
+    const auto [i, first, size, _] = chunks[number];
+    alignas(64) Wide buffers[6][block];
+    double totals[3][lanes] = {};
+    std::vector<Wide> buckets(SKETCH > 0 ? SKETCH + run : 0);
+
+    for (int64_t at = first, end = first + size; at < end; at += block) {
+      const int64_t count = std::min(block, end - at);
+      const Wide *grad = as(tensors.grad(i) + at, count, buffers[0]), *param = nullptr;
+      const Wide *moment[2] = {nullptr, nullptr}, *history = nullptr;
+      if constexpr (COUPLED) param = as(tensors.param(i) + at, count, buffers[1]);
+      if constexpr (signal != Signal::gradient)
+        for (int m = 0; m < moments; ++m)
+          moment[m] = as(tensors.moment(m, i) + at, count, buffers[2 + m]);
+      if constexpr (has_history) history = as(tensors.history(i) + at, count, buffers[4]);
+      measure_block(Arithmetic(*constants), numbers[i], count, grad, param, moment[0], moment[1],
+                    history, buffers[5], totals);
+      if constexpr (SKETCH > 0)
+        sketch_block(buffers[5], count, tensors.start(i) + at, buckets.data());
+    }
+    for (int sum = 0; sum < 3; ++sum)
+      squares[number][sum] = std::accumulate(totals[sum], totals[sum] + lanes, 0.0);
+    if constexpr (SKETCH > 0) {
+      for (int64_t b = 0; b < run; ++b) buckets[b] += buckets[SKETCH + b];
+      std::copy_n(buckets.begin(), SKETCH, parts.begin() + number * SKETCH);
+    }
+  });
+
+  std::vector<std::array<double, 3>> sums(n);
+  for (size_t number = 0; number < chunks.size(); ++number) {
+    const int64_t i = chunks[number].tensor;
+    for (int sum = 0; sum < 3; ++sum) sums[i][sum] += squares[number][sum];
+    for (int64_t b = 0; b < SKETCH; ++b) sketches[i * SKETCH + b] += parts[number * SKETCH + b];
+  }
+  for (int64_t i = 0; i < n; ++i)
+    for (int sum = 0; sum < 3; ++sum)
+      norms[3 * i + sum] = std::sqrt(sums[i][sum == 1 && signal == Signal::gradient ? 0 : sum]);
+}
+
+// go: [n]; where false, nothing is written.
+extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
+                        const Constants* constants, int threads, const bool* go) {
+  const Tensors tensors{n, rows};
+  const auto chunks = cut(tensors, [&](int64_t i) { return go[i]; });
+
+  share(chunks, threads, [&](int64_t number) {
+    const auto [i, first, size, _] = chunks[number];
+    alignas(64) Wide buffers[5][block];
+    alignas(64) History narrow[block];
+
+    for (int64_t at = first, end = first + size; at < end; at += block) {
+      const int64_t count = std::min(block, end - at);
+      const Wide* grad = as(tensors.grad(i) + at, count, buffers[0]);
+      Wide *param = as(tensors.param(i) + at, count, buffers[1]), *moment[2] = {nullptr, nullptr};
+      for (int m = 0; m < moments; ++m)
+        moment[m] = as(tensors.moment(m, i) + at, count, buffers[2 + m]);
+      advance_block(Arithmetic(*constants), numbers[i], count, grad, param, moment[0], moment[1],
+                    buffers[4]);
+      put(param, count, tensors.param(i) + at);
+      for (int m = 0; m < moments; ++m) put(moment[m], count, tensors.moment(m, i) + at);
+      if constexpr (has_history)
+        stream(as(buffers[4], count, narrow), count * sizeof(History), tensors.history(i) + at);
+    }
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
+  });
+}
