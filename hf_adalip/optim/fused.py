@@ -7,7 +7,7 @@ one memory order, and a table of numbers, none of which is read on the host.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,12 @@ from torch.autograd.graph import increment_version
 from .kernels import COLUMNS, Constants, Spec, Tensors, cpu
 from .norms import wide_dtype
 from .rules import SGD, Adam, Batch, RMSprop, Rule, bias_correction
+from .shards import start_in_whole
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
+
+_WORTH = 2**20
+"""Elements of a group from which on."""
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _RULES: dict[type[Rule], Literal["SGD", "RMSprop", "Adam"]] = {
@@ -40,13 +44,22 @@ def fits(param: Tensor) -> bool:
     return param.dtype in _DTYPES and param.layout == torch.strided and _dense(param)
 
 
+def pays(params: list[Tensor]) -> bool:
+    """Whether the fused form is the default: for tensors on the CPU whose step costs more than
+    finding the compiler does."""
+    return sum(p.numel() for p in params) >= _WORTH and missing(torch.device("cpu")) is None
+
+
 def measure(batch: Batch) -> Tensor:
     """As `rules.measure`."""
     spec = _spec(batch)
-    found: tuple[Tensor, Tensor | None] = _backend(batch).measure(
+    norms, sketches = _backend(batch).measure(
         spec, _tensors(batch, spec), _numbers(batch), _constants(batch.group)
     )
-    return found[0]
+    if sketches is None:
+        return cast("Tensor", norms)
+    norms[:, 2] = 0
+    return torch.cat([norms, sketches], dim=1)
 
 
 def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
@@ -67,8 +80,7 @@ def _backend(batch: Batch) -> Any:
 
 
 def _spec(batch: Batch) -> Spec:
-    rule, signal, group = batch.rule, batch.signal, batch.group
-    history = signal.history(rule, group)
+    rule, group, history = batch.rule, batch.group, batch.history
     return Spec(
         rule=_RULES[type(rule)],
         signal=_signal(batch),
@@ -79,6 +91,7 @@ def _spec(batch: Batch) -> Spec:
         eps_in_sqrt=group.get("eps_in_sqrt", False),
         maximize=group["maximize"],
         coupled=bool(group["weight_decay"]) and not group["decoupled_weight_decay"],
+        sketch=batch.sketch,
     )
 
 
@@ -144,7 +157,7 @@ def _tensors(batch: Batch, spec: Spec) -> Tensors:
         grads=alike(batch.grads, spec.dtype),
         moments=tuple(alike(rows.pop(name), spec.dtype) for name in kept),
         history=[x for row in rows.values() for x in alike(row, spec.history or spec.dtype)],
-        starts=[],
+        starts=[start_in_whole(m.param) or 0 for m in batch.members] if batch.sketch else [],
     )
 
 

@@ -574,8 +574,8 @@ class LayerwiseOptimizer(Optimizer):
             # A history, too, may be of another dtype than its parameter.
             own = name in SCALARS or name.startswith(HISTORIES)
             if own and isinstance(value, Tensor):
-                loaded = self.state[param][name]
-                if name in SCALARS or loaded.dtype != value.dtype:
+                loaded = self.state[param].get(name)
+                if name in SCALARS or (loaded is not None and loaded.dtype != value.dtype):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
     @contextmanager

@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from . import foreach, rules
+from . import foreach, fused, rules
 from .census import Census, Member, Options, pick, real, store
 from .groups import Layers
 from .history import DEFAULT_SKETCH_SIZE, SKETCH
@@ -26,13 +26,17 @@ from .layerwise import Keys, LayerwiseOptimizer, may_change
 from .lipschitz import Estimator, is_number
 from .norms import wide_dtype
 from .rules import Batch, Rule
-from .shards import local, local_grad
+from .shards import is_dtensor, local, local_grad, start_in_whole
 from .signals import Signal, Updates, remembered_rates
 
 _BUCKET = 2**22
 """Elements that a foreach batch takes together, unless a single tensor has more: temporaries stay
 below the size of the largest tensor, or 16 MiB."""
 
+
+_BOTH = ("foreach", "fused")
+
+FORMS = (rules, foreach, fused)
 
 _HISTORY_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -52,6 +56,7 @@ class Run:
     layer_of: list[int]
     here: slice  # of the census' members
     rows: slice  # of those that have a sketch
+    plain: bool  # whether their tensors can be stepped as they are
 
 
 class LipOptimizer(LayerwiseOptimizer):
@@ -78,7 +83,12 @@ class LipOptimizer(LayerwiseOptimizer):
             ‖x_t - x_{t-1}‖ is estimated with a relative standard deviation of √(1/2k) at most
             (see `hf_adalip.optim.history`). Changing it starts the history anew; S stays.
         sketch_size: k, how many numbers a sketch has; a power of two, at least 32.
-        foreach: use the multi-tensor form; None takes it where torch's own optimizers do.
+        foreach: use the multi-tensor form.
+        fused: use the compiled form, two passes over memory; tensors that it cannot take (complex
+            ones, views with gaps) are stepped in the multi-tensor form. With foreach and fused
+            both None, it is taken on a CPU with a C++ compiler for models from a million
+            elements on, and otherwise the multi-tensor form where torch's own optimizers do, and
+            on a CPU. False for both is the loop.
         maximize: ascend instead of descend.
         capturable: safe to capture in a CUDA graph: excludes nonfinite="raise" and, for a lr
             that changes, needs a lr tensor on the parameters' device. State is always there.
@@ -106,6 +116,7 @@ class LipOptimizer(LayerwiseOptimizer):
         history: str | torch.dtype = "exact",
         sketch_size: int = DEFAULT_SKETCH_SIZE,
         foreach: bool | None = None,
+        fused: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
@@ -127,6 +138,7 @@ class LipOptimizer(LayerwiseOptimizer):
             "history": history,
             "sketch_size": sketch_size,
             "foreach": foreach,
+            "fused": fused,
             "maximize": maximize,
             "capturable": capturable,
             "differentiable": differentiable,
@@ -168,6 +180,7 @@ class LipOptimizer(LayerwiseOptimizer):
                 f"no_weight_decay names {min(unknown)!r}, which is not a parameter of the group "
                 "(pass named parameters: model.named_parameters())"
             )
+        self._check_fused(self.defaults | group)
         super().add_param_group(group)
         self._name_last_group(param_group.get("layers", self._layers))
 
@@ -180,6 +193,14 @@ class LipOptimizer(LayerwiseOptimizer):
                 "computes its last update again from the moments that it keeps anyway; leave "
                 'history="exact"'
             )
+
+    def _check_fused(self, group: dict[str, Any]) -> None:
+        if not group["fused"]:
+            return
+        params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        for device in {p.device for p in params if isinstance(p, Tensor)}:
+            if lack := fused.missing(device):
+                raise RuntimeError(f"fused=True needs {lack}; fused=None does without it")
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_layers": self._layers}
@@ -201,7 +222,8 @@ class LipOptimizer(LayerwiseOptimizer):
         self._complete_loaded()
 
     def _manner(self, group: dict[str, Any]) -> object:
-        return super()._manner(group), group["foreach"], group["differentiable"]
+        options = ("history", "sketch_size", "foreach", "fused", "differentiable")
+        return super()._manner(group), [group[option] for option in options]
 
     def _state_keys(self, group: dict[str, Any]) -> Keys:
         own = ("prev_lr",) if self.signal.retraces(self.rule, group) else ()
@@ -318,29 +340,33 @@ class LipOptimizer(LayerwiseOptimizer):
         Tensors of one group, device and dtype go together, in buckets for the foreach form.
         """
         alike: dict[Any, list[tuple[int, Member]]] = {}
+        chosen = {id(group): _form(group) for group in self.param_groups}
         for i, layer in enumerate(census.layers):
             for member, absent in [
                 *((m, False) for m in layer.members),
                 *((m, True) for m in layer.absent),
             ]:
                 param = member.param
+                form = chosen[id(member.group)]
+                if form is fused and not _fits(member):
+                    form = foreach
                 kind = (member.decays, member.sketch, param.device, param.dtype)
-                key = (absent, id(member.group), *kind)
+                key = (absent, FORMS.index(form), id(member.group), *kind)
                 alike.setdefault(key, []).append((i, member))
         parts: list[tuple[ModuleType | None, list[tuple[int, Member]]]] = []
-        for absent, *kind in sorted(alike, key=lambda key: key[0]):
-            run = alike[(absent, *kind)]
-            multi = not absent and _wants_foreach(run[0][1].group, [local(m.param) for _, m in run])
-            form = None if absent else foreach if multi else rules
-            parts += [(form, part) for part in (_buckets(run) if multi else [run])]
+        for absent, index, *kind in sorted(alike, key=lambda key: key[0]):
+            run = alike[(absent, index, *kind)]
+            taken = None if absent else FORMS[index]
+            parts += [(taken, part) for part in (_buckets(run) if taken is foreach else [run])]
         census.arrange([entry for _, part in parts for entry in part])
         runs, start, sketched = [], 0, 0
-        for form, part in parts:
+        for taken, part in parts:
             here = slice(start, start := start + len(part))
             members = [m for _, m in part]
             size = members[0].sketch
             rows = slice(sketched, sketched := sketched + (len(part) if size else 0))
-            runs.append(Run(form, size, members, [i for i, _ in part], here, rows))
+            plain = all(_is_plain(m) for m in members)
+            runs.append(Run(taken, size, members, [i for i, _ in part], here, rows, plain))
         return runs
 
     def _batch(self, run: Run, census: Census) -> Batch:
@@ -349,15 +375,21 @@ class LipOptimizer(LayerwiseOptimizer):
         device = members[0].param.device
         lr = group["lr"]
         steps = census.read("step", run.here, device)
-        present = [(m.param, m.grad) for m in members if m.grad is not None] if run.form else []
+        params, states = [m.param for m in members], [m.state for m in members]
+        given = [(p, m.grad) for p, m in zip(params, members, strict=True)] if run.form else []
+        grads = [grad for _, grad in given if grad is not None]
+        if not run.plain:
+            grads = [real(local_grad(p, g)) for (p, _), g in zip(given, grads, strict=True)]
+            params = [real(local(p)) for p in params]
+            states = [{name: real(local(x)) for name, x in state.items()} for state in states]
         return Batch(
             rule=self.rule,
             signal=self.signal,
             group=group if members[0].decays else group | {"weight_decay": 0.0},
             members=members,
-            params=[real(local(m.param)) for m in members],
-            grads=[real(local_grad(p, grad)) for p, grad in present],
-            states=[{name: real(local(x)) for name, x in m.state.items()} for m in members],
+            params=params,
+            grads=grads,
+            states=states,
             steps=steps + 1 if run.form else steps,
             lr=lr.to(device).squeeze() if isinstance(lr, Tensor) else lr,
             layer_of=run.layer_of,
@@ -385,10 +417,31 @@ def _estimator(gamma: Any, c: Any, bounds: Any, nonfinite: Any) -> Estimator:
     return Estimator(gamma, c, bounds, nonfinite)
 
 
-def _wants_foreach(group: dict[str, Any], params: list[Tensor]) -> bool:
-    if group["foreach"] is None:
-        return bool(_default_to_fused_or_foreach(params, group["differentiable"])[1])
-    return bool(group["foreach"])
+def _form(group: dict[str, Any]) -> ModuleType:
+    """The form in which a group is stepped."""
+    compiling = torch.compiler.is_compiling()  # which makes kernels of the loop itself
+    if group["differentiable"]:
+        return rules
+    if group["fused"]:
+        return foreach if compiling else fused
+    if group["foreach"] is not None:
+        return foreach if group["foreach"] else rules
+    params = [local(p) for p in group["params"]]
+    if any(p.device.type != "cpu" for p in params):
+        return foreach if _default_to_fused_or_foreach(params, False)[1] else rules
+    if group["fused"] is None and not compiling and fused.pays(params):
+        return fused
+    return foreach
+
+
+def _is_plain(member: Member) -> bool:
+    return member.part is None and not is_dtensor(member.param) and not member.param.is_complex()
+
+
+def _fits(member: Member) -> bool:
+    """Whether a member can be stepped in the fused form."""
+    param = local(member.param)
+    return fused.fits(param) and (not member.sketch or start_in_whole(member.param) is not None)
 
 
 def _buckets(run: list[tuple[int, Member]]) -> list[list[tuple[int, Member]]]:
@@ -449,8 +502,11 @@ def _validate(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be True or False, got {group[name]!r}")
     if group["foreach"] not in (None, True, False):
         raise ValueError(f"foreach must be None, True or False, got {group['foreach']!r}")
-    if group["foreach"] and group["differentiable"]:
-        raise ValueError("foreach=True and differentiable=True exclude each other")
+    if group["fused"] not in (None, True, False):
+        raise ValueError(f"fused must be None, True or False, got {group['fused']!r}")
+    for one, other in (("foreach", "differentiable"), ("fused", "differentiable"), _BOTH):
+        if group[one] and group[other]:
+            raise ValueError(f"{one}=True and {other}=True exclude each other")
     if group["capturable"] and group["nonfinite"] == "raise":
         raise ValueError(
             'nonfinite="raise" looks at the gradients on the host, which capturable=True excludes; '

@@ -6,6 +6,7 @@ S needs the norm of a layer's whole gradient. Everything else works on the local
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -94,6 +95,17 @@ def place_in_whole(param: Tensor) -> Place:
     if param.is_complex():
         return Place((*shape, 2), (*offset, 0))
     return Place(shape, tuple(offset))
+
+
+def start_in_whole(param: Tensor) -> int | None:
+    """The row-major index in the whole parameter at which a rank's part begins, if it is a run of
+    consecutive elements there, laid out in that order here."""
+    shape, offset = place_in_whole(param)
+    part = local(param)
+    rows = tuple(part.shape[1:]) == shape[1:]
+    if not rows or not part.is_contiguous():
+        return None
+    return offset[0] * math.prod(shape[1:]) if shape else 0
 
 
 class Slice(NamedTuple):

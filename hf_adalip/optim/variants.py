@@ -1,7 +1,7 @@
 """The six optimizers: a signature, a rule and a signal each.
 
-What all of them take by keyword (`scale_bounds`, `nonfinite`, `decoupled_weight_decay`,
-`history`, `sketch_size`, `foreach`, `maximize`, `capturable`, `differentiable`) is documented in
+What all of them take by keyword (`scale_bounds`, `nonfinite`, `decoupled_weight_decay`, `history`,
+`sketch_size`, `foreach`, `fused`, `maximize`, `capturable`, `differentiable`) is documented in
 `LipOptimizer`.
 """
 
@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     history: str | torch.dtype
     sketch_size: int
     foreach: bool | None
+    fused: bool | None
     maximize: bool
     capturable: bool
     differentiable: bool
