@@ -15,8 +15,9 @@ other with probability 1/k, whence, whatever x is,
 
     standard deviation of ‖Πx‖² ≤ √(2/k)·‖x‖²,   and of ‖Πx‖ about √(1/2k)·‖x‖ or less.
 
-(The matrix is the same at every step: where the same elements make up all changes, the error
-does not average out over steps.)
+(The matrix is the same at every step: where the same elements make up all changes, as with full
+batches, the error does not average out over steps. And a change of less than about 1e-7·‖g‖ is
+lost in the rounding of float32 sums, as it nearly is in that of the gradients themselves.)
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ from .norms import wide_dtype
 from .shards import whole_shape
 
 DEFAULT_SKETCH_SIZE = 4096
+"""Puts S within 5 % of exact at every step of every layer: 5 % is 4.5 of the standard deviations
+√(1/2k) = 1.1 % of one norm, and a largest error is one of very many. In 100 steps of AdamLip and
+AdaLip on digits and MNIST (MLPs and a CNN, γ = 0.8, S bounded or not, four seeds) the largest was
+2.2 %, where 2048 had 4.8 % and 1024 5.0 %. Beside Adam's state, with smaller tensors kept whole,
+it is 0.5 % for ResNet-50, 0.6 % for ViT-S and 0.2 % for BERT-base."""
 
 _SLAB = 2**17
 """Elements that are worked on together, which bounds the extra memory."""
@@ -184,7 +190,7 @@ def _runs(
                     slice(at, at + n) for at, n in zip(offset[1:], x.shape[1:], strict=True)
                 )
                 whole = x.new_zeros(len(part), *shape[1:])
-                whole[:, *inside] = part
+                whole[(slice(None), *inside)] = part
                 part = whole
             yield part.reshape(-1), start + a * row
     else:
@@ -198,22 +204,21 @@ def _sketch_run(flat: Tensor, start: int, size: int, seed: int) -> Tensor:
     after = -(before + flat.numel()) % size
     if before or after:
         flat = torch.nn.functional.pad(flat, (before, after))
-    blocks = flat.view(-1, size)
     start -= before
-    signed = blocks * _signs(start, flat, seed).view(-1, size)
     # Row j turned by r_j is what begins at k - r_j in two copies of it side by side: a window on
     # memory, so that elements are moved by rows rather than one by one.
-    twice = signed.unsqueeze(1).expand(-1, 2, -1).reshape(-1)
+    blocks = flat.view(-1, 1, size)
+    twice = blocks.expand(-1, 2, -1) * _signs(start, flat, seed).view(-1, 1, size)
     rows = torch.arange(len(blocks), device=flat.device)
-    turns = _mix(rows + (start // size + _GOLDEN * (2 * seed + 2))) & (size - 1)
-    windows = twice.unfold(0, size, 1).index_select(0, (2 * rows + 1) * size - turns)
+    turns = _mix(rows + (start // size + _GOLDEN * (2 * seed + 2) & _MASK)) & (size - 1)
+    windows = twice.view(-1).unfold(0, size, 1).index_select(0, (2 * rows + 1) * size - turns)
     return windows.sum(0)
 
 
 def _signs(start: int, like: Tensor, seed: int) -> Tensor:
     """±1 for as many elements as `like` has, from index `start`, a multiple of 32, on."""
     words = torch.arange(like.numel() // _WORD, device=like.device)
-    words = _mix(words + (start // _WORD + _GOLDEN * (2 * seed + 1)))
+    words = _mix(words + (start // _WORD + _GOLDEN * (2 * seed + 1) & _MASK))
     # Put together as bits: the sign of a word's bit, and the rest of 1.0.
     bits, one = (
         (torch.int64, 0x3FF << 52) if like.dtype == torch.float64 else (torch.int32, 127 << 23)
@@ -225,7 +230,7 @@ def _signs(start: int, like: Tensor, seed: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers whose every output bit depends on every input bit, in int64."""
+    """A bijection of 32-bit integers, in int64; every bit of it depends on every bit of x."""
     x = x & _MASK
     x = (x ^ (x >> 16)) * 0x85EBCA6B & _MASK
     x = (x ^ (x >> 13)) * 0xC2B2AE35 & _MASK
