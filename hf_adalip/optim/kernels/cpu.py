@@ -119,5 +119,6 @@ def _defined(spec: Spec) -> dict[str, str]:
         "PARAM": _TYPES[spec.dtype],
         "WIDE": _TYPES[wide_dtype(spec.dtype)],
         "HISTORY": _TYPES[spec.history],
+        "HALF": str(int(torch.float16 in (spec.dtype, spec.history))),
         "SKETCH": str(spec.sketch),
     } | {flag.upper(): str(getattr(spec, flag)).lower() for flag in flags}

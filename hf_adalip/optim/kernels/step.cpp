@@ -7,6 +7,7 @@
 //   RULE SIGNAL                                     a word of the enumerations below
 //   MOMENTUM NESTEROV EPS_IN_SQRT MAXIMIZE COUPLED  true or false
 //   PARAM WIDE HISTORY   types: of parameters, of arithmetic, of the history (void for none)
+//   HALF                 whether one of them is float16
 //   SKETCH               k, or 0
 //
 // Sums are added up in an order that neither the number of threads nor the width of vectors
@@ -22,8 +23,11 @@
 #include <numeric>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX__)
-#include <immintrin.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+#if defined(__F16C__) && HALF
+#include <immintrin.h>  // which takes as long to compile as all the rest
 #endif
 
 namespace {
@@ -145,7 +149,7 @@ struct Arithmetic {
 template <class To, class From>
 void convert(const From* __restrict from, int64_t n, To* __restrict to) {
   int64_t i = 0;
-#if defined(__F16C__)  // which GCC does not use by itself
+#if defined(__F16C__) && HALF  // which GCC does not use by itself
   if constexpr (std::is_same_v<From, float16> && std::is_same_v<To, float>)
     for (; i + 8 <= n; i += 8)
       _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
@@ -175,12 +179,12 @@ void put(const Wide* from, int64_t n, Param* to) {
 void stream(const void* from, int64_t bytes, void* to) {
   auto source = static_cast<const char*>(from);
   auto target = static_cast<char*>(to);
-#if defined(__AVX__)
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(target) & 31);
+#if defined(__SSE2__)
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(target) & 15);
   std::memcpy(target, source, head);
   int64_t i = head;
-  for (; i + 32 <= bytes; i += 32)
-    _mm256_stream_si256((__m256i*)(target + i), _mm256_loadu_si256((const __m256i*)(source + i)));
+  for (; i + 16 <= bytes; i += 16)
+    _mm_stream_si128((__m128i*)(target + i), _mm_loadu_si128((const __m128i*)(source + i)));
   std::memcpy(target + i, source + i, bytes - i);
 #else
   std::memcpy(target, source, bytes);
@@ -374,7 +378,7 @@ extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
       if constexpr (has_history)
         stream(as(buffers[4], count, narrow), count * sizeof(History), tensors.history(i) + at);
     }
-#if defined(__AVX__)
+#if defined(__SSE2__)
     _mm_sfence();
 #endif
   });
