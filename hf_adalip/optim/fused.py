@@ -39,6 +39,22 @@ def missing(device: torch.device) -> str | None:
     return lack
 
 
+def refuse_unless_possible(params: Any) -> None:
+    """For `fused=True`.
+
+    Args:
+        params: of a group, as it is given to an optimizer.
+
+    Raises:
+        RuntimeError: for a device that has no fused form, or where a compiler is missing.
+    """
+    given = [params] if isinstance(params, Tensor) else params
+    tensors = [p[1] if isinstance(p, tuple) else p for p in given]
+    for device in {p.device for p in tensors if isinstance(p, Tensor)}:
+        if lack := missing(device):
+            raise RuntimeError(f"fused=True needs {lack}; fused=None does without it")
+
+
 def fits(param: Tensor) -> bool:
     """Whether a parameter is for the fused form: real, and without gaps or overlaps in memory."""
     return param.dtype in _DTYPES and param.layout == torch.strided and _dense(param)
@@ -73,6 +89,28 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None
             if x is not state[name]:
                 state[name].copy_(x)
     increment_version(batch.params)  # autograd refuses a backward through what was changed
+
+
+def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, go: Tensor) -> None:
+    """p = w·p + (1 - w)·q of each tensor and its other one, where `go`; for `Lipschitz`.
+
+    Args:
+        params: as `fits` says, of one device and dtype.
+        others: as params.
+        weights: w, shape [tensors].
+        go: shape [tensors]; where False, a parameter stays as it is.
+    """
+    dtype = params[0].dtype
+    alike = [_like(p, q, dtype) for p, q in zip(params, others, strict=True)]
+    numbers = weights.new_ones(len(params), len(COLUMNS), dtype=wide_dtype(dtype))
+    numbers[:, COLUMNS.index("decay")] = weights
+    numbers[:, COLUMNS.index("rate")] = weights - 1
+    # A step of plain SGD: p·decay - rate·q.
+    spec = Spec(rule="SGD", signal="gradient", dtype=dtype, history=None)
+    tensors = Tensors(params, alike, (), [], [])
+    backend = BACKENDS[params[0].device.type]
+    backend.advance(spec, tensors, numbers, Constants(0.0, 0.0, 0.0, 0.0, 0.0), go)
+    increment_version(params)
 
 
 def _backend(batch: Batch) -> Any:

@@ -180,7 +180,8 @@ class LipOptimizer(LayerwiseOptimizer):
                 f"no_weight_decay names {min(unknown)!r}, which is not a parameter of the group "
                 "(pass named parameters: model.named_parameters())"
             )
-        self._check_fused(self.defaults | group)
+        if (self.defaults | group)["fused"]:
+            fused.refuse_unless_possible(group["params"])
         super().add_param_group(group)
         self._name_last_group(param_group.get("layers", self._layers))
 
@@ -193,14 +194,6 @@ class LipOptimizer(LayerwiseOptimizer):
                 "computes its last update again from the moments that it keeps anyway; leave "
                 'history="exact"'
             )
-
-    def _check_fused(self, group: dict[str, Any]) -> None:
-        if not group["fused"]:
-            return
-        params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-        for device in {p.device for p in params if isinstance(p, Tensor)}:
-            if lack := fused.missing(device):
-                raise RuntimeError(f"fused=True needs {lack}; fused=None does without it")
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_layers": self._layers}

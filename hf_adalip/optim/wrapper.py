@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from . import fused as fused_form
 from .census import SCALARS, Census, Layer, Member, Options, State, pick, real, store
 from .groups import Layers, name_layers, restore_structure, structure_of
 from .layerwise import Keys, LayerwiseOptimizer, may_change
 from .lipschitz import Estimator
 from .names import by_name
 from .norms import index_tensor, mixed_norms
-from .rules import wide
+from .rules import SGD, Batch, wide
 from .shards import local, local_grad
 from .signals import Gradients, Signal, Updates
 
@@ -53,6 +54,9 @@ class Lipschitz(LayerwiseOptimizer):
         nonfinite: what a layer does whose gradient norm is not finite. "skip" hides the layer's
             gradients from the base for the step, "raise" stops before anything has changed:
             both look at one flag per layer on the host. "propagate" looks at nothing.
+        fused: measure and scale in the compiled form, as the six optimizers do (see
+            `LipOptimizer`); how the base steps is for it to say. For signal="gradient". None
+            takes it where they do.
 
     Raises:
         TypeError: if `optimizer` is not a torch.optim.Optimizer.
@@ -70,6 +74,7 @@ class Lipschitz(LayerwiseOptimizer):
         previous: Literal["applied", "proposed"] | None = None,
         scale_bounds: tuple[float, float] | None = (0.1, 10.0),
         nonfinite: Literal["skip", "raise", "propagate"] = "skip",
+        fused: bool | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -89,6 +94,13 @@ class Lipschitz(LayerwiseOptimizer):
             raise ValueError(f'previous must be "applied" or "proposed", got {previous!r}')
         if previous is not None and signal == "gradient":
             raise ValueError(f'previous={previous!r} needs signal="update"')
+        if fused not in (None, True, False):
+            raise ValueError(f"fused must be None, True or False, got {fused!r}")
+        if fused and signal == "update":
+            raise ValueError('fused=True needs signal="gradient"')
+        for group in optimizer.param_groups if fused else ():
+            fused_form.refuse_unless_possible(group["params"])
+        self._fused = fused
         self._law = Estimator(gamma, c, scale_bounds, nonfinite)
         self._signal: Signal = Gradients() if signal == "gradient" else Updates()
         self._previous = previous or ("applied" if signal == "update" else None)
@@ -122,12 +134,12 @@ class Lipschitz(LayerwiseOptimizer):
         self.optimizer.defaults = value
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "state", "_law", "_signal", "_previous", "_layers")
+        names = ("optimizer", "state", "_law", "_signal", "_previous", "_layers", "_fused")
         return {name: self.__dict__[name] for name in names}
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The values of the constructor's arguments, without optimizer and layers."""
+        """The values of the constructor's arguments, without optimizer, layers and fused."""
         signal = "gradient" if isinstance(self._signal, Gradients) else "update"
         return {**asdict(self._law), "signal": signal, "previous": self._previous}
 
@@ -138,6 +150,10 @@ class Lipschitz(LayerwiseOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base's, with `layers` for the group; if it is refused, nothing is added."""
         group = {key: value for key, value in param_group.items() if key != "layers"}
+        if not isinstance(group["params"], (Tensor, set)):
+            group["params"] = list(group["params"])
+        if self._fused:
+            fused_form.refuse_unless_possible(group["params"])
         self.optimizer.add_param_group(group)
         self._name_last_group(param_group.get("layers", self._layers))
 
@@ -266,14 +282,26 @@ class Lipschitz(LayerwiseOptimizer):
         before = [_previous(m, history) for m in members]
         silence = [_previous(m, history) for m in silent]
 
+        compiled = self._compiled(params)
+
         def signal_norms(now: list[Tensor]) -> tuple[Tensor, Tensor]:
             """‖x_t‖ and ‖x_t - x_{t-1}‖ of the layers, and which live."""
-            size = mixed_norms(now + [torch.zeros_like(x) for x in silence], home)
-            change = mixed_norms([x - y for x, y in zip(now, before, strict=True)] + silence, home)
-            return self._layer_norms(torch.stack([size, change], dim=1), census)
+            batches = [_batch(kind, members, params, now, before) for kind in compiled]
+            rows = [fused_form.measure(batch)[:, ::2].to(home) for batch in batches]
+            order = list(itertools.chain.from_iterable(compiled))
+            rest = [i for i in range(len(now)) if i not in set(order)]
+            pairs = [(wide(now[i]), wide(before[i])) for i in rest]
+            pairs += [(torch.zeros_like(x), wide(x)) for x in silence]
+            size = mixed_norms([x for x, _ in pairs], home)
+            change = mixed_norms([x - y for x, y in pairs], home)
+            rows.append(torch.stack([size, change], dim=1))
+            order += [*rest, *range(len(now), len(census.members))]
+            places = {i: place for place, i in enumerate(order)}
+            norms = pick(torch.cat(rows), tuple(places[i] for i in range(len(order))))
+            return self._layer_norms(norms, census)
 
         if by_gradient:
-            norms, live = signal_norms([wide(g) for g in grads])
+            norms, live = signal_norms(grads)
             grad_norms = norms
         elif self._law.nonfinite == "propagate":
             grad_norms = torch.zeros(len(layers), 1, device=home)
@@ -286,8 +314,9 @@ class Lipschitz(LayerwiseOptimizer):
 
         old = [p.clone() for p in params]
         finite, moved = self._base_step(layers, finite)
-        updates = [wide(p) - wide(q) for p, q in zip(params, old, strict=True)]
+        updates = grads
         if not by_gradient:
+            updates = [wide(p) - wide(q) for p, q in zip(params, old, strict=True)]
             norms, proposed = signal_norms(updates)
             live = live & proposed
             finite = finite & norms.isfinite().all(dim=1)
@@ -297,9 +326,15 @@ class Lipschitz(LayerwiseOptimizer):
         factor = pick(self._follow(census, norms, finite, live), census.owner)
         go = pick(may_change(self._law.nonfinite, finite, live), census.owner)
         goes = go.unbind()
-        for i, member in enumerate(members):
+        left = set(range(len(members)))
+        for kind in compiled:
+            here = [i for i in kind if moved[i]]
+            left -= set(kind)
+            if here:
+                self._scale_alike(here, params, old, grads, before, factor, go)
+        for i in sorted(left):
             if moved[i]:
-                self._scale(member, old[i], updates[i], grads[i], factor[i], goes[i])
+                self._scale(members[i], old[i], updates[i], factor[i], goes[i])
         for member, ok in zip(silent, goes[len(members) :], strict=True):
             x = real(local(member.state[history]))
             x.copy_(_unless_skipped(ok, torch.zeros_like(x), x))
@@ -310,23 +345,48 @@ class Lipschitz(LayerwiseOptimizer):
         self,
         member: Member,
         old: Tensor,
-        update: Tensor,
-        grad: Tensor,
+        signal: Tensor,
         factor: Tensor,
         ok: Tensor,
     ) -> None:
-        """Makes p_old + S·û of what the base has stepped to, and remembers the signal."""
+        """Makes p_old + S·û of what the base has stepped to, and remembers the signal x_t."""
         param, history = real(local(member.param)), real(local(member.state[self._history]))
-        scale = factor.to(param.device, update.dtype)
-        if isinstance(self._signal, Gradients):
-            remembered = grad
-        else:
-            remembered = update * scale if self._previous == "applied" else update
+        scale = factor.to(param.device, wide(param).dtype)
+        remembered = signal * scale if self._previous == "applied" else signal
         applied = torch.lerp(wide(old), wide(param), scale)
         # The base has not stepped a layer whose gradient is not finite; this is for an update
         # that is not finite although the gradient is.
         param.copy_(_unless_skipped(ok, applied, wide(old)))
         history.copy_(_unless_skipped(ok, remembered, wide(history)))
+
+    def _compiled(self, params: list[Tensor]) -> list[list[int]]:
+        """Which parameters are measured and scaled in the fused form, those of a kind together."""
+        wanted = self._fused
+        if wanted is None and all(p.device.type == "cpu" for p in params):
+            wanted = fused_form.pays(params)
+        kinds: dict[Any, list[int]] = {}
+        if wanted and isinstance(self._signal, Gradients) and not torch.compiler.is_compiling():
+            for i, param in enumerate(params):
+                if fused_form.fits(param):
+                    kinds.setdefault((param.device, param.dtype), []).append(i)
+        return list(kinds.values())
+
+    def _scale_alike(
+        self,
+        here: list[int],
+        params: list[Tensor],
+        old: list[Tensor],
+        grads: list[Tensor],
+        before: list[Tensor],
+        factor: Tensor,
+        go: Tensor,
+    ) -> None:
+        """`_scale` of several parameters in one pass. They have finite gradients, unless these
+        are to propagate; where one may not change all the same, it and its gradient are zero."""
+        device, index = params[here[0]].device, index_tensor(tuple(here), factor.device)
+        weights, may = factor[index].to(device), go[index].to(device)
+        fused_form.blend([params[i] for i in here], [old[i] for i in here], weights, may)
+        torch._foreach_copy_([before[i] for i in here], [grads[i] for i in here])
 
     def _base_step(self, layers: list[Layer], finite: Tensor) -> tuple[Tensor, list[bool]]:
         """Steps the base, from which non-finite gradients are hidden.
@@ -385,4 +445,36 @@ def _unless_skipped(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 def _previous(member: Member, history: str) -> Tensor:
     """x_{t-1} of this rank's shard."""
-    return wide(real(local(member.state[history])))
+    x: Tensor = real(local(member.state[history]))
+    return x
+
+
+_NO_OPTIONS = {
+    "momentum": 0.0,
+    "nesterov": False,
+    "maximize": False,
+    "weight_decay": 0.0,
+    "decoupled_weight_decay": True,
+}
+
+
+def _batch(
+    kind: list[int],
+    members: list[Member],
+    params: list[Tensor],
+    grads: list[Tensor],
+    before: list[Tensor],
+) -> Batch:
+    """Members whose gradients are to be measured."""
+    return Batch(
+        rule=SGD(),
+        signal=Gradients(),
+        group=_NO_OPTIONS,
+        members=[members[i] for i in kind],
+        params=[params[i] for i in kind],
+        grads=[grads[i] for i in kind],
+        states=[{"prev_grad": before[i]} for i in kind],
+        steps=torch.zeros(len(kind), device=params[kind[0]].device),
+        lr=0.0,
+        layer_of=[],
+    )
