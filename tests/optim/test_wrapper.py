@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from hf_adalip import AdaLip, AdamLipU, Lipschitz
+from hf_adalip.optim.kernels import cpu
 from tests.optim.cases import (
     CLASSES,
     UPDATE,
@@ -649,3 +650,78 @@ def test_sharded_parameters_are_not_scaled_silently() -> None:
     with pytest.raises(RuntimeError, match="layer"):
         optimizer.step()
     assert not flat.any()
+
+
+# The fused form
+
+
+def odd_parameters(dtype: torch.dtype) -> Named:
+    """Of several dtypes and memory orders, one of which the fused form leaves to the other."""
+    shapes = {"a": (70, 31), "b": (5, 4, 3, 3), "c": (1,), "d": (0, 3), "e": (9, 8), "f": (6,)}
+    params = named_params(shapes, dtype)
+    params["b"] = params["b"].detach().to(memory_format=torch.channels_last).requires_grad_()
+    gapped = torch.zeros(9, 16, dtype=dtype)[:, ::2]
+    params["e"] = gapped.copy_(params["e"].detach()).requires_grad_()
+    params["f"] = params["f"].detach().double().requires_grad_()
+    return params
+
+
+@pytest.mark.skipif(bool(cpu.missing()), reason=f"no {cpu.missing()}")
+@pytest.mark.parametrize("layers", ["tensor", lambda name: "all"], ids=["tensor", "one layer"])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    [(torch.float32, 2e-6), (torch.float64, 1e-9), (torch.bfloat16, 1e-2)],
+    ids=str,
+)
+@pytest.mark.parametrize("base", ["SGD", "NAdam", "AdamW"])
+def test_fused_is_the_same(base: str, dtype: torch.dtype, rtol: float, layers: Any) -> None:
+    # p_old + S·(p - p_old) and S·p + (1 - S)·p_old differ in rounding: by an ulp of p a step.
+    found = []
+    for fused in (False, True):
+        params = odd_parameters(dtype)
+        optimizer = Lipschitz(BASES[base](params.items()), layers=layers, fused=fused)
+        train(optimizer, params, range(4))
+        set_grads(params, random_grads(params, 4) | {"a": None})
+        optimizer.step()
+        train(optimizer, params, range(5, 9))
+        rates = optimizer.layer_learning_rates()
+        found.append((params, {name: rate.scale for name, rate in rates.items()}))
+    (params, scales), (fused_params, fused_scales) = found
+    assert fused_scales == pytest.approx(scales, rel=1e-5)
+    for name, param in params.items():
+        torch.testing.assert_close(fused_params[name], param, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.skipif(bool(cpu.missing()), reason=f"no {cpu.missing()}")
+@pytest.mark.parametrize("nonfinite", ["skip", "raise", "propagate"])
+def test_fused_treats_non_finite_gradients_alike(nonfinite: str) -> None:
+    found = []
+    for fused in (False, True):
+        params = named_params()
+        base = torch.optim.Adam(params.items(), lr=0.01)
+        optimizer = Lipschitz(base, nonfinite=nonfinite, fused=fused)
+        train(optimizer, params, range(3))
+        grads = random_grads(params, 3)
+        grads["a.bias"][1] = math.nan
+        set_grads(params, grads)
+        if nonfinite == "raise":
+            before = snapshot(optimizer, params)
+            with pytest.raises(RuntimeError, match=r"a\.bias"):
+                optimizer.step()
+            assert_same(snapshot(optimizer, params), before)
+        else:
+            optimizer.step()
+        train(optimizer, params, range(4, 6))
+        found.append(params)
+    for name, param in found[0].items():
+        torch.testing.assert_close(
+            found[1][name], param, rtol=1e-5, atol=1e-6, equal_nan=nonfinite == "propagate"
+        )
+
+
+def test_fused_is_for_gradients() -> None:
+    base = torch.optim.Adam([torch.zeros(2, requires_grad=True)])
+    with pytest.raises(ValueError, match="fused=True needs signal"):
+        Lipschitz(base, signal="update", fused=True)
+    with pytest.raises(ValueError, match="fused must be None, True or False, got 'yes'"):
+        Lipschitz(base, fused="yes")  # type: ignore[arg-type]
