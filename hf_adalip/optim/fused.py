@@ -6,19 +6,16 @@ one memory order, and a table of numbers, none of which is read on the host.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .kernels import COLUMNS, Constants, Spec, Tensors, cpu
+from .kernels import COLUMNS, Constants, Spec, Tensors, cpu, gpu
 from .norms import wide_dtype
 from .rules import SGD, Adam, Batch, RMSprop, Rule, bias_correction
 from .shards import start_in_whole
-
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
 
 _WORTH = 2**20
 """Elements of a group from which on."""
@@ -33,10 +30,7 @@ _RULES: dict[type[Rule], Literal["SGD", "RMSprop", "Adam"]] = {
 
 def missing(device: torch.device) -> str | None:
     """What the fused form lacks on a device, or None; found out once per process."""
-    if device.type not in BACKENDS:
-        return f"a device among {', '.join(BACKENDS)}, not {device.type}"
-    lack: str | None = BACKENDS[device.type].missing()
-    return lack
+    return cpu.missing() if device.type == "cpu" else gpu.missing(device)
 
 
 def refuse_unless_possible(params: Any) -> None:
@@ -69,7 +63,7 @@ def pays(params: list[Tensor]) -> bool:
 def measure(batch: Batch) -> Tensor:
     """As `rules.measure`."""
     spec = _spec(batch)
-    norms, sketches = _backend(batch).measure(
+    norms, sketches = _backend(batch.params[0]).measure(
         spec, _tensors(batch, spec), _numbers(batch), _constants(batch.group)
     )
     if sketches is None:
@@ -83,7 +77,7 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None
     spec = _spec(batch)
     tensors = _tensors(batch, spec)
     numbers = _numbers(batch, rates, remembered)
-    _backend(batch).advance(spec, tensors, numbers, _constants(batch.group), go)
+    _backend(batch.params[0]).advance(spec, tensors, numbers, _constants(batch.group), go)
     for name, used in zip(batch.names, [*tensors.moments, tensors.history], strict=False):
         for state, x in zip(batch.states, used, strict=True):
             if x is not state[name]:
@@ -108,13 +102,12 @@ def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, go: Tenso
     # A step of plain SGD: p·decay - rate·q.
     spec = Spec(rule="SGD", signal="gradient", dtype=dtype, history=None)
     tensors = Tensors(params, alike, (), [], [])
-    backend = BACKENDS[params[0].device.type]
-    backend.advance(spec, tensors, numbers, Constants(0.0, 0.0, 0.0, 0.0, 0.0), go)
+    _backend(params[0]).advance(spec, tensors, numbers, Constants(0.0, 0.0, 0.0, 0.0, 0.0), go)
     increment_version(params)
 
 
-def _backend(batch: Batch) -> Any:
-    return BACKENDS[batch.params[0].device.type]
+def _backend(param: Tensor) -> Any:
+    return cpu if param.device.type == "cpu" else gpu
 
 
 def _spec(batch: Batch) -> Spec:
