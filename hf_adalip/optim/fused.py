@@ -178,14 +178,21 @@ def _corrections(group: Any, steps: Tensor, prefix: str = "") -> dict[str, Tenso
 
 
 def _tensors(batch: Batch, spec: Spec) -> Tensors:
+    strides = [p.stride() for p in batch.params]
+
     def alike(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        if {x.dtype for x in tensors} == {dtype} and [x.stride() for x in tensors] == strides:
+            return tensors
         return [_like(p, x, dtype) for p, x in zip(batch.params, tensors, strict=True)]
 
+    grads = batch.grads
+    if any(g.is_neg() for g in grads):
+        grads = [g.resolve_neg() for g in grads]
     kept = batch.rule.kept(batch.group)
     rows = {name: [state[name] for state in batch.states] for name in batch.names}
     return Tensors(
         params=batch.params,
-        grads=alike(batch.grads, spec.dtype),
+        grads=alike(grads, spec.dtype),
         moments=tuple(alike(rows.pop(name), spec.dtype) for name in kept),
         history=[x for row in rows.values() for x in alike(row, spec.history or spec.dtype)],
         starts=[start_in_whole(m.param) or 0 for m in batch.members] if batch.sketch else [],
@@ -194,8 +201,7 @@ def _tensors(batch: Batch, spec: Spec) -> Tensors:
 
 def _like(param: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """x, or a copy of it of that dtype whose elements lie in memory as the parameter's do."""
-    ordered = (x.is_contiguous() and param.is_contiguous()) or _strides(x) == _strides(param)
-    if ordered and x.dtype == dtype and not x.is_neg():
+    if x.dtype == dtype and _strides(x) == _strides(param):
         return x
     made = torch.empty_strided(param.shape, param.stride(), dtype=dtype, device=x.device)
     return made.copy_(x)

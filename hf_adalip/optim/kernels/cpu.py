@@ -63,9 +63,9 @@ def advance(
 
 def _rows(tensors: Tensors) -> array[int]:
     """Sizes, then the addresses of each role, then `starts`: n numbers each."""
-    rows = array("q", [p.numel() for p in tensors.params])
+    rows = array("q", map(Tensor.numel, tensors.params))
     for role in (tensors.params, tensors.grads, *tensors.moments, tensors.history):
-        rows.extend([x.data_ptr() for x in role])
+        rows.extend(map(Tensor.data_ptr, role))
     rows.extend(tensors.starts)
     return rows
 

@@ -68,7 +68,8 @@ using History = std::conditional_t<has_history, HISTORY, Wide>;
 
 constexpr int moments = rule == Rule::Adam ? 2 : rule == Rule::RMSprop || MOMENTUM ? 1 : 0;
 
-constexpr int64_t block = 1024;  // elements that the first cache holds in all their roles
+constexpr int64_t block = 1024;  // elements that `measure` takes together
+constexpr int64_t burst = 256;   // and `advance`: few, so that reading goes on while it streams
 constexpr int64_t chunk = std::max(16 * block, int64_t{64} * SKETCH);  // what a thread takes
 constexpr int64_t lanes = 128 / sizeof(Wide);  // sums that are added up side by side
 
@@ -362,11 +363,11 @@ extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
 
   share(chunks, threads, [&](int64_t number) {
     const auto [i, first, size, _] = chunks[number];
-    alignas(64) Wide buffers[5][block];
-    alignas(64) History narrow[block];
+    alignas(64) Wide buffers[5][burst];
+    alignas(64) History narrow[burst];
 
-    for (int64_t at = first, end = first + size; at < end; at += block) {
-      const int64_t count = std::min(block, end - at);
+    for (int64_t at = first, end = first + size; at < end; at += burst) {
+      const int64_t count = std::min(burst, end - at);
       const Wide* grad = as(tensors.grad(i) + at, count, buffers[0]);
       Wide *param = as(tensors.param(i) + at, count, buffers[1]), *moment[2] = {nullptr, nullptr};
       for (int m = 0; m < moments; ++m)
