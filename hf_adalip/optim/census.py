@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -137,11 +138,15 @@ class Census:
     @property
     def intact(self) -> bool:
         """Whether the packed numbers are still those of the members."""
+        states = [member.stored for member in self.members]
         return all(
-            member.stored.get(key) is view
+            all(map(is_, [state.get(key) for state in states], views))
             for key, views in self._views.items()
-            for member, view in zip(self.members, views, strict=True)
         )
+
+    @property
+    def is_packed(self) -> bool:
+        return bool(self._vectors)
 
     def read(self, key: str, here: slice, home: torch.device) -> Tensor:
         """A number of some of the members."""

@@ -62,9 +62,9 @@ def pays(params: list[Tensor]) -> bool:
 
 def measure(batch: Batch) -> Tensor:
     """As `rules.measure`."""
-    spec = _spec(batch)
+    spec, tensors = _prepared(batch)
     norms, sketches = _backend(batch.params[0]).measure(
-        spec, _tensors(batch, spec), _numbers(batch), _constants(batch.group)
+        spec, tensors, _numbers(batch), _constants(batch.group)
     )
     if sketches is None:
         return cast("Tensor", norms)
@@ -74,8 +74,7 @@ def measure(batch: Batch) -> Tensor:
 
 def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
     """As `rules.advance`."""
-    spec = _spec(batch)
-    tensors = _tensors(batch, spec)
+    spec, tensors = _prepared(batch)
     numbers = _numbers(batch, rates, remembered)
     _backend(batch.params[0]).advance(spec, tensors, numbers, _constants(batch.group), go)
     for name, used in zip(batch.names, [*tensors.moments, tensors.history], strict=False):
@@ -108,6 +107,15 @@ def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, go: Tenso
 
 def _backend(param: Tensor) -> Any:
     return cpu if param.device.type == "cpu" else gpu
+
+
+def _prepared(batch: Batch) -> tuple[Spec, Tensors]:
+    """What both functions call a kernel with, made once."""
+    if batch.prepared is None:
+        spec = _spec(batch)
+        batch.prepared = spec, _tensors(batch, spec)
+    prepared: tuple[Spec, Tensors] = batch.prepared
+    return prepared
 
 
 def _spec(batch: Batch) -> Spec:

@@ -337,8 +337,10 @@ class LayerwiseOptimizer(Optimizer):
                     if key in member.state:
                         member.state[key].copy_(known.state[key])
 
-    def _keep(self, layers: list[Layer]) -> None:
-        for layer in layers:
+    def _keep(self, census: Census) -> None:
+        if census.is_packed:  # and so kept already
+            return
+        for layer in census.layers:
             for member in layer.all:
                 if "lipschitz_scale" not in self.state[member.tensor]:
                     self.state[member.tensor].update(member.stored)

@@ -269,7 +269,7 @@ class LipOptimizer(LayerwiseOptimizer):
         finite = self._finite(layers, norms)
 
         # Follow: S of every layer, and what it makes of every tensor's learning rate.
-        self._keep(layers)
+        self._keep(census)
         factor = self._follow(census, norms[:, 1:], finite, live)
         factor, finite_members, live_members = (
             pick(x, census.owner) for x in (factor, finite, live)

@@ -322,7 +322,7 @@ class Lipschitz(LayerwiseOptimizer):
             finite = finite & norms.isfinite().all(dim=1)
         if not layers:  # other ranks may have gradients; this one took part in the norms
             return live
-        self._keep(layers)
+        self._keep(census)
         factor = pick(self._follow(census, norms, finite, live), census.owner)
         go = pick(may_change(self._law.nonfinite, finite, live), census.owner)
         goes = go.unbind()

@@ -24,7 +24,9 @@ to runs of buckets.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -47,7 +49,8 @@ class Spec:
     sketch: int = 0  # k, or 0 for none
 
 
-class Tensors(NamedTuple):
+@dataclass
+class Tensors:
     """The n tensors of each role, dense, and of the same memory order in all roles."""
 
     params: list[Tensor]
@@ -55,6 +58,15 @@ class Tensors(NamedTuple):
     moments: tuple[list[Tensor], ...]  # as `Rule.kept` names them
     history: list[Tensor]  # empty where Spec.history is None
     starts: list[int]  # index of the first element in its whole parameter; empty without a sketch
+
+    @cached_property
+    def rows(self) -> array[int]:
+        """Sizes, then the addresses of each role, then `starts`: n numbers each."""
+        rows = array("q", map(Tensor.numel, self.params))
+        for role in (self.params, self.grads, *self.moments, self.history):
+            rows.extend(map(Tensor.data_ptr, role))
+        rows.extend(self.starts)
+        return rows
 
 
 class Constants(NamedTuple):

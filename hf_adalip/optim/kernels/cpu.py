@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from array import array
 from functools import cache
 from pathlib import Path
 
@@ -34,10 +33,9 @@ def measure(
     n = len(tensors.params)
     norms = numbers.new_empty(n, 3)
     sketches = numbers.new_zeros(n, spec.sketch) if spec.sketch else None
-    rows = _rows(tensors)
     library(spec).measure(
         n,
-        rows.buffer_info()[0],
+        tensors.rows.buffer_info()[0],
         numbers.data_ptr(),
         (ctypes.c_double * len(constants))(*constants),
         torch.get_num_threads(),
@@ -50,24 +48,15 @@ def measure(
 def advance(
     spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants, go: Tensor
 ) -> None:
-    rows, go = _rows(tensors), go.contiguous()
+    go = go.contiguous()
     library(spec).advance(
         len(tensors.params),
-        rows.buffer_info()[0],
+        tensors.rows.buffer_info()[0],
         numbers.data_ptr(),
         (ctypes.c_double * len(constants))(*constants),
         torch.get_num_threads(),
         go.data_ptr(),
     )
-
-
-def _rows(tensors: Tensors) -> array[int]:
-    """Sizes, then the addresses of each role, then `starts`: n numbers each."""
-    rows = array("q", map(Tensor.numel, tensors.params))
-    for role in (tensors.params, tensors.grads, *tensors.moments, tensors.history):
-        rows.extend(map(Tensor.data_ptr, role))
-    rows.extend(tensors.starts)
-    return rows
 
 
 @cache
