@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from .norms import wide_dtype
 from .rules import Batch, Rule
 from .shards import is_dtensor, local, local_grad, start_in_whole
 from .signals import Signal, Updates, remembered_rates
+
+if TYPE_CHECKING:
+    from .release import GradientRelease
 
 _BUCKET = 2**22
 """Elements that a foreach batch takes together, unless a single tensor has more: temporaries stay
@@ -101,6 +104,7 @@ class LipOptimizer(LayerwiseOptimizer):
 
     rule: ClassVar[Rule]
     signal: ClassVar[Signal]
+    _release: GradientRelease | None = None  # steps parameters within backward
 
     def __init__(
         self,
@@ -242,8 +246,9 @@ class LipOptimizer(LayerwiseOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        released = self._release.finish() if self._release else []
         census = self._survey()
-        self._count_step(self._step(census))
+        self._count_step(torch.cat([self._step(census), *released]))
         self._remember(census)
         return loss
 
