@@ -1,7 +1,7 @@
 """AdaLip: a Lipschitz-adaptive learning rate per layer (Ioannou, Tagaris, Stafylopatis 2023)."""
 
 from .integrations.trainer import attach, register, trainer_kwargs
-from .optim import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU
+from .optim import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU, release_gradients
 from .registry import (
     OptimizerInfo,
     create_optimizer,
@@ -27,5 +27,6 @@ __all__ = [
     "list_optimizers",
     "register",
     "register_optimizer",
+    "release_gradients",
     "trainer_kwargs",
 ]

@@ -3,6 +3,7 @@
 from .layerwise import LayerRate
 from .lipschitz import Estimator
 from .optimizer import LipOptimizer
+from .release import GradientRelease, release_gradients
 from .variants import AdaLip, AdaLipU, AdamLip, AdamLipU, RMSLip, RMSLipU
 from .wrapper import Lipschitz
 
@@ -12,9 +13,11 @@ __all__ = [
     "AdamLip",
     "AdamLipU",
     "Estimator",
+    "GradientRelease",
     "LayerRate",
     "LipOptimizer",
     "Lipschitz",
     "RMSLip",
     "RMSLipU",
+    "release_gradients",
 ]

@@ -1,0 +1,308 @@
+"""Gradient release: a parameter is stepped as soon as its gradient is there, within backward.
+
+The gradient is freed before the next one is made, so that never more than a few are alive. Its
+memory does not become the history's: that would save none, since ‖g_t - g_{t-1}‖ needs both, and
+it may be shared with other gradients (autograd gives a.view(n) + b.view(n) one for both).
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from .census import Census, Layer, Member
+from .flat import is_held
+from .optimizer import LipOptimizer
+from .shards import is_dtensor, is_fsdp1, is_model_parallel
+from .wrapper import Lipschitz
+
+
+def release_gradients(optimizer: LipOptimizer) -> GradientRelease:
+    """Steps each parameter within backward, and frees its gradient there.
+
+    The numbers are those of the ordinary step, bit for bit. The loop, schedulers and profilers
+    stay as they are: `optimizer.step()` ends the step. It also steps what has a gradient and no
+    hook (a parameter added or made trainable later, a gradient assigned by hand), and leaves no
+    gradient either.
+
+        release_gradients(optimizer)
+        for batch in loader:
+            model(batch).backward()
+            optimizer.step()
+            scheduler.step()
+
+    What needs all gradients at once cannot go with it, and finds none: clipping by the norm of
+    the whole gradient, GradScaler (train in bf16 instead), hooks of `optimizer.step`. Nor can
+    gradient accumulation, which is an error at the second backward before a step.
+
+    Args:
+        optimizer: one of the six, with one parameter per layer (layers="tensor"), of an unsharded
+            model on one process.
+
+    Returns:
+        a handle, which need not be kept: `remove()`, or the end of its with statement, makes
+        the optimizer an ordinary one again; between two steps.
+
+    Raises:
+        TypeError: if it is not one of the six.
+        ValueError: for an option that needs the gradients of several parameters, and for a
+            parameter whose gradient is released already. No hook has been set then.
+        NotImplementedError: for a parameter that is sharded, or that DistributedDataParallel has.
+    """
+    if isinstance(optimizer, Lipschitz):
+        raise TypeError(
+            f"optimizer is Lipschitz over {type(optimizer.optimizer).__name__}, which steps all "
+            "parameters at once: use one of the six (AdamLip for Adam, RMSLip, AdaLip, -U)"
+        )
+    if not isinstance(optimizer, LipOptimizer):
+        raise TypeError(
+            "optimizer must be one of the six (AdaLip, RMSLip, AdamLip, AdaLipU, RMSLipU, "
+            f"AdamLipU) itself, not what wraps it, got {type(optimizer).__name__}"
+        )
+    for group in optimizer.param_groups:
+        _refuse_options(group)
+    _refuse_parameters(optimizer)
+    return GradientRelease(optimizer)
+
+
+class GradientRelease:
+    """What `release_gradients` returns."""
+
+    def __init__(self, optimizer: LipOptimizer) -> None:
+        self._optimizer = optimizer
+        self._members: dict[Tensor, tuple[int, Member]] = {}  # with the place in its group
+        self._plans: dict[Tensor, _Plan] = {}
+        self._stepped: dict[Tensor, Tensor] = {}  # since the last `optimizer.step()`; which live
+        self._groups = len(optimizer.param_groups)
+        self._started = False
+        # Parameters hold their hooks where the garbage collector does not see it.
+        hook = _weak_hook(weakref.ref(self))
+        self._hooks = {
+            param: param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            for param in _parameters(optimizer)
+            if param.requires_grad
+        }
+        self._free_hook = optimizer.register_step_post_hook(self._free)
+        optimizer._release = self
+        _ACTIVE.add(self)
+
+    def remove(self) -> None:
+        """Makes the optimizer an ordinary one again."""
+        for handle in (*self._hooks.values(), self._free_hook):
+            handle.remove()
+        self._hooks = {}
+        _ACTIVE.discard(self)
+        if self._optimizer._release is self:
+            self._optimizer._release = None
+
+    def __enter__(self) -> GradientRelease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    @torch.no_grad()
+    def _take(self, param: Tensor) -> None:
+        """Steps a parameter that has just got its gradient."""
+        optimizer = self._optimizer
+        if param in self._stepped:
+            raise RuntimeError(
+                f"{self._name(param)} got a second gradient since the last optimizer.step(), and "
+                "has been stepped with the first: gradient release excludes gradient accumulation "
+                "and, for a parameter used in two of them, checkpoint(use_reentrant=True); call "
+                "optimizer.step() after every backward, or release.remove()"
+            )
+        if not self._started:  # it may have come after the release
+            _refuse_ddp(self._hooks)
+            self._started = True
+        optimizer._capture_check()
+        plan = self._plan(param)
+        if plan is not None:
+            self._stepped[param] = optimizer._step(plan.census)
+            param.grad = None
+
+    def _plan(self, param: Tensor) -> _Plan | None:
+        """None for a parameter that is no longer the optimizer's."""
+        plan = self._plans.get(param)
+        if plan is not None and plan.holds(self._optimizer):
+            return plan
+        if param not in self._members or not _in_place(self._optimizer, *self._members[param]):
+            self._members = {
+                member.tensor: (index, member)
+                for group in self._optimizer.param_groups
+                for index, member in enumerate(self._optimizer._members(group, group["params"]))
+            }
+            self._plans = {}
+        if param not in self._members:
+            return None
+        plan = self._plans[param] = _Plan(self._optimizer, *self._members[param])
+        return plan
+
+    def _name(self, param: Tensor) -> str:
+        return f"the parameter of layer {self._members[param][1].layer!r}"
+
+    def finish(self) -> list[Tensor]:
+        """Ends the step of the parameters that were stepped within backward.
+
+        Returns:
+            which of their layers live, each of shape [1].
+
+        Raises:
+            RuntimeError: if one has a gradient again. Nothing has been changed.
+            ValueError: if a group was added with a parameter for one of their layers.
+        """
+        if len(self._optimizer.param_groups) != self._groups:
+            _refuse_layers(self._optimizer)
+            self._groups = len(self._optimizer.param_groups)
+        for param in self._stepped:
+            if param.grad is not None:
+                raise RuntimeError(
+                    f"{self._name(param)} was stepped within backward and has a gradient again: "
+                    "something else assigned it (DistributedDataParallel, or code that keeps "
+                    "gradients); call release.remove() to have ordinary steps, or zero_grad() to "
+                    "go on without it"
+                )
+        lives = list(self._stepped.values())
+        self._stepped = {}
+        return lives
+
+    def _free(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for param in _parameters(optimizer):
+            param.grad = None
+
+
+class _Plan:
+    """How one parameter is stepped, and what that was made from: it holds until that changes."""
+
+    def __init__(self, optimizer: LipOptimizer, index: int, member: Member) -> None:
+        _refuse_options(member.group)
+        member = replace(member, stored=optimizer._stored(member.tensor))
+        optimizer._check(member)
+        layer = Layer(member.layer, [member])
+        optimizer._join(layer, {id(member.group): optimizer._options(member.group)})
+        self.census = Census([layer], [], hidden=False)
+        self.census.pack()
+        self._index, self._member = index, member
+        self._made_from = self._facts(optimizer)
+
+    def _facts(self, optimizer: LipOptimizer) -> tuple[object, ...]:
+        param, group = self._member.tensor, self._member.group
+        sparse = param.grad is not None and param.grad.is_sparse
+        kind = (param.device, param.dtype, param.shape, sparse)
+        return optimizer._manner(group), group["capturable"], kind
+
+    def holds(self, optimizer: LipOptimizer) -> bool:
+        member = self._member
+        return (
+            _in_place(optimizer, self._index, member)
+            and optimizer.state.get(member.tensor) is member.stored
+            and self._facts(optimizer) == self._made_from
+            and self.census.intact
+        )
+
+
+_ACTIVE: weakref.WeakSet[GradientRelease] = weakref.WeakSet()
+
+
+def _weak_hook(release: weakref.ref[GradientRelease]) -> Callable[[Tensor], None]:
+    def hook(param: Tensor) -> None:
+        found = release()
+        if found is not None:
+            found._take(param)
+
+    return hook
+
+
+def _parameters(optimizer: Optimizer) -> Iterable[Tensor]:
+    return itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+
+
+def _in_place(optimizer: LipOptimizer, index: int, member: Member) -> bool:
+    """Whether a parameter is still where it was: an engine or a loaded state may move it."""
+    params = member.group["params"]
+    here = index < len(params) and params[index] is member.tensor
+    return here and any(group is member.group for group in optimizer.param_groups)
+
+
+def _refuse_options(group: dict[str, Any]) -> None:
+    if group["nonfinite"] == "raise":
+        raise ValueError(
+            'nonfinite="raise" stops before anything has changed, which gradient release cannot: '
+            'other parameters are stepped already; choose nonfinite="skip" or "propagate"'
+        )
+    for name in ("capturable", "differentiable"):
+        if group[name]:
+            raise ValueError(
+                f"{name}=True needs the whole step in optimizer.step(), and gradient release "
+                f"takes it within backward; choose {name}=False"
+            )
+
+
+def _refuse_parameters(optimizer: LipOptimizer) -> None:
+    params = list(_parameters(optimizer))
+    for param in params:
+        marks = (is_dtensor, is_fsdp1, is_model_parallel, is_held)
+        if hasattr(param, "ds_id") or any(mark(param) for mark in marks):
+            raise NotImplementedError(
+                "gradient release needs whole parameters, and one of the optimizer's is sharded "
+                "(FSDP, DeepSpeed, tensor parallelism), so that its norm takes all ranks: take "
+                "ordinary steps; sharding divides gradients and history by the number of ranks"
+            )
+    if any(optimizer._is_flat(group) for group in optimizer.param_groups):
+        raise NotImplementedError(
+            "gradient release needs the model's parameters, and an engine (DeepSpeed) has put "
+            "others in their place: take ordinary steps"
+        )
+    _refuse_layers(optimizer)
+    if any(param in release._hooks for release in _ACTIVE for param in params):
+        raise ValueError(
+            "the gradient of a parameter is released already, by this optimizer or another one; "
+            "remove() that release first"
+        )
+    _refuse_ddp(params)
+
+
+def _refuse_layers(optimizer: LipOptimizer) -> None:
+    names = itertools.chain.from_iterable(g["layer_names"] for g in optimizer.param_groups)
+    layer, count = next(iter(Counter(names).most_common(1)), ("", 0))
+    if count > 1:
+        raise ValueError(
+            f"layers={optimizer.layers!r} makes one layer {layer!r} of {count} parameters, whose "
+            "gradients are needed at once, and gradient release keeps one at a time; choose "
+            'layers="tensor"'
+        )
+
+
+def _refuse_ddp(params: Iterable[Tensor]) -> None:
+    """DDP leaves no mark on parameters, and sums their gradients up after our hooks have run.
+
+    It is looked for among the objects that are alive (in 0.1 s).
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    ours = {id(param) for param in params}
+    wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+    theirs = itertools.chain.from_iterable(vars(x).get("_module_parameters", ()) for x in wrappers)
+    if any(id(param) in ours for param in theirs):
+        raise NotImplementedError(
+            "gradient release steps a parameter before DistributedDataParallel has summed its "
+            "gradient up over the ranks, so that each would go its own way: take ordinary steps, "
+            "or one process"
+        )
