@@ -111,6 +111,7 @@ class Census:
                 self.kinds[-1] = (layer.options, slice(self.kinds[-1][1].start, i + 1))
         self.groups = [[m.group for m in layer.all] for layer in layers]
         self.runs: list[Any] = []  # an optimizer's, of members that are stepped together
+        self.kept = False  # whether the optimizer has the members' state
         self._vectors: dict[str, Tensor] = {}
         self._views: dict[str, list[Tensor]] = {}
         self.arrange([(i, m) for i, layer in enumerate(layers) for m in layer.all])
@@ -143,10 +144,6 @@ class Census:
             all(map(is_, [state.get(key) for state in states], views))
             for key, views in self._views.items()
         )
-
-    @property
-    def is_packed(self) -> bool:
-        return bool(self._vectors)
 
     def read(self, key: str, here: slice, home: torch.device) -> Tensor:
         """A number of some of the members."""

@@ -338,8 +338,9 @@ class LayerwiseOptimizer(Optimizer):
                         member.state[key].copy_(known.state[key])
 
     def _keep(self, census: Census) -> None:
-        if census.is_packed:  # and so kept already
+        if census.kept:
             return
+        census.kept = True
         for layer in census.layers:
             for member in layer.all:
                 if "lipschitz_scale" not in self.state[member.tensor]:

@@ -197,7 +197,7 @@ class _Plan:
         optimizer._check(member)
         layer = Layer(member.layer, [member])
         optimizer._join(layer, {id(member.group): optimizer._options(member.group)})
-        self.census = Census([layer], [], hidden=False)
+        self.census = Census([layer], [], [], member.sketch, hidden=False)
         self.census.pack()
         self._index, self._member = index, member
         self._made_from = self._facts(optimizer)
