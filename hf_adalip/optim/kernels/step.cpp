@@ -66,6 +66,8 @@ using Param = PARAM;
 using Wide = WIDE;
 using History = std::conditional_t<has_history, HISTORY, Wide>;
 
+constexpr bool as_is = signal == Signal::gradient && !MAXIMIZE && !COUPLED;  // x is the gradient
+
 constexpr int moments = rule == Rule::Adam ? 2 : rule == Rule::RMSprop || MOMENTUM ? 1 : 0;
 
 constexpr int64_t block = 1024;  // elements that `measure` takes together
@@ -214,7 +216,7 @@ __attribute__((noinline)) void measure_block(
       }
       sums[1][lane] += x * x;
     }
-    if constexpr (SKETCH > 0) signals[i] = x;
+    if constexpr (SKETCH > 0 && !as_is) signals[i] = x;
     sums[0][lane] += g * g;
     sums[2][lane] += (x - before) * (x - before);
   };
@@ -255,17 +257,37 @@ constexpr uint32_t mix(uint32_t x) {
   return x ^ x >> 16;
 }
 
+// x with its sign turned where `sign`, 0 or 1, is set.
+Wide turned(Wide x, uint32_t sign) {
+  using Bits = std::conditional_t<sizeof(Wide) == 4, uint32_t, uint64_t>;
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof x);
+  bits ^= Bits(sign) << (8 * sizeof x - 1);
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // Adds signed x, from element `index` of the parameter on, to k + run buckets: a run may go
 // over the end, and what it leaves there is added to the first buckets by who folds them.
-void sketch_block(const Wide* x, int64_t n, int64_t index, Wide* __restrict buckets) {
+__attribute__((noinline)) void sketch_block(const Wide* __restrict x, const int64_t n,
+                                            const int64_t index, Wide* __restrict buckets) {
   constexpr uint32_t golden = 0x9e3779b9u;
-  for (int64_t i = 0, size; i < n; i += size) {
-    const int64_t here = index + i, skip = here % run;
+  constexpr int64_t most = block / run + 1;
+  uint32_t signs[most], turns[most];
+  const uint32_t word = index / run, words_of_k = std::max<int64_t>(k / run, 1);
+  for (uint32_t w = 0; w < most; ++w) {  // of all runs at once, as vectors
+    signs[w] = mix(word + w + golden);
+    turns[w] = mix((word + w) / words_of_k + golden * 2);
+  }
+  const int64_t skipped = index % run;
+  for (int64_t i = 0, w = 0, skip = skipped, size; i < n; i += size, ++w, skip = 0) {
     size = std::min(run - skip, n - i);
-    const uint32_t signs = mix(uint32_t(here / run) + golden) >> skip;
-    const uint32_t turn = mix(uint32_t(here / k) + golden * 2);
-    Wide* __restrict to = buckets + (here + turn) % k;
-    for (int64_t l = 0; l < size; ++l) to[l] += signs >> l & 1 ? -x[i + l] : x[i + l];
+    Wide* __restrict to = buckets + (index + i + turns[w]) % k;
+    const Wide* __restrict from = x + i;
+    if (size == run)
+      for (int64_t l = 0; l < run; ++l) to[l] += turned(from[l], signs[w] >> l & 1);
+    else
+      for (int64_t l = 0; l < size; ++l) to[l] += turned(from[l], signs[w] >> (l + skip) & 1);
   }
 }
 
@@ -334,7 +356,8 @@ extern "C" void measure(int64_t n, const int64_t* rows, const Numbers* numbers,
       measure_block(Arithmetic(*constants), numbers[i], count, grad, param, moment[0], moment[1],
                     history, buffers[5], totals);
       if constexpr (SKETCH > 0)
-        sketch_block(buffers[5], count, tensors.start(i) + at, buckets.data());
+        sketch_block(as_is ? grad : buffers[5], count,
+                     tensors.start(i) + at, buckets.data());
     }
     for (int sum = 0; sum < 3; ++sum)
       squares[number][sum] = std::accumulate(totals[sum], totals[sum] + lanes, 0.0);
