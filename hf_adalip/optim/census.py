@@ -120,8 +120,11 @@ class Census:
         """Sets the order of the members, given with the index of their layer."""
         self.members = [member for _, member in members]
         self.owner = tuple(i for i, _ in members)
+        self._spread = None if _is_range(self.owner, len(self.layers)) else self.owner
         places = {layer: place for place, layer in reversed(list(enumerate(self.owner)))}
-        self._lead = tuple(places[i] for i in range(len(self.layers)))
+        lead = tuple(places[i] for i in range(len(self.layers)))
+        self._lead = lead
+        self._leaders = None if _is_range(lead, len(self.members)) else lead
 
     def pack(self) -> None:
         """Makes each number of the members a view of one vector, so that all are read or written
@@ -159,17 +162,21 @@ class Census:
         else:
             store([member.state[key] for member in self.members[here]], values)
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of layers as values of members."""
+        return pick(values, self._spread)
+
     def read_layers(self, key: str, here: slice, home: torch.device) -> Tensor:
         """A number of some of the layers; all members of a layer have the same."""
         if key in self._vectors:
-            return pick(self._vectors[key], self._lead)[here]
+            return pick(self._vectors[key], self._leaders)[here]
         values = [self.members[i].state[key] for i in self._lead[here]]
         return torch.stack([x if x.device == home else x.to(home) for x in values])
 
     def write_layers(self, key: str, values: Tensor, here: slice) -> None:
         """Stores a number of some of the layers in all of their members."""
         if key in self._vectors and len(values) == len(self.layers):
-            self._vectors[key].copy_(pick(values, self.owner))
+            self._vectors[key].copy_(self.spread(values))
             return
         owned = [(i, m) for i, m in zip(self.owner, self.members, strict=True)]
         first, last, _ = here.indices(len(self.layers))
@@ -177,11 +184,13 @@ class Census:
         store([m.state[key] for _, m in mine], pick(values, tuple(i for i, _ in mine)))
 
 
-def pick(values: Tensor, indices: tuple[int, ...]) -> Tensor:
-    """values[indices]; themselves where that is all of them in their order."""
-    if indices == tuple(range(len(values))):
-        return values
-    return values[index_tensor(indices, values.device)]
+def pick(values: Tensor, indices: tuple[int, ...] | None) -> Tensor:
+    """values[indices]; None for all of them in their order."""
+    return values if indices is None else values[index_tensor(indices, values.device)]
+
+
+def _is_range(indices: tuple[int, ...], count: int) -> bool:
+    return indices == tuple(range(count))
 
 
 def real(x: Any) -> Any:

@@ -6,6 +6,7 @@ one memory order, and a table of numbers, none of which is read on the host.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, Literal, cast
 
 import torch
@@ -16,6 +17,10 @@ from .kernels import COLUMNS, Constants, Spec, Tensors, cpu, gpu
 from .norms import wide_dtype
 from .rules import SGD, Adam, Batch, RMSprop, Rule, bias_correction
 from .shards import start_in_whole
+
+Copies = list[tuple[Tensor, Tensor]]
+
+_dtype = attrgetter("dtype")
 
 _WORTH = 2**20
 """Elements of a group from which on."""
@@ -62,7 +67,7 @@ def pays(params: list[Tensor]) -> bool:
 
 def measure(batch: Batch) -> Tensor:
     """As `rules.measure`."""
-    spec, tensors = _prepared(batch)
+    spec, tensors, _ = _prepared(batch)
     norms, sketches = _backend(batch.params[0]).measure(
         spec, tensors, _numbers(batch), _constants(batch.group)
     )
@@ -74,13 +79,11 @@ def measure(batch: Batch) -> Tensor:
 
 def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
     """As `rules.advance`."""
-    spec, tensors = _prepared(batch)
+    spec, tensors, copies = _prepared(batch)
     numbers = _numbers(batch, rates, remembered)
     _backend(batch.params[0]).advance(spec, tensors, numbers, _constants(batch.group), go)
-    for name, used in zip(batch.names, [*tensors.moments, tensors.history], strict=False):
-        for state, x in zip(batch.states, used, strict=True):
-            if x is not state[name]:
-                state[name].copy_(x)
+    for original, copy in copies:
+        original.copy_(copy)
     increment_version(batch.params)  # autograd refuses a backward through what was changed
 
 
@@ -109,12 +112,12 @@ def _backend(param: Tensor) -> Any:
     return cpu if param.device.type == "cpu" else gpu
 
 
-def _prepared(batch: Batch) -> tuple[Spec, Tensors]:
-    """What both functions call a kernel with, made once."""
+def _prepared(batch: Batch) -> tuple[Spec, Tensors, Copies]:
+    """What both functions call a kernel with, made once; and what of the state is a copy there."""
     if batch.prepared is None:
         spec = _spec(batch)
-        batch.prepared = spec, _tensors(batch, spec)
-    prepared: tuple[Spec, Tensors] = batch.prepared
+        batch.prepared = spec, *_tensors(batch, spec)
+    prepared: tuple[Spec, Tensors, Copies] = batch.prepared
     return prepared
 
 
@@ -185,26 +188,31 @@ def _corrections(group: Any, steps: Tensor, prefix: str = "") -> dict[str, Tenso
 # Memory order
 
 
-def _tensors(batch: Batch, spec: Spec) -> Tensors:
-    strides = [p.stride() for p in batch.params]
+def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
+    strides = list(map(Tensor.stride, batch.params))
 
     def alike(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        if {x.dtype for x in tensors} == {dtype} and [x.stride() for x in tensors] == strides:
+        if set(map(_dtype, tensors)) == {dtype} and list(map(Tensor.stride, tensors)) == strides:
             return tensors
         return [_like(p, x, dtype) for p, x in zip(batch.params, tensors, strict=True)]
 
     grads = batch.grads
-    if any(g.is_neg() for g in grads):
+    if any(map(Tensor.is_neg, grads)):
         grads = [g.resolve_neg() for g in grads]
-    kept = batch.rule.kept(batch.group)
-    rows = {name: [state[name] for state in batch.states] for name in batch.names}
-    return Tensors(
+    count = len(batch.rule.kept(batch.group))
+    rows = [[state[name] for state in batch.states] for name in batch.names]
+    dtypes = [spec.dtype] * count + [spec.history or spec.dtype]
+    used = [alike(row, dtype) for row, dtype in zip(rows, dtypes, strict=False)]
+    tensors = Tensors(
         params=batch.params,
         grads=alike(grads, spec.dtype),
-        moments=tuple(alike(rows.pop(name), spec.dtype) for name in kept),
-        history=[x for row in rows.values() for x in alike(row, spec.history or spec.dtype)],
+        moments=tuple(used[:count]),
+        history=[x for row in used[count:] for x in row],
         starts=[start_in_whole(m.param) or 0 for m in batch.members] if batch.sketch else [],
     )
+    changed = [(row, other) for row, other in zip(rows, used, strict=True) if row is not other]
+    pairs = [pair for row, other in changed for pair in zip(row, other, strict=True)]
+    return tensors, [(original, copy) for original, copy in pairs if original is not copy]
 
 
 def _like(param: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

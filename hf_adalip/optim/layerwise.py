@@ -6,9 +6,10 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,8 @@ class Kept:
             (
                 group,
                 optimizer._manner(group),
-                [(p, p.grad is None, state.get(p), _kind(p)) for p in group["params"]],
+                list(group["params"]),
+                _facts(group["params"], state),
             )
             for group in optimizer.param_groups
         ]
@@ -72,32 +74,32 @@ class Kept:
         if len(optimizer.param_groups) != len(self._groups):
             return False
         state = optimizer.state
-        for group, (known, manner, entries) in zip(
+        for group, (known, manner, params, facts) in zip(
             optimizer.param_groups, self._groups, strict=True
         ):
-            params = group["params"]
-            if group is not known or len(params) != len(entries):
+            now = group["params"]
+            if group is not known or optimizer._manner(group) != manner:
                 return False
-            if optimizer._manner(group) != manner:
+            if len(now) != len(params) or not all(map(is_, now, params)):
                 return False
-            for param, (tensor, silent, stored, kind) in zip(params, entries, strict=True):
-                grad = param.grad
-                if (
-                    param is not tensor
-                    or (grad is None) is not silent
-                    or state.get(param) is not stored
-                    or _kind(param) != kind
-                    or (grad is not None and grad.is_sparse)
-                ):
-                    return False
+            if _facts(now, state) != facts:
+                return False
         if not self._used:  # packing is for those that are used again
             self._used = True
             self.census.pack()
         return self.census.intact
 
 
-def _kind(param: Tensor) -> tuple[object, ...]:
-    return param.device, param.dtype, param.shape
+_layout = attrgetter("layout")
+_kind = attrgetter("device", "dtype", "shape")
+
+
+def _facts(params: Sequence[Tensor], state: Mapping[Tensor, State]) -> list[object]:
+    """What of parameters, besides their values, a census rests on. Written with the loops of C: it
+    is found at every step, when little of the parameters is in a cache."""
+    grads = [p.grad for p in params]
+    kept = list(map(id, map(state.get, params)))
+    return [[g is None or _layout(g) for g in grads], kept, list(map(_kind, params))]
 
 
 class LayerwiseOptimizer(Optimizer):

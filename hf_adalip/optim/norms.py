@@ -102,7 +102,7 @@ def _kept(key: object, device: torch.device, values: Callable[[], Any]) -> Tenso
     place = (key, device)
     if place in _TENSORS:
         return _TENSORS[place]
-    made = torch.tensor(values(), device=device)
+    made = torch.tensor(values(), dtype=torch.int64, device=device)
     if type(made) is Tensor:  # not what a tracing mode makes, which would outlive it
         if len(_TENSORS) >= 256:
             _TENSORS.pop(next(iter(_TENSORS)))

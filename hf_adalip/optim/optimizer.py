@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from . import foreach, fused, rules
-from .census import Census, Member, Options, pick, real, store
+from .census import Census, Member, Options, real, store
 from .groups import Layers
 from .history import DEFAULT_SKETCH_SIZE, SKETCH
 from .layerwise import Keys, LayerwiseOptimizer, may_change
@@ -276,9 +276,7 @@ class LipOptimizer(LayerwiseOptimizer):
         # Follow: S of every layer, and what it makes of every tensor's learning rate.
         self._keep(census)
         factor = self._follow(census, norms[:, 1:], finite, live)
-        factor, finite_members, live_members = (
-            pick(x, census.owner) for x in (factor, finite, live)
-        )
+        factor, finite_members, live_members = map(census.spread, (factor, finite, live))
 
         # Step.
         for run, batch in zip(runs, batches, strict=True):
@@ -374,10 +372,9 @@ class LipOptimizer(LayerwiseOptimizer):
         lr = group["lr"]
         steps = census.read("step", run.here, device)
         params, states = [m.param for m in members], [m.state for m in members]
-        given = [(p, m.grad) for p, m in zip(params, members, strict=True)] if run.form else []
-        grads = [grad for _, grad in given if grad is not None]
+        grads = [grad for m in members if (grad := m.grad) is not None] if run.form else []
         if not run.plain:
-            grads = [real(local_grad(p, g)) for (p, _), g in zip(given, grads, strict=True)]
+            grads = [real(local_grad(p, g)) for p, g in zip(params, grads, strict=bool(run.form))]
             params = [real(local(p)) for p in params]
             states = [{name: real(local(x)) for name, x in state.items()} for state in states]
         return Batch(

@@ -323,8 +323,8 @@ class Lipschitz(LayerwiseOptimizer):
         if not layers:  # other ranks may have gradients; this one took part in the norms
             return live
         self._keep(census)
-        factor = pick(self._follow(census, norms, finite, live), census.owner)
-        go = pick(may_change(self._law.nonfinite, finite, live), census.owner)
+        factor = census.spread(self._follow(census, norms, finite, live))
+        go = census.spread(may_change(self._law.nonfinite, finite, live))
         goes = go.unbind()
         left = set(range(len(members)))
         for kind in compiled:
