@@ -312,7 +312,7 @@ std::vector<Chunk> cut(const Tensors& tensors, const Takes& takes) {
 
 // Calls work(number of a chunk), each thread for a run of chunks with as many elements as others.
 template <class Work>
-void share(const std::vector<Chunk>& chunks, int threads, const Work& work) {
+void share(const std::vector<Chunk>& chunks, int threads, bool backwards, const Work& work) {
   if (chunks.empty()) return;
   const int64_t total = chunks.back().before + chunks.back().size;
   threads = std::min<int64_t>(threads, 1 + total / chunk);
@@ -324,7 +324,7 @@ void share(const std::vector<Chunk>& chunks, int threads, const Work& work) {
       return std::lower_bound(chunks.begin(), chunks.end(), before, less) - chunks.begin();
     };
     const int64_t begin = edge(total * me / all), end = edge(total * (me + 1) / all);
-    for (int64_t i = begin; i < end; ++i) work(i);
+    for (int64_t i = begin; i < end; ++i) work(backwards ? begin + end - 1 - i : i);
   }
 }
 
@@ -338,7 +338,7 @@ extern "C" void measure(int64_t n, const int64_t* rows, const Numbers* numbers,
   std::vector<std::array<double, 3>> squares(chunks.size());
   std::vector<Wide> parts(chunks.size() * SKETCH);
 
-  share(chunks, threads, [&](int64_t number) {
+  share(chunks, threads, false, [&](int64_t number) {
     const auto [i, first, size, _] = chunks[number];
     alignas(64) Wide buffers[6][block];
     double totals[3][lanes] = {};
@@ -384,7 +384,8 @@ extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
   const Tensors tensors{n, rows};
   const auto chunks = cut(tensors, [&](int64_t i) { return go[i]; });
 
-  share(chunks, threads, [&](int64_t number) {
+  // Backwards: what `measure` read last may still be in the cache.
+  share(chunks, threads, true, [&](int64_t number) {
     const auto [i, first, size, _] = chunks[number];
     alignas(64) Wide buffers[5][burst];
     alignas(64) History narrow[burst];
