@@ -113,7 +113,7 @@ class Census:
         self.runs: list[Any] = []  # an optimizer's, of members that are stepped together
         self.kept = False  # whether the optimizer has the members' state
         self._vectors: dict[str, Tensor] = {}
-        self._views: dict[str, list[Tensor]] = {}
+        self._noted: list[list[Any]] = []
         self.arrange([(i, m) for i, layer in enumerate(layers) for m in layer.all])
 
     def arrange(self, members: Sequence[tuple[int, Member]]) -> None:
@@ -135,17 +135,20 @@ class Census:
             if self.members and all(key in m.stored for m in self.members):
                 vector = torch.stack([m.stored[key] for m in self.members])
                 self._vectors[key] = vector
-                self._views[key] = [vector[i] for i in range(len(self.members))]
-                for member, view in zip(self.members, self._views[key], strict=True):
-                    member.stored[key] = view
+                for i, member in enumerate(self.members):
+                    member.stored[key] = vector[i]
+        self.note()
+
+    def note(self) -> None:
+        """Takes the members' state as it is now for `intact`."""
+        self._noted = [list(member.stored.values()) for member in self.members]
 
     @property
     def intact(self) -> bool:
-        """Whether the packed numbers are still those of the members."""
-        states = [member.stored for member in self.members]
+        """Whether the members' state consists of the same tensors as when it was noted."""
         return all(
-            all(map(is_, [state.get(key) for state in states], views))
-            for key, views in self._views.items()
+            len(member.stored) == len(values) and all(map(is_, member.stored.values(), values))
+            for member, values in zip(self.members, self._noted, strict=True)
         )
 
     def read(self, key: str, here: slice, home: torch.device) -> Tensor:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .census import real
 from .norms import wide_dtype
 from .shards import whole_shape
 
@@ -57,9 +58,18 @@ HISTORIES = ("prev_grad", "prev_update")
 SKETCH = "_sketch"
 """End of such a key where only a sketch is kept."""
 
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+}
+"""Those that a history may have, by name."""
+
 
 class Exact(NamedTuple):
-    """Keeps x_{t-1} as a tensor of the parameter's shape."""
+    """Keeps x_{t-1} as a tensor of the parameter's shape.
+
+    In a dtype, a complex one as the real and imaginary parts: there is no complex bfloat16.
+    """
 
     dtype: torch.dtype | None = None  # None for the parameter's own
     size: int = 0
@@ -69,17 +79,18 @@ class Exact(NamedTuple):
 
     def empty(self, param: Tensor) -> Tensor:
         """As it is before a first step."""
-        dtype = self.dtype or param.dtype
-        like = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        return like.detach()
+        like = param if self.dtype is None else real(param)
+        zeros = torch.zeros_like(like, dtype=self.dtype, memory_format=torch.preserve_format)
+        return zeros.detach()
 
-    def adopt(self, state: dict[str, Any], name: str, param: Tensor) -> None:
-        """Makes what a state has of a history, of whatever kind, one of this kind."""
-        state.pop(name + SKETCH, None)
-        kept = state.get(name)
-        dtype = self.dtype or param.dtype
-        if kept is not None and kept.dtype != dtype:
-            state[name] = kept.to(dtype)
+    def adopted(self, kept: Tensor, param: Tensor) -> Tensor | None:
+        """A history of that key as one of this kind."""
+        if self.dtype is not None:
+            parts: Tensor = real(kept)
+            return parts.to(self.dtype)
+        if param.is_complex() and not kept.is_complex():
+            kept = torch.view_as_complex(kept.to(param.dtype.to_real()))
+        return kept.to(param.dtype)
 
 
 class Sketch(NamedTuple):
@@ -92,26 +103,35 @@ class Sketch(NamedTuple):
 
     def empty(self, param: Tensor) -> Tensor:
         """As it is before a first step."""
-        dtype = wide_dtype(param.dtype.to_real() if param.is_complex() else param.dtype)
-        return torch.zeros(self.size, dtype=dtype, device=param.device)
+        return torch.zeros(self.size, dtype=self._dtype(param), device=param.device)
 
-    def adopt(self, state: dict[str, Any], name: str, param: Tensor) -> None:
-        """Drops what a state has of a history of another kind."""
-        state.pop(name, None)
-        kept = state.get(self.key(name))
-        if kept is not None and kept.shape != (self.size,):
-            del state[self.key(name)]
+    def adopted(self, kept: Tensor, param: Tensor) -> Tensor | None:
+        """A history of that key as one of this kind; None where it cannot be."""
+        return kept.to(self._dtype(param)) if kept.shape == (self.size,) else None
+
+    def _dtype(self, param: Tensor) -> torch.dtype:
+        return wide_dtype(param.dtype.to_real() if param.is_complex() else param.dtype)
 
 
 def history_of(group: dict[str, Any], param: Tensor) -> Exact | Sketch:
     """How a group keeps the history of one of its parameters.
 
     With "sketch", a parameter that has no more elements than a sketch keeps them all.
+
+    Raises:
+        ValueError: for a value that is none; options may be changed by hand.
     """
-    how = group.get("history", "exact")
+    how = str(group.get("history", "exact")).removeprefix("torch.")
     if how == "sketch" and whole_shape(param).numel() > group["sketch_size"]:
         return Sketch(group["sketch_size"])
-    return Exact(None if how in ("exact", "sketch") else getattr(torch, how))
+    if how in ("exact", "sketch"):
+        return Exact()
+    if how not in DTYPES:
+        raise ValueError(
+            'history must be "exact", "sketch" or a floating-point dtype '
+            f"({', '.join(DTYPES)}), got {how!r}"
+        )
+    return Exact(DTYPES[how])
 
 
 def sketch(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from operator import attrgetter, is_
@@ -58,48 +58,59 @@ class Kept:
 
     def __init__(self, optimizer: LayerwiseOptimizer, census: Census) -> None:
         self.census = census
+        self.census.note()
         self._used = False
         state = optimizer.state
         self._groups = [
             (
                 group,
                 optimizer._manner(group),
+                _structure(group),
                 list(group["params"]),
-                _facts(group["params"], state),
+                list(map(state.get, group["params"])),
+                _kinds(group["params"]),
             )
             for group in optimizer.param_groups
         ]
 
     def holds(self, optimizer: LayerwiseOptimizer) -> bool:
+        # Asked at every step, when little of the parameters is in a cache: hence the loops of C.
         if len(optimizer.param_groups) != len(self._groups):
             return False
-        state = optimizer.state
-        for group, (known, manner, params, facts) in zip(
+        for group, (known, manner, structure, params, states, kinds) in zip(
             optimizer.param_groups, self._groups, strict=True
         ):
             now = group["params"]
             if group is not known or optimizer._manner(group) != manner:
                 return False
-            if len(now) != len(params) or not all(map(is_, now, params)):
+            if _structure(group) != structure or not _are(now, params):
                 return False
-            if _facts(now, state) != facts:
+            if not _are(list(map(optimizer.state.get, now)), states) or _kinds(now) != kinds:
                 return False
+        if not self.census.intact:
+            return False
         if not self._used:  # packing is for those that are used again
             self._used = True
             self.census.pack()
-        return self.census.intact
+        return True
 
 
-_layout = attrgetter("layout")
-_kind = attrgetter("device", "dtype", "shape")
+def _structure(group: dict[str, Any]) -> list[list[str]]:
+    return [list(group["layer_names"]), list(group.get("no_weight_decay", ()))]
 
 
-def _facts(params: Sequence[Tensor], state: Mapping[Tensor, State]) -> list[object]:
-    """What of parameters, besides their values, a census rests on. Written with the loops of C: it
-    is found at every step, when little of the parameters is in a cache."""
-    grads = [p.grad for p in params]
-    kept = list(map(id, map(state.get, params)))
-    return [[g is None or _layout(g) for g in grads], kept, list(map(_kind, params))]
+def _are(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+_of_param = attrgetter("device", "dtype", "shape")
+_of_grad = attrgetter("dtype", "layout")
+
+
+def _kinds(params: Sequence[Tensor]) -> list[object]:
+    """What of parameters and their gradients decides how they are stepped."""
+    grads = [None if (grad := p.grad) is None else _of_grad(grad) for p in params]
+    return [grads, list(map(_of_param, params)), list(map(Tensor.stride, params))]
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -153,21 +164,32 @@ class LayerwiseOptimizer(Optimizer):
         raise NotImplementedError
 
     def _complete_loaded(self) -> None:
+        states: dict[str, list[State]] = {}
+        lost = set()
         for group in self.param_groups:
             flat = self._is_flat(group)
-            for tensor in group["params"]:
+            for i, tensor in enumerate(group["params"]):
                 if state := self.state.get(tensor):
                     parts = (len(self._parts(tensor, group)),) if flat else ()
-                    self._complete(state, tensor, group, parts)
+                    without = self._complete(state, tensor, group, parts)
+                    if not flat:  # which holds its layers whole
+                        layer = group["layer_names"][i]
+                        states.setdefault(layer, []).append(state)
+                        lost |= {layer} if without else set()
+        for layer in lost:
+            _forget_predecessor(states[layer])
 
     def _complete(
         self, state: State, param: Tensor, group: dict[str, Any], parts: tuple[int, ...]
-    ) -> None:
+    ) -> bool:
         """Adds to a tensor's state what it lacks, as it is before a first step.
 
         It lacks everything at first, and later what an older checkpoint did not have or an
         option that was changed calls for. Of a flat tensor, a number of the state is a vector
         with an element for each of its parts.
+
+        Returns:
+            whether it lacked x_{t-1}; then the next step of the whole layer is a first one.
         """
         moments, histories, numbers = self._state_keys(group)
         estimator, _ = self._options(group)
@@ -175,12 +197,18 @@ class LayerwiseOptimizer(Optimizer):
         for name in moments:
             if state.get(name) is None:
                 state[name] = Exact().empty(param)
-        for name in histories:
-            keeps.adopt(state, name, param)
+        keys = [keeps.key(name) for name in histories]
         previous = [n for n in numbers if n.startswith("prev_")]
-        if any(state.get(n) is None for n in (*previous, *map(keeps.key, histories))):
+        for name in [n for n in state if n.startswith((*HISTORIES, "prev_lr"))]:
+            if name not in (*keys, *previous):
+                del state[name]  # of other options; if they come back, it is x_{t-1} no longer
+        for key in keys:
+            if state.get(key) is not None:
+                state[key] = keeps.adopted(state[key], param)
+        lost = any(state.get(n) is None for n in (*previous, *keys))
+        if lost:
             state.pop("prev_norm", None)  # without x_{t-1}, its norm has nothing to compare with
-        for key in map(keeps.key, histories):
+        for key in keys:
             if state.get(key) is None:
                 state[key] = keeps.empty(param)
         initial = {"lipschitz_scale": 1.0, "prev_norm": NO_PREDECESSOR}
@@ -196,6 +224,7 @@ class LayerwiseOptimizer(Optimizer):
                     f"state {name!r} has shape {found} and needs {parts}: it was saved by an "
                     "engine that shards otherwise; load it under the same one"
                 )
+        return lost
 
     def _is_flat(self, group: dict[str, Any]) -> bool:
         """Whether an engine has put flat tensors in the place of the group's parameters."""
@@ -224,11 +253,12 @@ class LayerwiseOptimizer(Optimizer):
         if self._is_flat(group):
             yield from self._flat_members(group, tensors)
             return
+        remembers = self._state_keys(group).histories
         for name, decays, param in zip(
             group["layer_names"], decays_of(group), tensors, strict=True
         ):
             stored, over = self._stored(param), sharded_over(param)
-            sketch = history_of(group, param).size
+            sketch = history_of(group, param).size if remembers else 0
             yield Member(name, param, group, stored, param, decays, over, sketch=sketch)
 
     def _flat_members(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> Iterator[Member]:
@@ -309,6 +339,8 @@ class LayerwiseOptimizer(Optimizer):
                     layers.setdefault(member.layer, Layer(member.layer)).members.append(member)
                 elif member.stored or not member.seen:
                     absent.append(member)
+        if hidden and width:
+            raise _unsketchable("FSDP1's slices")
         for member in absent:
             if member.layer in layers or not member.seen:
                 layers.setdefault(member.layer, Layer(member.layer)).absent.append(member)
@@ -331,13 +363,17 @@ class LayerwiseOptimizer(Optimizer):
                 "the same values"
             )
         known = next((m for m in layer.all if m.stored), None)
+        lost = False
         for member in layer.all:
             new = not member.stored
-            self._complete(member.stored, member.tensor, member.group, member.parts)
+            without = self._complete(member.stored, member.tensor, member.group, member.parts)
+            lost |= without and not new
             if new and known is not None:
                 for key in LAYER_SCALARS:
                     if key in member.state:
                         member.state[key].copy_(known.state[key])
+        if lost:
+            _forget_predecessor([m.state for m in layer.all])
 
     def _keep(self, census: Census) -> None:
         if census.kept:
@@ -359,9 +395,6 @@ class LayerwiseOptimizer(Optimizer):
                 "process group (Megatron's, DeepSpeed's AutoTP), so that its norm cannot be had: "
                 "use one that makes DTensors (torch's parallelize_module, transformers' tp_plan)"
             )
-
-        if member.sketch and is_fsdp1(member.tensor):
-            raise _unsketchable("FSDP1's slices")
 
     def _check_whole(self, layers: dict[str, Layer]) -> None:
         """ZeRO steps one flat tensor after the other: a layer must not lie in two of them."""
@@ -636,6 +669,12 @@ def _has_rate(groups: Sequence[Sequence[dict[str, Any]]], like: Tensor) -> Tenso
             for some in rates
         ]
     )
+
+
+def _forget_predecessor(states: Sequence[State]) -> None:
+    """Makes the next step of a layer a first one: a part of x_{t-1} is lost."""
+    for state in states:
+        state["prev_norm"].fill_(NO_PREDECESSOR)
 
 
 def _unsketchable(what: str) -> NotImplementedError:

@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 from . import foreach, fused, rules
 from .census import Census, Member, Options, real, store
 from .groups import Layers
-from .history import DEFAULT_SKETCH_SIZE, SKETCH
+from .history import DEFAULT_SKETCH_SIZE, DTYPES, SKETCH
 from .layerwise import Keys, LayerwiseOptimizer, may_change
 from .lipschitz import Estimator, is_number
 from .norms import wide_dtype
@@ -40,8 +40,6 @@ below the size of the largest tensor, or 16 MiB."""
 _BOTH = ("foreach", "fused")
 
 FORMS = (rules, foreach, fused)
-
-_HISTORY_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 _FLAGS = (
     *("nesterov", "eps_in_sqrt", "decoupled_weight_decay"),
@@ -84,12 +82,13 @@ class LipOptimizer(LayerwiseOptimizer):
             dtype; a floating-point dtype (or its name): as one of that dtype; "sketch": as
             `sketch_size` numbers for each parameter that has more elements than that, from which
             ‖x_t - x_{t-1}‖ is estimated with a relative standard deviation of √(1/2k) at most
-            (see `hf_adalip.optim.history`). Changing it starts the history anew; S stays.
+            (see `hf_adalip.optim.history`). Changing it later converts the history from dtype to
+            dtype, and else starts it anew; S stays.
         sketch_size: k, how many numbers a sketch has; a power of two, at least 32.
         foreach: use the multi-tensor form.
         fused: use the compiled form, two passes over memory; tensors that it cannot take (complex
             ones, views with gaps) are stepped in the multi-tensor form. With foreach and fused
-            both None, it is taken on a CPU with a C++ compiler for models from a million
+            both None, it is taken on a CPU with a C++ compiler for groups from a million
             elements on, and otherwise the multi-tensor form where torch's own optimizers do, and
             on a CPU. False for both is the loop.
         maximize: ascend instead of descend.
@@ -192,12 +191,7 @@ class LipOptimizer(LayerwiseOptimizer):
     def _validate(self, group: dict[str, Any]) -> None:
         """Refuses a bad option of a group (or of the defaults) before anything is changed."""
         _validate(group)
-        if group["history"] != "exact" and not self.signal.history(self.rule, group):
-            raise ValueError(
-                f"history={group['history']!r} has nothing to act on: {type(self).__name__} "
-                "computes its last update again from the moments that it keeps anyway; leave "
-                'history="exact"'
-            )
+        self._state_keys(group)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_layers": self._layers}
@@ -225,6 +219,12 @@ class LipOptimizer(LayerwiseOptimizer):
     def _state_keys(self, group: dict[str, Any]) -> Keys:
         own = ("prev_lr",) if self.signal.retraces(self.rule, group) else ()
         histories = self.signal.history(self.rule, group)
+        if group["history"] != "exact" and not histories:
+            raise ValueError(
+                f"history={group['history']!r} has nothing to act on: {type(self).__name__} "
+                "computes its last update again from the moments that it keeps anyway; leave "
+                'history="exact"'
+            )
         return Keys(self.rule.kept(group), histories, ("step", *own))
 
     @_use_grad_for_differentiable
@@ -336,6 +336,9 @@ class LipOptimizer(LayerwiseOptimizer):
         Tensors of one group, device and dtype go together, in buckets for the foreach form.
         """
         alike: dict[Any, list[tuple[int, Member]]] = {}
+        for group in self.param_groups:
+            if group["fused"] and group["params"]:  # set by hand, loaded, or moved since
+                fused.refuse_unless_possible(group["params"])
         chosen = {id(group): _form(group) for group in self.param_groups}
         for i, layer in enumerate(census.layers):
             for member, absent in [
@@ -435,7 +438,9 @@ def _is_plain(member: Member) -> bool:
 
 def _fits(member: Member) -> bool:
     """Whether a member can be stepped in the fused form."""
-    param = local(member.param)
+    param, grad = local(member.param), member.grad
+    if grad is not None and grad.dtype != param.dtype:
+        return False
     return fused.fits(param) and (not member.sketch or start_in_whole(member.param) is not None)
 
 
@@ -484,10 +489,10 @@ def _validate(group: dict[str, Any]) -> None:
         raise ValueError(f"nesterov=True needs a momentum > 0, got momentum={group['momentum']!r}")
     if group.get("previous", "applied") not in ("applied", "proposed"):
         raise ValueError(f'previous must be "applied" or "proposed", got {group["previous"]!r}')
-    if group["history"] not in ("exact", "sketch", *_HISTORY_DTYPES):
+    if group["history"] not in ("exact", "sketch", *DTYPES):
         raise ValueError(
             'history must be "exact", "sketch" or a floating-point dtype '
-            f"({', '.join(_HISTORY_DTYPES)}), got {group['history']!r}"
+            f"({', '.join(DTYPES)}), got {group['history']!r}"
         )
     size = group["sketch_size"]
     if isinstance(size, bool) or not isinstance(size, int) or size < 32 or size & (size - 1):
