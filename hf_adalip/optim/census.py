@@ -137,6 +137,8 @@ class Census:
                 self._vectors[key] = vector
                 for i, member in enumerate(self.members):
                     member.stored[key] = vector[i]
+        for run in self.runs:
+            run.pack()
         self.note()
 
     def note(self) -> None:

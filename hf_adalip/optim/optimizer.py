@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
@@ -58,6 +58,29 @@ class Run:
     here: slice  # of the census' members
     rows: slice  # of those that have a sketch
     plain: bool  # whether their tensors can be stepped as they are
+    kept: Tensor | None = field(default=None, init=False)  # their sketches of x_{t-1}, if packed
+
+    def kept_sketches(self) -> Tensor:
+        """The members' sketches of x_{t-1}, shape [members, k]."""
+        if self.kept is not None:
+            return self.kept
+        return torch.stack([_sketch_of(member.state) for member in self.members])
+
+    def keep_sketches(self, sketches: Tensor, go: Tensor) -> None:
+        """Makes them the members', where they may change."""
+        kept = self.kept_sketches()
+        kept.copy_(torch.where(go[:, None], sketches, kept))
+        if self.kept is None:
+            store([_sketch_of(member.state) for member in self.members], kept)
+
+    def pack(self) -> None:
+        """Makes the members' sketches the rows of one matrix."""
+        if not self.sketch:
+            return
+        self.kept = self.kept_sketches()
+        for member, row in zip(self.members, self.kept, strict=True):
+            key = next(key for key in member.stored if key.endswith(SKETCH))
+            member.stored[key] = row
 
 
 class LipOptimizer(LayerwiseOptimizer):
@@ -297,8 +320,7 @@ class LipOptimizer(LayerwiseOptimizer):
             if sketches is not None and run.sketch:
                 x = sketches[run.rows, : run.sketch].to(device)
                 x = self.signal.remembered_norm(x, factor[here, None].to(x), previous)
-                kept = [_sketch_of(member.state) for member in run.members]
-                store(kept, torch.where(go[:, None], x, torch.stack(kept)))
+                run.keep_sketches(x, go)
             if self.signal.retraces(self.rule, batch.group):
                 numbers["prev_lr"] = gained
             for name, values in numbers.items():
@@ -318,17 +340,15 @@ class LipOptimizer(LayerwiseOptimizer):
             ‖x_t - x_{t-1}‖ estimated from them, shape [sketched].
         """
         home, width = self._home(), census.width
-        now = [torch.zeros(0, width, device=home)]
-        before = []
+        now, before = [], []
         for run, row in zip(census.runs, rows, strict=False):
             if run.sketch:
                 now.append(pad(row[:, 3:], (0, width - run.sketch)))
-                kept = torch.stack([_sketch_of(m.state) for m in run.members]).to(home)
-                before.append(pad(kept, (0, width - run.sketch)))
-        sketches = self._whole_sketches(torch.cat(now), census)
-        if not before:
-            return sketches, sketches.new_zeros(0)
-        return sketches, torch.linalg.vector_norm(sketches - torch.cat(before), dim=1)
+                before.append(pad(run.kept_sketches().to(home), (0, width - run.sketch)))
+        if not now:
+            now = before = [torch.zeros(0, width, device=home)]
+        sketches = self._whole_sketches(_joined(now), census)
+        return sketches, torch.linalg.vector_norm(sketches - _joined(before), dim=1)
 
     def _runs(self, census: Census) -> list[Run]:
         """Puts the members in the order in which they are worked through.
@@ -455,6 +475,10 @@ def _buckets(run: list[tuple[int, Member]]) -> list[list[tuple[int, Member]]]:
             size = entry[1].param.numel()
         parts[-1].append(entry)
     return parts
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _sketch_of(state: dict[str, Tensor]) -> Tensor:
