@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m tests.distributed.engines OUTPUT.json CASE...
 
-A case is ENGINE/OPTIMIZER/LAYERS/FORM, FORM "loop" or "foreach". Rank 0 writes, for every case, the
+A case is ENGINE/OPTIMIZER/LAYERS/FORM, FORM one of `FORMS`. Rank 0 writes, for every case, the
 largest relative differences from one process that sees the whole batch (of the layers' S and
 parameters, of losses and total gradient norms), whether S and the norms are equal on all ranks bit
 for bit, and the all-reduces of a step of the optimizer (null where the step is compiled).
@@ -157,6 +157,16 @@ LIKE = {engine: engine for engine in (*STATIC, "fsdp2-bf16")} | dict.fromkeys(FS
 """Engines that do not give a plain run's gradients."""
 
 
+FORMS = {
+    "loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+    "bfloat16": {"foreach": True, "history": "bfloat16"},
+    "sketch": {"foreach": True, "history": "sketch", "sketch_size": 32},  # of three weights
+    "fused-sketch": {"fused": True, "history": "sketch", "sketch_size": 32},
+}
+
+
 class Run(NamedTuple):
     """What a training leaves behind."""
 
@@ -173,8 +183,8 @@ def make(net, name, layers, form, weight_decay="0.01"):
         name,
         lr=1e-2,
         layers=(lambda name: "all") if layers == "all" else layers,
-        foreach=form == "foreach",
         weight_decay=float(weight_decay),
+        **FORMS[form],
     )
 
 

@@ -39,6 +39,7 @@ SAVED, END = 6, 12
 
 CASES = [  # engine, what saves and loads, optimizer
     ("fsdp2", "sharded", "adamlip"),
+    ("fsdp2", "sharded", "adamlip sketch"),
     ("fsdp2", "sharded", "lip-nadam"),
     ("fsdp2", "flattened", "rmslipu"),
     ("fsdp2", "full", "adamlip"),
@@ -67,8 +68,10 @@ class Run:
         self.net, self.accelerator = Net(), None
         if not way.startswith("accelerate"):
             self.net, _ = wrap(engine, self.net)
+        name, *history = name.split()
+        options = {"history": "sketch", "sketch_size": 32} if history else {}
         self.optimizer = create_optimizer(
-            self.net, name, lr=1e-2, weight_decay=0.01, c="theoretical"
+            self.net, name, lr=1e-2, weight_decay=0.01, c="theoretical", **options
         )
         if way.startswith("accelerate"):
             self.accelerator = accelerator_for(engine, way)

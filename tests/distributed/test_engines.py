@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from hf_adalip import create_optimizer
 from hf_adalip.checkpoints import check_distributed
+from hf_adalip.optim.kernels import cpu
 from tests.distributed.engines import Net, batch
 from tests.optim.cases import assert_same
 
@@ -26,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 ALL = ("adalip", "rmslip", "adamlip", "adalipu", "rmslipu", "adamlipu", "lip-nadam")
 EVERY = [f"{name}/{rest}" for name in ALL for rest in ("tensor/loop", "module/foreach")]
 SOME = ["adamlip/module/foreach", "adalipu/tensor/loop"]
+FUSED = [] if cpu.missing() else ["rmslipu/tensor/fused-sketch", "rmslip/module/fused"]
+HISTORIES = ["adamlip/module/sketch", "adamlip/module/bfloat16", *FUSED]
 
 # {ranks: {engine: (all-reduces a step: one for each process group that anything is sharded over,
 # cases)}}; a launch takes ten seconds, a case one or two.
@@ -33,7 +36,7 @@ ENGINES = {
     2: {
         "ddp": (0, SOME),
         "ddp-static": (0, SOME),
-        "fsdp2": (1, EVERY),
+        "fsdp2": (1, [*EVERY, *HISTORIES, "adalipu/tensor/sketch"]),
         "fsdp2-compiled": (None, SOME[:1]),
         "fsdp2-no-reshard": (1, SOME),
         "fsdp2-offload": (1, SOME),
@@ -41,7 +44,7 @@ ENGINES = {
         "fsdp1": (1, [*SOME, "lip-nadam/module/loop", "adamlip/all/loop"]),
         "fsdp1-grad-op": (1, SOME),
         "fsdp1-no-shard": (0, SOME),
-        "tp": (1, SOME),
+        "tp": (1, [*SOME, *HISTORIES[:3]]),
         "tp-sequence": (3, SOME),  # two of them sum up gradients that were left partial
     },
     4: {
@@ -49,7 +52,7 @@ ENGINES = {
         "hsdp": (1, SOME),
         "fsdp1": (1, SOME),
         "fsdp1-hybrid": (1, SOME),
-        "fsdp2-tp": (2, SOME),
+        "fsdp2-tp": (2, [*SOME, *HISTORIES[:3]]),
     },
 }
 
@@ -84,14 +87,19 @@ def test_training_is_that_of_one_process(tmp_path, ranks):
 
     "fsdp2-bf16" has parameters and gradients in bf16, reduced in float32; so has its one process.
     FSDP1 gives zeros for what a part of it (a unit) has not used; so does its one process.
+    Sketches are summed up by one more all-reduce for each process group. In a bfloat16 history a
+    difference of one rounding in float32 may decide how an element is rounded: 4e-3 of it.
     """
     engines = ENGINES[ranks]
     cases = [f"{engine}/{case}" for engine, (_, some) in engines.items() for case in some]
     for case, result in launch(tmp_path / "found.json", ranks, cases).items():
         for what in ("S", "parameters", "losses", "norms"):
-            assert result[what] < 1e-6, (case, what)
+            assert result[what] < (1e-4 if case.endswith("bfloat16") else 1e-6), (case, what)
         assert result["same_on_all_ranks"], case
-        assert result["collectives"] == engines[case.split("/")[0]][0], case
+        collectives = engines[case.split("/")[0]][0]
+        if case.endswith("sketch"):
+            collectives *= 2
+        assert result["collectives"] == collectives, case
 
 
 def test_gradients_reduced_in_bf16_cost_bf16s_precision(tmp_path):
