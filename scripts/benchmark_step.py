@@ -148,24 +148,25 @@ def state_bytes(optimizer: Optimizer) -> int:
     found = {storage.data_ptr(): storage.nbytes() for storage in storages}
     for param in (p for group in optimizer.param_groups for p in group["params"]):
         for tensor in (param, param.grad):
-            found.pop(tensor.untyped_storage().data_ptr(), None)
+            if tensor is not None:
+                found.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(found.values())
 
 
-def peak_extra(optimizer: Optimizer, device: torch.device) -> int:
+def peak_extra(step: Callable[[], Any], device: torch.device) -> int:
     """Bytes that a step needs beyond those that are there."""
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        optimizer.step()
+        step()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes that there is no GPU
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        optimizer.step()
+        step()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
@@ -232,7 +233,7 @@ def measure(
                 "ms": spread([1e3 * t for t in times[name]]),
                 "ratio": spread(ratios),
                 "state_bytes_per_parameter": state_bytes(optimizer) / parameters,
-                "peak_extra_bytes": peak_extra(optimizer, device),
+                "peak_extra_bytes": peak_extra(optimizer.step, device),
                 "synchronizations": synchronizations(optimizer, device),
                 "first_step_seconds": first[name],
                 "rounds_ms": [1e3 * t for t in times[name]],
