@@ -100,7 +100,8 @@ class OptimizerInfo:
     def create(self, params: ParamsT, **arguments: Any) -> Optimizer:
         """An optimizer over `params`; `arguments` win over `defaults`.
 
-        For a `lip-` name, arguments of `Lipschitz` go there and the others to the base.
+        For a `lip-` name, arguments of `Lipschitz` go there, and the others to the base; `fused`
+        is for both, where the base has it.
 
         Raises:
             TypeError: for an argument that the class does not take.
@@ -110,10 +111,12 @@ class OptimizerInfo:
         self._check_names(arguments)
         if not issubclass(self.optimizer_class, Lipschitz):
             return cast("Optimizer", make(params, **arguments))
+        base = cast("Any", self.base)
         own = set(inspect.signature(Lipschitz).parameters) - {"optimizer"}
-        wrapped = {key: value for key, value in arguments.items() if key not in own}
+        shared = {"fused"} & set(inspect.signature(base).parameters)
+        wrapped = {key: value for key, value in arguments.items() if key not in own - shared}
         arguments = {key: value for key, value in arguments.items() if key in own}
-        return cast("Optimizer", make(cast("Any", self.base)(params, **wrapped), **arguments))
+        return cast("Optimizer", make(base(params, **wrapped), **arguments))
 
 
 _REGISTRY: dict[str, OptimizerInfo] = {}

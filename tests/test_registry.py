@@ -15,6 +15,7 @@ from hf_adalip import (
     register_optimizer,
 )
 from hf_adalip.layers import parameter_groups
+from hf_adalip.optim.kernels import cpu
 from hf_adalip.registry import _REGISTRY, describe_optimizer
 
 SIX = {
@@ -125,6 +126,15 @@ def test_lip_names_wrap_any_torch_optimizer(base):
     assert type(optimizer.optimizer).__name__.lower() == base
     assert optimizer.hyperparameters["gamma"] == 0.6
     assert optimizer.param_groups[0]["layer_names"][0] == "0"
+
+
+@pytest.mark.skipif(bool(cpu.missing()), reason=f"needs {cpu.missing()}")
+def test_fused_is_for_lipschitz_and_its_base():
+    assert create_optimizer(model(), "lip-adamw", fused=False).param_groups[0]["fused"] is False
+    fused = create_optimizer(model(), "lip-adamw", fused=True)
+    assert fused.param_groups[0]["fused"] is True
+    assert fused._fused is True
+    assert create_optimizer(model(), "lip-nadam", fused=True)._fused is True  # which has no such
 
 
 def test_lip_names_reach_timms_optimizers():
