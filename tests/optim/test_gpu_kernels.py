@@ -707,3 +707,13 @@ def test_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None
     assert gpu.measure(spec, tensors, numbers, constants)[0][0, 0].item() == 5.0
     gpu.advance(spec, tensors, numbers, constants, torch.ones(1, dtype=torch.bool, device=DEVICE))
     assert (p[0].item(), p[-1].item(), p[1:-1].any().item()) == (-3.0, -4.0, False)
+
+
+def test_tables_are_made_on_the_host_whatever_the_default_device() -> None:
+    x, cpu = torch.ones(3), torch.device("cpu")
+    tables._TABLES.clear()
+    with torch.device("meta"):
+        batch = gpu._batch(Tensors([x], [x], (), [], []), cpu, 0)
+        spec = Spec(rule="SGD", signal="gradient", dtype=x.dtype, history=None)
+        constants = gpu._constants(spec, Constants(0.0, 0.0, 0.0, 0.0, 0.0), x)
+    assert batch.table.device == batch.owner.device == constants.device == cpu

@@ -156,7 +156,11 @@ def _constants(spec: Spec, given: Constants, numbers: Tensor) -> Tensor:
         *(weight_decay, -1.0 if spec.maximize else 1.0),
     )
     dtype = numbers.dtype
-    return on_device((content, dtype), numbers.device, lambda: torch.tensor(content, dtype=dtype))
+
+    def made() -> Tensor:  # on the host, whatever torch's default device is
+        return torch.tensor(content, dtype=dtype, device="cpu")
+
+    return on_device((content, dtype), numbers.device, made)
 
 
 class _Batch(NamedTuple):
@@ -182,13 +186,14 @@ def _batch(tensors: Tensors, device: torch.device, sketch: int) -> _Batch:
     firsts = _firsts(sizes, starts if sketch else None, sketch or BLOCK)
 
     def records() -> Tensor:
-        table = torch.zeros(8, len(firsts), dtype=torch.int64)
-        table[:7, :-1] = torch.tensor(columns)
-        table[7] = torch.tensor(firsts)
+        table = torch.zeros(8, len(firsts), dtype=torch.int64, device="cpu")
+        table[:7, :-1] = torch.tensor(columns, device="cpu")
+        table[7] = torch.tensor(firsts, device="cpu")
         return table.T.contiguous()
 
     def owner() -> Tensor:
-        return torch.repeat_interleave(torch.tensor(firsts).diff()).to(torch.int32)
+        counts = torch.tensor(firsts, device="cpu").diff()
+        return torch.repeat_interleave(counts).to(torch.int32)
 
     return _Batch(
         on_device((*pointers, sizes, starts, firsts), device, records),
