@@ -128,8 +128,12 @@ class Census:
 
     def pack(self) -> None:
         """Makes each number of the members a view of one vector, so that all are read or written
-        by one operation."""
-        if len({m.tensor.device for m in self.members}) > 1:
+        by one operation.
+
+        State that a CUDA graph may have captured stays where it is.
+        """
+        capturable = any(m.group.get("capturable") for m in self.members)
+        if capturable or len({m.tensor.device for m in self.members}) > 1:
             return
         for key in SCALARS:
             if self.members and all(key in m.stored for m in self.members):
@@ -148,10 +152,18 @@ class Census:
     @property
     def intact(self) -> bool:
         """Whether the members' state consists of the same tensors as when it was noted."""
+        # `x.data = ...`, with which state is moved to another device and back, keeps the tensor.
+        if any(self.members[0].stored[k].data_ptr() != v.data_ptr() for k, v in self._packed):
+            return False
         return all(
             len(member.stored) == len(values) and all(map(is_, member.stored.values(), values))
             for member, values in zip(self.members, self._noted, strict=True)
         )
+
+    @property
+    def _packed(self) -> list[tuple[str, Tensor]]:
+        first = self.members[0].stored if self.members else {}
+        return [(key, vector) for key, vector in self._vectors.items() if key in first]
 
     def read(self, key: str, here: slice, home: torch.device) -> Tensor:
         """A number of some of the members."""

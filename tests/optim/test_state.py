@@ -628,3 +628,28 @@ def test_structure_of_another_model_is_not_loaded(wrapped: bool) -> None:
     for p in own:
         p.grad = torch.ones_like(p)
     optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["adamlip", "adalipu"])
+def test_state_that_is_moved_by_its_data_is_the_state_that_is_stepped(kind: str) -> None:
+    """`x.data = x.data.to(device)`, with which many a script moves an optimizer's state."""
+    results = []
+    for moves in (False, True):
+        params = named_params()
+        optimizer = CLASSES[kind](params.values())
+        train(optimizer, params, range(3))
+        for x in (x for state in optimizer.state.values() for x in state.values() if moves):
+            x.data = x.data.clone()
+        train(optimizer, params, range(3, 6))
+        results.append(snapshot(optimizer, params))
+    assert_same(*results)
+
+
+def test_state_that_a_graph_may_have_captured_stays_where_it_is() -> None:
+    params = named_params()
+    optimizer = AdamLip(params.values(), capturable=True)
+    train(optimizer, params, range(1))
+    where = {id(x): x.data_ptr() for state in optimizer.state.values() for x in state.values()}
+    train(optimizer, params, range(1, 4))
+    now = {id(x): x.data_ptr() for state in optimizer.state.values() for x in state.values()}
+    assert now == where
