@@ -395,7 +395,8 @@ class LipOptimizer(LayerwiseOptimizer):
         lr = group["lr"]
         steps = census.read("step", run.here, device)
         params, states = [m.param for m in members], [m.state for m in members]
-        grads = [grad for m in members if (grad := m.grad) is not None] if run.form else []
+        given = [member.grad for member in members] if run.form else []
+        grads = [grad for grad in given if grad is not None]
         if not run.plain:
             grads = [real(local_grad(p, g)) for p, g in zip(params, grads, strict=bool(run.form))]
             params = [real(local(p)) for p in params]

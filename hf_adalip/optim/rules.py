@@ -201,9 +201,8 @@ def measure(batch: Batch) -> Tensor:
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
     rows = []
-    for member, param, raw, state, step in zip(
-        batch.members, batch.params, batch.grads, batch.states, batch.steps.unbind(), strict=True
-    ):
+    tensors = zip(batch.params, batch.grads, batch.states, batch.steps.unbind(), strict=True)
+    for i, (param, raw, state, step) in enumerate(tensors):
         grad = gradient(param, raw, group)
         old = {name: _read(state[name], batch.group) for name in batch.names}
 
@@ -212,7 +211,8 @@ def measure(batch: Batch) -> Tensor:
 
         now = signal.now(grad, proposal)
         if batch.sketch:
-            rows.append(sketched(now, norm(grad), norm(now), member.param, batch.sketch))
+            whole = batch.members[i].param
+            rows.append(sketched(now, norm(grad), norm(now), whole, batch.sketch))
             continue
         before = signal.before(old, partial(_retraced, batch, old, state, step - 1))
         size = norm(grad)

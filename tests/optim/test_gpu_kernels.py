@@ -201,7 +201,7 @@ def work(
         state["prev_lr"] = torch.tensor(0.0 if i == 1 else 0.07, dtype=steps.dtype)
     lr = 0.05
     batch = Batch(
-        *(rule, signal, group, False, [], draw(), draw(), states, steps, lr),
+        *(rule, signal, group, [], draw(), draw(), states, steps, lr),
         layer_of=list(range(len(sizes))),
     )
     wide = wide_dtype(dtype)
@@ -398,9 +398,8 @@ def test_sums_of_many_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     made = work(rules.SGD(), signals.Gradients(), {"momentum": 0.0}, dtype, [7, 8 * 150 + 3, 20])
     norms = made.measure()
     assert_close_norms(norms, rules.measure(made.batch))
-    one = Tensors(
-        *([role[1]] if role else [] for role in made.tensors[:2]), (), [made.tensors.history[1]], []
-    )
+    params, grads, history = made.tensors.params, made.tensors.grads, made.tensors.history
+    one = Tensors(params[1:2], grads[1:2], (), history[1:2], [])
     alone, _ = gpu.measure(made.spec, one, made.numbers[1:2], made.constants)
     assert torch.equal(alone.cpu(), norms[1:2])
 
@@ -440,7 +439,7 @@ def test_sketch(
     exact = rules.measure(made.batch)
     # Where x is an update, it is had by sketching the tensors with a history of zeros.
     spec = replace(made.spec, history=None, sketch=k)
-    tensors = made.tensors._replace(starts=starts, history=[])
+    tensors = replace(made.tensors, starts=starts, history=[])
     norms, sketches = gpu.measure(spec, tensors, made.numbers, made.constants)
     assert sketches is not None
     assert_close_norms(norms.cpu()[:, :2], exact[:, :2])
@@ -559,7 +558,7 @@ def test_compiles_for_every_dtype(dtype: torch.dtype, compiler: Compiler) -> Non
     made.measure()
     made.advance()
     spec = replace(made.spec, history=None, sketch=4096)
-    tensors = made.tensors._replace(history=[], starts=[0] * len(SIZES))
+    tensors = replace(made.tensors, history=[], starts=[0] * len(SIZES))
     gpu.measure(spec, tensors, made.numbers, made.constants)
     assert len(compiler.kernels) == 6
     for kernel in compiler.kernels:
