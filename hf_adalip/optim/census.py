@@ -152,12 +152,13 @@ class Census:
     @property
     def intact(self) -> bool:
         """Whether the members' state consists of the same tensors as when it was noted."""
-        # `x.data = ...`, with which state is moved to another device and back, keeps the tensor.
-        if any(self.members[0].stored[k].data_ptr() != v.data_ptr() for k, v in self._packed):
-            return False
-        return all(
+        same = all(
             len(member.stored) == len(values) and all(map(is_, member.stored.values(), values))
             for member, values in zip(self.members, self._noted, strict=True)
+        )
+        # `x.data = ...`, with which state is moved to another device and back, keeps the tensor.
+        return same and all(
+            self.members[0].stored[k].data_ptr() == v.data_ptr() for k, v in self._packed
         )
 
     @property
@@ -169,8 +170,7 @@ class Census:
         """A number of some of the members."""
         if key in self._vectors:
             return self._vectors[key][here]
-        values = [member.state[key] for member in self.members[here]]
-        return torch.stack([x if x.device == home else x.to(home) for x in values])
+        return _gathered(self.members[here], key, home)
 
     def write(self, key: str, values: Tensor, here: slice) -> None:
         """Stores a number of some of the members."""
@@ -187,18 +187,22 @@ class Census:
         """A number of some of the layers; all members of a layer have the same."""
         if key in self._vectors:
             return pick(self._vectors[key], self._leaders)[here]
-        values = [self.members[i].state[key] for i in self._lead[here]]
-        return torch.stack([x if x.device == home else x.to(home) for x in values])
+        return _gathered([self.members[i] for i in self._lead[here]], key, home)
 
     def write_layers(self, key: str, values: Tensor, here: slice) -> None:
         """Stores a number of some of the layers in all of their members."""
         if key in self._vectors and len(values) == len(self.layers):
             self._vectors[key].copy_(self.spread(values))
             return
-        owned = [(i, m) for i, m in zip(self.owner, self.members, strict=True)]
+        owned = zip(self.owner, self.members, strict=True)
         first, last, _ = here.indices(len(self.layers))
         mine = [(i - first, m) for i, m in owned if first <= i < last]
         store([m.state[key] for _, m in mine], pick(values, tuple(i for i, _ in mine)))
+
+
+def _gathered(members: Sequence[Member], key: str, home: torch.device) -> Tensor:
+    values = [member.state[key] for member in members]
+    return torch.stack([x if x.device == home else x.to(home) for x in values])
 
 
 def pick(values: Tensor, indices: tuple[int, ...] | None) -> Tensor:

@@ -54,7 +54,6 @@ class Run:
     form: ModuleType | None  # None for those without a gradient in a layer that has one
     sketch: int  # how many numbers they keep of x_{t-1}; 0 for tensors
     members: list[Member]
-    layer_of: list[int]
     here: slice  # of the census' members
     rows: slice  # of those that have a sketch
     plain: bool  # whether their tensors can be stepped as they are
@@ -385,7 +384,7 @@ class LipOptimizer(LayerwiseOptimizer):
             size = members[0].sketch
             rows = slice(sketched, sketched := sketched + (len(part) if size else 0))
             plain = all(_is_plain(m) for m in members)
-            runs.append(Run(taken, size, members, [i for i, _ in part], here, rows, plain))
+            runs.append(Run(taken, size, members, here, rows, plain))
         return runs
 
     def _batch(self, run: Run, census: Census) -> Batch:
@@ -411,7 +410,6 @@ class LipOptimizer(LayerwiseOptimizer):
             states=states,
             steps=steps + 1 if run.form else steps,
             lr=lr.to(device).squeeze() if isinstance(lr, Tensor) else lr,
-            layer_of=run.layer_of,
             sketch=run.sketch,
         )
 

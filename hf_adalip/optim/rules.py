@@ -151,7 +151,6 @@ class Batch:
     states: list[dict[str, Tensor]]
     steps: Tensor  # [tensors], t of each
     lr: Tensor | float  # α_t
-    layer_of: list[int]
     sketch: int = 0  # the size of the sketches of x that are kept; 0 where x itself is
     prepared: Any = None  # what a form made of it in `measure` and needs again in `advance`
 

@@ -476,5 +476,4 @@ def _batch(
         states=[{"prev_grad": before[i]} for i in kind],
         steps=torch.zeros(len(kind), device=params[kind[0]].device),
         lr=0.0,
-        layer_of=[],
     )

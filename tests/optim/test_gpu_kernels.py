@@ -200,10 +200,7 @@ def work(
     for i, state in enumerate(states):
         state["prev_lr"] = torch.tensor(0.0 if i == 1 else 0.07, dtype=steps.dtype)
     lr = 0.05
-    batch = Batch(
-        *(rule, signal, group, [], draw(), draw(), states, steps, lr),
-        layer_of=list(range(len(sizes))),
-    )
+    batch = Batch(rule, signal, group, [], draw(), draw(), states, steps, lr)
     wide = wide_dtype(dtype)
     rates = torch.rand(len(sizes), generator=generator).to(wide)
     beta1, beta2 = group.get("betas", (group.get("alpha", 0.0), 0.0))
