@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -93,6 +94,8 @@ class Census:
         hidden: whether it takes a collective to know which layers have a gradient.
         members: of all layers, in the order in which a step works through them.
         owner: the index of each member's layer.
+        groups: the parameter groups of all members.
+        group_of: the index of each member's group.
     """
 
     def __init__(
@@ -109,20 +112,22 @@ class Census:
                 self.kinds.append((layer.options, slice(i, i + 1)))
             else:
                 self.kinds[-1] = (layer.options, slice(self.kinds[-1][1].start, i + 1))
-        self.groups = [[m.group for m in layer.all] for layer in layers]
+        self.groups = list({id(m.group): m.group for layer in layers for m in layer.all}.values())
         self.runs: list[Any] = []  # an optimizer's, of members that are stepped together
         self.kept = False  # whether the optimizer has the members' state
         self._vectors: dict[str, Tensor] = {}
-        self._noted: list[list[Any]] = []
+        self._noted: tuple[list[State], list[Any]] = [], []
         self.arrange([(i, m) for i, layer in enumerate(layers) for m in layer.all])
 
     def arrange(self, members: Sequence[tuple[int, Member]]) -> None:
         """Sets the order of the members, given with the index of their layer."""
         self.members = [member for _, member in members]
         self.owner = tuple(i for i, _ in members)
+        places = {id(group): i for i, group in enumerate(self.groups)}
+        self.group_of = tuple(places[id(member.group)] for member in self.members)
         self._spread = None if _is_range(self.owner, len(self.layers)) else self.owner
-        places = {layer: place for place, layer in reversed(list(enumerate(self.owner)))}
-        lead = tuple(places[i] for i in range(len(self.layers)))
+        firsts = {layer: place for place, layer in reversed(list(enumerate(self.owner)))}
+        lead = tuple(firsts[i] for i in range(len(self.layers)))
         self._lead = lead
         self._leaders = None if _is_range(lead, len(self.members)) else lead
 
@@ -132,7 +137,8 @@ class Census:
 
         State that a CUDA graph may have captured stays where it is.
         """
-        capturable = any(m.group.get("capturable") for m in self.members)
+        # Who does not say (a base that is not ours or Adam's) may be captured all the same.
+        capturable = any(m.group.get("capturable", m.tensor.is_cuda) for m in self.members)
         if capturable or len({m.tensor.device for m in self.members}) > 1:
             return
         for key in SCALARS:
@@ -147,15 +153,14 @@ class Census:
 
     def note(self) -> None:
         """Takes the members' state as it is now for `intact`."""
-        self._noted = [list(member.stored.values()) for member in self.members]
+        states = [member.stored for member in self.members]
+        self._noted = states, list(chain.from_iterable(map(dict.values, states)))
 
     @property
     def intact(self) -> bool:
         """Whether the members' state consists of the same tensors as when it was noted."""
-        same = all(
-            len(member.stored) == len(values) and all(map(is_, member.stored.values(), values))
-            for member, values in zip(self.members, self._noted, strict=True)
-        )
+        states, values = self._noted
+        same = same_objects(list(chain.from_iterable(map(dict.values, states))), values)
         # `x.data = ...`, with which state is moved to another device and back, keeps the tensor.
         return same and all(
             self.members[0].stored[k].data_ptr() == v.data_ptr() for k, v in self._packed
@@ -200,6 +205,10 @@ class Census:
         store([m.state[key] for _, m in mine], pick(values, tuple(i for i, _ in mine)))
 
 
+def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
 def _gathered(members: Sequence[Member], key: str, home: torch.device) -> Tensor:
     values = [member.state[key] for member in members]
     return torch.stack([x if x.device == home else x.to(home) for x in values])
@@ -223,6 +232,13 @@ def scalar(value: float, param: Tensor) -> Tensor:
     """A number of the state: float32 whatever the parameter's dtype (float64 if that is
     torch's default dtype, as in torch.optim), on the parameter's device."""
     return torch.tensor(value, dtype=_get_scalar_dtype(), device=param.device)
+
+
+def as_scalar(number: Tensor | float, device: torch.device) -> Tensor:
+    """An option that may be a tensor of one element, on the device, without waiting for it."""
+    if isinstance(number, Tensor):
+        return number.to(device, non_blocking=True).squeeze()
+    return torch.tensor(number, device=device)
 
 
 def store(targets: Sequence[Tensor], values: Tensor) -> None:

@@ -6,6 +6,7 @@ one memory order, and a table of numbers, none of which is read on the host.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, Literal, cast
 
@@ -199,18 +200,27 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
     grads = batch.grads
     if any(map(Tensor.is_neg, grads)):
         grads = [g.resolve_neg() for g in grads]
+    grads = alike(grads, spec.dtype)
+    before: Tensors | None = batch.memo.get(spec)
+    if before is not None:
+        now = replace(before, params=batch.params, grads=grads)
+        if now.places == before.places:  # else state was moved by its data (x.data = ...)
+            return now, []
     count = len(batch.rule.kept(batch.group))
     rows = [[state[name] for state in batch.states] for name in batch.names]
     dtypes = [spec.dtype] * count + [spec.history or spec.dtype]
     used = [alike(row, dtype) for row, dtype in zip(rows, dtypes, strict=False)]
     tensors = Tensors(
         params=batch.params,
-        grads=alike(grads, spec.dtype),
+        grads=grads,
         moments=tuple(used[:count]),
         history=[x for row in used[count:] for x in row],
         starts=[start_in_whole(m.param) or 0 for m in batch.members] if batch.sketch else [],
     )
     changed = [(row, other) for row, other in zip(rows, used, strict=True) if row is not other]
+    if not changed:
+        batch.memo[spec] = kept = replace(tensors, params=[], grads=[])
+        kept.places = tensors.places
     pairs = [pair for row, other in changed for pair in zip(row, other, strict=True)]
     return tensors, [(original, copy) for original, copy in pairs if original is not copy]
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,18 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .census import LAYER_SCALARS, SCALARS, Census, Layer, Member, Options, State, scalar
+from .census import (
+    LAYER_SCALARS,
+    SCALARS,
+    Census,
+    Layer,
+    Member,
+    Options,
+    State,
+    as_scalar,
+    same_objects,
+    scalar,
+)
 from .flat import Original, Part, flat_tensors, is_held, parts_of, unknown
 from .groups import Layers, decays_of, name_layers, restore_structure, structure_of
 from .history import HISTORIES, Exact, history_of
@@ -60,14 +71,13 @@ class Kept:
         self.census = census
         self.census.note()
         self._used = False
-        state = optimizer.state
+        self._state = list(optimizer.state), list(optimizer.state.values())
         self._groups = [
             (
                 group,
                 optimizer._manner(group),
                 _structure(group),
                 list(group["params"]),
-                list(map(state.get, group["params"])),
                 _kinds(group["params"]),
             )
             for group in optimizer.param_groups
@@ -77,17 +87,20 @@ class Kept:
         # Asked at every step, when little of the parameters is in a cache: hence the loops of C.
         if len(optimizer.param_groups) != len(self._groups):
             return False
-        for group, (known, manner, structure, params, states, kinds) in zip(
+        for group, (known, manner, structure, params, kinds) in zip(
             optimizer.param_groups, self._groups, strict=True
         ):
             now = group["params"]
             if group is not known or optimizer._manner(group) != manner:
                 return False
-            if _structure(group) != structure or not _are(now, params):
+            if _structure(group) != structure or not same_objects(now, params):
                 return False
-            if not _are(list(map(optimizer.state.get, now)), states) or _kinds(now) != kinds:
+            if _kinds(now) != kinds:
                 return False
-        if not self.census.intact:
+        params, states = self._state
+        if not same_objects(list(optimizer.state), params):
+            return False
+        if not same_objects(list(optimizer.state.values()), states) or not self.census.intact:
             return False
         if not self._used:  # packing is for those that are used again
             self._used = True
@@ -99,18 +112,22 @@ def _structure(group: dict[str, Any]) -> list[list[str]]:
     return [list(group["layer_names"]), list(group.get("no_weight_decay", ()))]
 
 
-def _are(some: Sequence[object], others: Sequence[object]) -> bool:
-    return len(some) == len(others) and all(map(is_, some, others))
-
-
 _of_param = attrgetter("device", "dtype", "shape")
 _of_grad = attrgetter("dtype", "layout")
+_grad = attrgetter("grad")
 
 
 def _kinds(params: Sequence[Tensor]) -> list[object]:
     """What of parameters and their gradients decides how they are stepped."""
-    grads = [None if (grad := p.grad) is None else _of_grad(grad) for p in params]
-    return [grads, list(map(_of_param, params)), list(map(Tensor.stride, params))]
+    grads = list(map(_grad, params))
+    present = [grad for grad in grads if grad is not None]
+    missing = len(present) != len(grads) and [grad is None for grad in grads]
+    return [
+        list(map(_of_grad, present)),
+        missing,
+        list(map(_of_param, params)),
+        list(map(Tensor.stride, params)),
+    ]
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -489,23 +506,30 @@ class LayerwiseOptimizer(Optimizer):
             return norms, norms.new_zeros(0, dtype=torch.bool)
         norms = layer_norms(norms, owner, len(census.layers))
         everyone = slice(0, len(census.layers))
-        live = (norms[:, 0] != 0) | (census.read_layers("prev_norm", everyone, norms.device) >= 0)
-        live = live | _has_rate(census.groups, live)
+        if all(not isinstance(group["lr"], Tensor) and group["lr"] for group in census.groups):
+            live = norms.new_ones(len(census.layers), dtype=torch.bool)  # nearly always
+        else:
+            before = census.read_layers("prev_norm", everyone, norms.device)
+            rated = _has_rate(census.groups, norms.device)[
+                index_tensor(census.group_of, norms.device)
+            ]
+            owners = index_tensor(census.owner, norms.device)
+            live = (norms[:, 0] != 0) | (before >= 0)
+            live = live | (norms.new_zeros(len(live)).index_add(0, owners, rated.to(norms)) > 0)
         return (norms[:, :-1], live & (norms[:, -1] > 0)) if census.hidden else (norms, live)
 
-    def _finite(self, layers: list[Layer], norms: Tensor) -> Tensor:
+    def _finite(self, census: Census, norms: Tensor) -> Tensor:
         """Which layers have finite norms; raises for those that are to raise.
 
         Raises:
             RuntimeError: with nonfinite="raise", naming the layers. Nothing has been changed.
         """
-        finite = norms.isfinite().all(dim=1)
-        strict = [layer.options[0].nonfinite == "raise" for layer in layers]
-        if any(strict):
+        layers, finite = census.layers, norms.isfinite().all(dim=1)
+        if any(estimator.nonfinite == "raise" for (estimator, _), _ in census.kinds):
             bad = [
                 layer.name
-                for layer, ok, raises in zip(layers, finite.tolist(), strict, strict=True)
-                if raises and not ok
+                for layer, ok in zip(layers, finite.tolist(), strict=True)
+                if layer.options[0].nonfinite == "raise" and not ok
             ]
             if bad:
                 raise RuntimeError(
@@ -546,8 +570,7 @@ class LayerwiseOptimizer(Optimizer):
                 assert after is not None
                 census.write_layers(key, torch.where(go, after, before), here)
             count = census.read_layers("nonfinite_steps", here, norms.device)
-            count = count + (~finite[here]).to(count.dtype)
-            census.write_layers("nonfinite_steps", count, here)
+            census.write_layers("nonfinite_steps", count + ~finite[here], here)
             factors.append(factor)
         return torch.cat(factors)
 
@@ -573,7 +596,7 @@ class LayerwiseOptimizer(Optimizer):
                         (), dtype=_get_scalar_dtype(), device=home
                     )
                 count = group["lipschitz_step"]
-                taken = live.any().to(count.device) | _has_rate([[group]], count)[0]
+                taken = live.any().to(count.device) | _has_rate([group], count.device)[0]
                 count += taken.to(count.dtype)
 
     def _tensors(self, group: dict[str, Any]) -> list[Tensor]:
@@ -654,21 +677,12 @@ def _name_of(function: Callable[[str], str]) -> str:
     return getattr(function, "__qualname__", repr(function))
 
 
-def _has_rate(groups: Sequence[Sequence[dict[str, Any]]], like: Tensor) -> Tensor:
-    """Which lists of groups have one with lr != 0, on `like`'s device."""
-    own = {id(group): group["lr"] for some in groups for group in some}
-    if not any(isinstance(lr, Tensor) for lr in own.values()):
-        if all(own.values()):
-            return torch.ones(len(groups), dtype=torch.bool, device=like.device)
-        rates = [[own[id(group)] for group in some] for some in groups]
-        return index_tensor(tuple(int(any(some)) for some in rates), like.device) > 0
-    rates = [[group["lr"] for group in some] for some in groups]
-    return torch.stack(
-        [
-            torch.stack([torch.as_tensor(lr, device=like.device).squeeze() for lr in some]).any()
-            for some in rates
-        ]
-    )
+def _has_rate(groups: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
+    """Which groups have lr != 0, on the device."""
+    rates = [group["lr"] for group in groups]
+    if not any(isinstance(lr, Tensor) for lr in rates):
+        return index_tensor(tuple(int(lr != 0) for lr in rates), device) > 0
+    return torch.stack([as_scalar(lr, device) for lr in rates]) != 0
 
 
 def _forget_predecessor(states: Sequence[State]) -> None:

@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from . import foreach, fused, rules
-from .census import Census, Member, Options, real, store
+from .census import Census, Member, Options, as_scalar, real, store
 from .groups import Layers
 from .history import DEFAULT_SKETCH_SIZE, DTYPES, SKETCH
 from .layerwise import Keys, LayerwiseOptimizer, may_change
@@ -58,6 +58,7 @@ class Run:
     rows: slice  # of those that have a sketch
     plain: bool  # whether their tensors can be stepped as they are
     kept: Tensor | None = field(default=None, init=False)  # their sketches of x_{t-1}, if packed
+    memo: dict[Any, Any] = field(default_factory=dict, init=False)  # of `form`, see Batch
 
     def kept_sketches(self) -> Tensor:
         """The members' sketches of x_{t-1}, shape [members, k]."""
@@ -293,7 +294,7 @@ class LipOptimizer(LayerwiseOptimizer):
         norms, live = self._layer_norms(norms, census, changes)
         if not layers:
             return live
-        finite = self._finite(layers, norms)
+        finite = self._finite(census, norms)
 
         # Follow: S of every layer, and what it makes of every tensor's learning rate.
         self._keep(census)
@@ -305,23 +306,24 @@ class LipOptimizer(LayerwiseOptimizer):
             device, here = batch.steps.device, run.here
             may = may_change(batch.group["nonfinite"], finite_members[here], live_members[here])
             go = may.to(device)
-            numbers = {}
+            numbers: dict[str, Tensor] = {}
+            retraces = self.signal.retraces(self.rule, batch.group)
             previous = batch.group.get("previous", "applied")
             if run.form is None:
                 rules.forget(batch, go)
-                gained = torch.zeros_like(batch.steps)
+                if retraces:
+                    numbers["prev_lr"] = torch.zeros_like(batch.steps)
             else:
                 rates = batch.lr * factor[here].to(device, wide_dtype(batch.params[0].dtype))
                 remembered = remembered_rates(rates, batch.lr, previous)
                 run.form.advance(batch, rates, remembered, go)
                 numbers = {"step": batch.steps, "layer_lr": rates}
-                gained = remembered * self.rule.gain(batch.steps, batch.group)
+                if retraces:
+                    numbers["prev_lr"] = remembered * self.rule.gain(batch.steps, batch.group)
             if sketches is not None and run.sketch:
                 x = sketches[run.rows, : run.sketch].to(device)
                 x = self.signal.remembered_norm(x, factor[here, None].to(x), previous)
                 run.keep_sketches(x, go)
-            if self.signal.retraces(self.rule, batch.group):
-                numbers["prev_lr"] = gained
             for name, values in numbers.items():
                 before = census.read(name, here, device)
                 census.write(name, torch.where(go, values, before), here)
@@ -394,7 +396,7 @@ class LipOptimizer(LayerwiseOptimizer):
         lr = group["lr"]
         steps = census.read("step", run.here, device)
         params, states = [m.param for m in members], [m.state for m in members]
-        given = [member.grad for member in members] if run.form else []
+        given = [x.grad for x in (params if run.plain else members)] if run.form else []
         grads = [grad for grad in given if grad is not None]
         if not run.plain:
             grads = [real(local_grad(p, g)) for p, g in zip(params, grads, strict=bool(run.form))]
@@ -409,14 +411,17 @@ class LipOptimizer(LayerwiseOptimizer):
             grads=grads,
             states=states,
             steps=steps + 1 if run.form else steps,
-            lr=lr.to(device).squeeze() if isinstance(lr, Tensor) else lr,
+            lr=as_scalar(lr, device) if isinstance(lr, Tensor) else lr,
             sketch=run.sketch,
+            memo=run.memo,
         )
 
     def _capture_check(self) -> None:
         """torch's check of `capturable`, and that a captured step would follow a changing lr."""
         check = "_accelerator_graph_capture_health_check"  # of newer torch
         getattr(self, check if hasattr(self, check) else "_cuda_graph_capture_health_check")()
+        if not _is_capturing():
+            return  # torch.distributed.checkpoint's trial step has a lr tensor on the CPU
         for group in self.param_groups:
             lr = group["lr"]
             if (
@@ -427,6 +432,10 @@ class LipOptimizer(LayerwiseOptimizer):
                 raise ValueError(
                     f"capturable=True needs lr on the parameters' device, got it on {lr.device}"
                 )
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache(maxsize=64)

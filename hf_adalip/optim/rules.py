@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from operator import mul
 from typing import TYPE_CHECKING, Any
@@ -153,6 +153,9 @@ class Batch:
     lr: Tensor | float  # α_t
     sketch: int = 0  # the size of the sketches of x that are kept; 0 where x itself is
     prepared: Any = None  # what a form made of it in `measure` and needs again in `advance`
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """What a form may keep from step to step, as long as params and states are the same objects
+    and the parameters lie in memory as they did."""
 
     @property
     def history(self) -> tuple[str, ...]:

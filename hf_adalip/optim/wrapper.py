@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from . import fused as fused_form
-from .census import SCALARS, Census, Layer, Member, Options, State, pick, real, store
+from .census import SCALARS, Census, Layer, Member, Options, State, as_scalar, pick, real, store
 from .groups import Layers, name_layers, restore_structure, structure_of
 from .layerwise import Keys, LayerwiseOptimizer, may_change
 from .lipschitz import Estimator
@@ -310,7 +310,7 @@ class Lipschitz(LayerwiseOptimizer):
             size = mixed_norms(grads, home)
             size = torch.cat([size, size.new_zeros(len(silent))])
             grad_norms, live = self._layer_norms(size[:, None], census)
-        finite = self._finite(layers, grad_norms)
+        finite = self._finite(census, grad_norms)
 
         old = [p.clone() for p in params]
         finite, moved = self._base_step(layers, finite)
@@ -427,7 +427,7 @@ class Lipschitz(LayerwiseOptimizer):
             here = tuple(i for i, m in enumerate(members) if m.group is group and moved[i])
             if here:
                 lr = group["lr"]
-                lr = lr.to(factor.device) if isinstance(lr, Tensor) else lr
+                lr = as_scalar(lr, factor.device) if isinstance(lr, Tensor) else lr
                 index = index_tensor(here, factor.device)
                 targets = [members[i].state["layer_lr"] for i in here]
                 before = torch.stack([x.to(factor.device) for x in targets])

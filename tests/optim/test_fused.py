@@ -97,6 +97,7 @@ def clone(batch: Batch) -> Batch:
         params=[p.detach().clone() for p in batch.params],
         states=[{k: v.clone() for k, v in state.items()} for state in batch.states],
         prepared=None,
+        memo={},
     )
 
 

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -598,10 +599,19 @@ def test_tables_are_made_once_per_content() -> None:
     first = table(1, 2)
     assert table(1, 2) is first
     assert table(1, 3).tolist() == [1, 3]
-    for i in range(1000):
+    for i in range(3000):
         table(i)
-    assert len(tables._TABLES) <= 256
-    assert table(1, 2).tolist() == [1, 2]
+        assert table(1, 2) is first  # used last, so kept
+    assert len(tables._TABLES) <= 1024
+    assert table(5).tolist() == [5]
+
+
+@pytest.mark.usefixtures("no_tables")
+def test_tables_are_for_many_threads() -> None:
+    """As the backward hooks of several devices: each finds its own, whatever others drop."""
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: (i % 2000, table(i % 2000)), range(20_000)))
+    assert all(x.tolist() == [i] for i, x in made)
 
 
 @pytest.mark.usefixtures("no_tables")
@@ -623,7 +633,7 @@ def test_tables_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="before the capture"):
         table(7, 8)
     monkeypatch.setattr(tables, "_capturing", lambda device: False)
-    for i in range(1000):
+    for i in range(3000):
         table(i, i)
     assert {id(t.device) for t in tables._CAPTURED} == {id(old), id(new)}
     assert (old.tolist(), new.tolist()) == ([1, 2], [5, 6])

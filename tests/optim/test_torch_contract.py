@@ -455,6 +455,16 @@ def smooth(name: str) -> dict[str, Any]:
     return {} if momentum_only(name) else {"eps": 1e-3}
 
 
+def test_a_captured_step_needs_its_lr_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other steps do not: torch.distributed.checkpoint takes one with a lr tensor on the CPU."""
+    params = [torch.nn.Parameter(torch.zeros(3, device="meta"))]
+    optimizer = AdamLip(params, lr=torch.tensor(0.1), capturable=True)
+    optimizer._capture_check()
+    monkeypatch.setattr("hf_adalip.optim.optimizer._is_capturing", lambda: True)
+    with pytest.raises(ValueError, match=r"capturable=True needs lr .* got it on cpu"):
+        optimizer.step()
+
+
 @pytest.mark.usefixtures("float64")
 @differentiable
 def test_differentiable_in_start_and_gradients(name: str, option: str) -> None:

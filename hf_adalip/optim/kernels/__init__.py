@@ -63,7 +63,15 @@ class Tensors:
     def rows(self) -> array[int]:
         """Sizes, then the addresses of each role, then `starts`: n numbers each."""
         rows = array("q", map(Tensor.numel, self.params))
-        for role in (self.params, self.grads, *self.moments, self.history):
+        for role in (self.params, self.grads):
+            rows.extend(map(Tensor.data_ptr, role))
+        return rows + self.places
+
+    @cached_property
+    def places(self) -> array[int]:
+        """The part of `rows` that is of the state."""
+        rows = array("q")
+        for role in (*self.moments, self.history):
             rows.extend(map(Tensor.data_ptr, role))
         rows.extend(self.starts)
         return rows

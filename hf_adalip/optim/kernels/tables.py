@@ -7,13 +7,15 @@ itself allocated), the copy becomes a part of the graph.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_LIMIT = 256
+_LIMIT = 1024
+"""Tables kept, the last used; each parameter that is stepped in its backward hook needs one."""
 
 
 @dataclass(eq=False)
@@ -23,7 +25,8 @@ class _Table:
     stream: int | None  # on which it was copied; None where only graphs copy it
 
 
-_TABLES: dict[Hashable, _Table] = {}
+_LOCK = threading.Lock()  # the backward hooks of two devices run in two threads
+_TABLES: dict[Hashable, _Table] = {}  # the last used is last
 _CAPTURED: set[_Table] = set()
 """What graphs read, which no one can tell the end of: never dropped."""
 
@@ -40,18 +43,19 @@ def on_device(content: Hashable, device: torch.device, make: Callable[[], Tensor
         RuntimeError: in a capture before which there was no step with as many tensors.
     """
     place = (content, device)
-    found = _TABLES.get(place)
-    if _capturing(device):
-        return _in_capture(place, found, make)
-    stream = _stream(device)
-    # A table that was copied on another stream may not be there yet.
-    if found is None or found.stream != stream:
-        if len(_TABLES) >= _LIMIT:
-            _TABLES.pop(next(iter(_TABLES)))
-        host = _pinned(make(), device)
-        found = _Table(host, host.to(device, non_blocking=True), stream)
+    with _LOCK:
+        if _capturing(device):
+            return _in_capture(place, _TABLES.get(place), make)
+        found = _TABLES.pop(place, None)
+        stream = _stream(device)
+        # A table that was copied on another stream may not be there yet.
+        if found is None or found.stream != stream:
+            if len(_TABLES) >= _LIMIT:
+                _TABLES.pop(next(iter(_TABLES)))
+            host = _pinned(make(), device)
+            found = _Table(host, host.to(device, non_blocking=True), stream)
         _TABLES[place] = found
-    return found.device
+        return found.device
 
 
 def _in_capture(
