@@ -35,6 +35,7 @@ class DataError(ValueError):
 class Batch(TypedDict):
     pixel_values: Tensor  # float32 [batch, channels, height, width] in [0, 1]
     labels: Tensor  # int64 [batch]
+    indices: Tensor  # int64 [batch], of the images in their set
 
 
 class ImageDataset(torch.utils.data.Dataset[Batch]):
@@ -55,11 +56,15 @@ class ImageDataset(torch.utils.data.Dataset[Batch]):
         """A whole batch at once, which is what makes it fast; DataLoader looks for this method."""
         chosen = torch.as_tensor(indices)
         images = self.images[chosen].to(torch.float32).div_(255.0)
-        return {"pixel_values": images, "labels": self.labels[chosen]}
+        return {"pixel_values": images, "labels": self.labels[chosen], "indices": chosen}
 
     def __getitem__(self, index: int) -> Batch:
         batch = self.__getitems__([index])
-        return {"pixel_values": batch["pixel_values"][0], "labels": batch["labels"][0]}
+        return {
+            "pixel_values": batch["pixel_values"][0],
+            "labels": batch["labels"][0],
+            "indices": batch["indices"][0],
+        }
 
     @staticmethod
     def collate(batch: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from .augment import Augmentation
 from .integrations.arguments import parse_arguments
 from .registry import create_optimizer, get_optimizer_info
 
@@ -52,6 +53,7 @@ class Recipe:
         defaults: of the fields of `TrainingArguments` that differ from theirs.
         optimizer_defaults: arguments of an optimizer, "lr" included, by the class that is, or
             that S is on top of: those of `torch.optim.Adam` are for adam, adamlip and adamlipu.
+        augment: what is done to a batch of training images on the device; None for nothing.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Recipe:
     build_model: Callable[[tuple[int, int, int], int], nn.Module]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     optimizer_defaults: Mapping[type[Optimizer], Mapping[str, Any]] = field(default_factory=dict)
+    augment: Augmentation | None = None
 
 
 def option(default: Any, help: str, type: Callable[[str], Any] = str) -> Any:

@@ -3,9 +3,9 @@
 A recipe is a network and defaults (`Recipe`); `main(recipe)` is its command line. The loop is
 accelerate's, so a recipe runs under `python`, `accelerate launch` and `torchrun` alike.
 
-What makes a resumed run equal to one that was never stopped: the order of the samples is a
-function of (seed, epoch); a checkpoint holds everything else that changes; and it gets its name
-only when it is whole, with the sha256 of each of its files.
+What makes a resumed run equal to one that was never stopped: the order of the samples, and what
+augmentation draws for each, are functions of (seed, epoch); a checkpoint holds everything else
+that changes; and it gets its name only when it is whole, with the sha256 of each of its files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .checkpoints import RESULTS, find_checkpoint, whole, write_manifest
-from .data import DataError, ImageData, ImageDataset, load_image_dataset
+from .data import Batch, DataError, ImageData, ImageDataset, load_image_dataset
 from .metrics import Accuracy
 from .monitor import LayerRateHistory, layerwise, summary
 from .options import (
@@ -98,6 +98,11 @@ class Progress:
             setattr(self, name, value)
 
 
+def _generator(key: str) -> torch.Generator:
+    digest = hashlib.sha256(key.encode()).digest()[:8]
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
 class EpochSampler(torch.utils.data.Sampler[int]):
     """A random order that is a function of (seed, epoch) alone."""
 
@@ -109,8 +114,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        key = hashlib.sha256(f"{self.seed} {self.epoch}".encode()).digest()[:8]
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
+        generator = _generator(f"{self.seed} {self.epoch}")
         yield from torch.randperm(self.size, generator=generator).tolist()
 
 
@@ -188,6 +192,7 @@ class Training:
             "num_processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
             "dataset_fingerprint": self.data.fingerprint(),
+            "augmentation": None if self.recipe.augment is None else repr(self.recipe.augment),
         }
 
     @property
@@ -227,12 +232,14 @@ class Training:
     def _train_epoch(self, started: float) -> None:
         accelerator, progress = self.accelerator, self.progress
         self.sampler.epoch = progress.epoch
+        augment = self._augmentation()
         self.model.train()
         for batch in self._batches_left():
             with accelerator.accumulate(self.model):
-                images, labels = batch["pixel_values"], batch["labels"]
+                labels = batch["labels"]
+                images, targets = augment(batch)
                 logits = self.model(images)
-                loss = F.cross_entropy(logits, labels)
+                loss = F.cross_entropy(logits, targets)
                 accelerator.backward(loss)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -244,6 +251,20 @@ class Training:
                 self._after_step(loss.detach(), started)
                 if self.done:
                     break
+
+    def _augmentation(self) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+        """Images and targets of a batch of this epoch, as the recipe wants them."""
+        augment = self.recipe.augment
+        if augment is None:
+            return lambda batch: (batch["pixel_values"], batch["labels"])
+        generator = _generator(f"augment {self.args.seed} {self.progress.epoch}")
+        # of all images, in the order of the dataset: whichever process an image is on, and
+        # however many of them are left, it finds its own
+        table = torch.rand(len(self.data.train), augment.draws, generator=generator)
+        table = table.to(self.accelerator.device)
+        return lambda batch: augment(
+            batch["pixel_values"], batch["labels"], table[batch["indices"]]
+        )
 
     def _batches_left(self) -> Any:
         """The batches of this epoch that a resumed run has not seen."""
