@@ -1,6 +1,7 @@
 """Augmentation: what each image is given, in a run, a resumed one, and on two ranks."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_adalip.augment import RandomAffine
 from hf_adalip.training import Recipe, main
 
 
@@ -108,3 +112,102 @@ class Mixed:
 def test_targets_may_be_probabilities(tmp_path: Path) -> None:
     found = run(Mixed(), tmp_path / "a", "--max_train_steps=30", "--learning_rate=0.01")
     assert found["train_accuracy"] > 0.5  # counted with the labels; 0.1 by chance
+
+
+IMAGES = torch.rand(6, 3, 12, 20, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(6)
+
+
+def affine(draws: list[float], images: Tensor = IMAGES, **options: Any) -> Tensor:
+    table = torch.tensor(draws).expand(len(images), 4)
+    found, labels = RandomAffine(**options)(images, LABELS[: len(images)], table)
+    assert torch.equal(labels, LABELS[: len(images)])
+    return found
+
+
+def test_nothing_asked_for_is_nothing_done() -> None:
+    assert torch.allclose(affine([0.9, 0.9, 0.9, 0.9]), IMAGES, atol=1e-5)
+
+
+def test_a_flip() -> None:
+    assert torch.allclose(affine([0.5, 0.5, 0.5, 0.49], hflip=0.5), IMAGES.flip(-1), atol=1e-5)
+    assert torch.allclose(affine([0.5, 0.5, 0.5, 0.5], hflip=0.5), IMAGES, atol=1e-5)
+
+
+def test_a_shift_repeats_the_border() -> None:
+    """0.2 of 20 to the right, 0.25 of 12 up."""
+    moved = affine([0.5, 1.0, 0.0, 0.5], translate=(0.2, 0.25))
+    expected = F.pad(IMAGES, (4, 0, 0, 3), mode="replicate")[..., 3:, :20]
+    assert torch.allclose(moved, expected, atol=1e-5)
+    half = affine([0.5, 0.75, 0.5, 0.5], translate=(0.05, 0.0))  # of a pixel
+    expected = (IMAGES[..., 1:] + IMAGES[..., :-1]) / 2
+    assert torch.allclose(half[..., 1:], expected, atol=1e-5)
+
+
+def test_a_rotation_is_one_on_the_screen_whatever_the_sides() -> None:
+    square = IMAGES[..., :12]
+    turned = affine([1.0, 0.5, 0.5, 0.5], square, degrees=90)
+    assert torch.allclose(turned, square.rot90(1, (-2, -1)), atol=1e-4)
+    wide = affine([1.0, 0.5, 0.5, 0.5], degrees=90)[..., 4:16]  # of 12x20, the square in the middle
+    assert torch.allclose(wide, IMAGES[..., 4:16].rot90(1, (-2, -1)), atol=1e-4)
+
+
+def test_first_the_flip_then_the_rotation_then_the_shift() -> None:
+    square = IMAGES[..., :12]
+    found = affine([1.0, 1.0, 0.5, 0.0], square, degrees=90, translate=(0.25, 0.0), hflip=1.0)
+    expected = square.flip(-1).rot90(1, (-2, -1))[..., :-3]
+    assert torch.allclose(found[..., 3:], expected, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.tuples(*[st.floats(0, 0.99)] * 4), st.floats(0, 180), st.floats(0, 1), st.data())
+def test_affine_grid_agrees(
+    draws: tuple[float, ...], degrees: float, fraction: float, data: st.DataObject
+) -> None:
+    """Torch's own grid, from the product of the three matrices."""
+    height, width = data.draw(st.tuples(st.integers(2, 9), st.integers(2, 9)))
+    ramps = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    images = ramps[None].double()  # smooth, so that rounding does not matter
+    angle = math.radians(degrees * (2 * draws[0] - 1))
+    right, down = (fraction * (2 * draw - 1) * 2 for draw in draws[1:3])
+    cos, sin = math.cos(angle), math.sin(angle)
+    to_pixels = torch.diag(torch.tensor([width / 2, height / 2, 1.0], dtype=torch.float64))
+    flip = torch.diag(torch.tensor([-1.0 if draws[3] < 0.5 else 1.0, 1, 1], dtype=torch.float64))
+    # y points down, so that this turns counter-clockwise
+    turn = torch.tensor([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], dtype=torch.float64)
+    shift = torch.tensor([[1, 0, right], [0, 1, down], [0, 0, 1]], dtype=torch.float64)
+    there = shift @ to_pixels.inverse() @ turn @ to_pixels @ flip
+    theta = there.inverse()[None, :2]
+    grid = F.affine_grid(theta, [1, 2, height, width], align_corners=False)
+    expected = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    augment = RandomAffine(degrees, (fraction, fraction), 0.5)
+    table = torch.tensor([draws], dtype=torch.float64)
+    found, _ = augment(images, LABELS[:1], table)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_an_image_is_the_same_in_any_batch() -> None:
+    """Bit for bit: a resumed run and one on more processes have other batches."""
+    augment = RandomAffine(15, (0.1, 0.1), 0.5)
+    draws = torch.rand(6, 4)
+    together, _ = augment(IMAGES, LABELS, draws)
+    for i in range(6):
+        alone, _ = augment(IMAGES[i : i + 1], LABELS[i : i + 1], draws[i : i + 1])
+        assert torch.equal(alone[0], together[i])
+    turned, _ = augment(IMAGES.flip(0), LABELS, draws.flip(0))
+    assert torch.equal(turned.flip(0), together)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"degrees": -1}, "degrees must be a number from 0 on, got -1"),
+        ({"degrees": math.nan}, "degrees must be a number from 0 on, got nan"),
+        ({"translate": (0.1, 1.1)}, r"translate must be two fractions .* got \(0.1, 1.1\)"),
+        ({"translate": (0.1,)}, r"translate must be two fractions .* got \(0.1,\)"),
+        ({"hflip": 2}, "hflip must be a probability, got 2"),
+    ],
+)
+def test_amounts_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RandomAffine(**options)
