@@ -71,7 +71,7 @@ logger = get_logger(__name__)
 RECORDS = 500
 """How often in a run the loss and the layers' learning rates are copied from the device."""
 
-WEIGHTS, RATES = "model.safetensors", "layer_learning_rates"
+WEIGHTS, CONFIG, RATES = "model.safetensors", "config.json", "layer_learning_rates"
 INTERRUPTED = 130  # exit status, as the shell's
 
 
@@ -456,14 +456,17 @@ class Training:
             weights = {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
             if finished:
                 whole(self.folder / WEIGHTS, lambda path: save_file(weights, path))
+                if isinstance(config := getattr(model, "config", None), dict):
+                    text = json.dumps(config, indent=2)
+                    whole(self.folder / CONFIG, lambda path: path.write_text(text + "\n"))
             if self.rates.steps:
                 title = (
                     f"{self.recipe.name}, {self.args.optim}, lr {self.settings['learning_rate']:g}"
                 )
                 self.rates.save(self.folder / f"{RATES}.json")
                 self.rates.plot(self.folder / f"{RATES}.png", title)
-            text = json.dumps(_finite(results), indent=2, allow_nan=False)
-            whole(self.folder / RESULTS, lambda path: path.write_text(text + "\n"))
+            shown = json.dumps(_finite(results), indent=2, allow_nan=False)
+            whole(self.folder / RESULTS, lambda path: path.write_text(shown + "\n"))
         self.accelerator.wait_for_everyone()
         return results
 
@@ -578,7 +581,7 @@ def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
 
 
 def _own_files(folder: Path) -> list[Path]:
-    patterns = (RESULTS, WEIGHTS, f"{RATES}.*", "step_*", "epoch_*")
+    patterns = (RESULTS, WEIGHTS, CONFIG, f"{RATES}.*", "step_*", "epoch_*")
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
