@@ -16,6 +16,7 @@ try:
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from PIL import Image, ImageOps
 except ImportError as error:
     raise ImportError("hf_adalip.data needs datasets: pip install 'hf-adalip[recipes]'") from error
 
@@ -109,6 +110,7 @@ def load_image_dataset(
     label_column_name: str | None = None,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
+    image_size: int | None = None,
 ) -> ImageData:
     """Loads, checks and decodes the `train` and `test` splits of an image classification dataset.
 
@@ -122,6 +124,8 @@ def load_image_dataset(
         max_train_samples: at most so many images, drawn without replacement and always the same
             ones; None for all.
         max_eval_samples: the same for the test set.
+        image_size: s, to make every image RGB of s×s pixels, of the largest square in its middle;
+            None to take the images as they are.
 
     Raises:
         DataError: if there is no such dataset, it cannot be reached, lacks a split or a column,
@@ -129,6 +133,8 @@ def load_image_dataset(
     """
     limits = {"train": max_train_samples, "test": max_eval_samples}
     if name == DIGITS:
+        if image_size is not None:
+            raise DataError(f"--image_size {image_size}: the digits are arrays of 8x8 numbers")
         train, test = (_sample(part, limits[split]) for split, part in _digits().items())
         return ImageData(name, train, test, num_classes=10)
     splits = _load(name)
@@ -140,7 +146,9 @@ def load_image_dataset(
     features = splits["train"].features
     image = _column(features, datasets.Image, image_column_name, "image", name)
     label = _column(features, datasets.ClassLabel, label_column_name, "label", name)
-    train, test = (_decode(splits[s], image, label, n, f"{name}, {s}") for s, n in limits.items())
+    train, test = (
+        _decode(splits[s], image, label, n, f"{name}, {s}", image_size) for s, n in limits.items()
+    )
     if train.images.shape[1:] != test.images.shape[1:]:
         shapes = f"{tuple(train.images.shape[1:])} and {tuple(test.images.shape[1:])}"
         raise DataError(f"the train and test images of {name} differ in shape: {shapes}")
@@ -238,8 +246,10 @@ def _sample(dataset: ImageDataset, limit: int | None) -> ImageDataset:
     return ImageDataset(dataset.images[chosen], dataset.labels[chosen])
 
 
-def _decode(split: Any, image: str, label: str, limit: int | None, where: str) -> ImageDataset:
-    """Decodes a split; every image must be of the mode and size of the first."""
+def _decode(
+    split: Any, image: str, label: str, limit: int | None, where: str, size: int | None
+) -> ImageDataset:
+    """Decodes a split; without a size, every image must be of the mode and size of the first."""
     if not len(split):
         raise DataError(f"{where} is empty")
     if limit is not None and limit < len(split):
@@ -251,8 +261,14 @@ def _decode(split: Any, image: str, label: str, limit: int | None, where: str) -
     for start in range(0, len(split), _DECODE):
         try:
             rows = split[start : start + _DECODE]
-            arrays = [np.asarray(picture) for picture in rows[image]]
-            for i, picture in enumerate(rows[image], start):
+            pictures = rows[image]
+            if size is not None:
+                pictures = [
+                    ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+                    for picture in pictures
+                ]
+            arrays = [np.asarray(picture) for picture in pictures]
+            for i, picture in enumerate(pictures, start):
                 kinds.setdefault((picture.mode, picture.size), i)
         except Exception as error:  # PIL's many
             raise DataError(
@@ -271,7 +287,10 @@ def _check(kinds: dict[tuple[str, tuple[int, int]], int], where: str) -> None:
     """Modes matter: the array of a palette image, for one, has the palette's numbers."""
     if len(kinds) > 1:
         examples = [f"image {i} is {w}x{h} {mode}" for (mode, (w, h)), i in kinds.items()]
-        raise DataError(f"{where}: images must have one size and mode, but {', '.join(examples)}")
+        raise DataError(
+            f"{where}: images must have one size and mode, but {', '.join(examples)}; "
+            "--image_size makes them so"
+        )
     (mode, _), *_ = kinds
     if mode not in _MODES:
         raise DataError(f"{where}: images of mode {mode!r}; they must be L (grey) or RGB")
