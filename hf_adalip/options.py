@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from .augment import Augmentation
 from .integrations.arguments import parse_arguments
@@ -37,31 +38,12 @@ SCHEDULERS = (
 )
 """Of transformers' names, those that need no further arguments."""
 
+PAPERS = {"layers": "tensor", "scale_bounds": "none"}
+"""Of an optimizer with S, unless the recipe or the user says otherwise."""
+
 
 class UsageError(ValueError):
     """What is wrong with the arguments, in one line for the user."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """An experiment of the paper.
-
-    Args:
-        name: of the experiment, in outputs and trackers.
-        description: the text of --help.
-        build_model: from (channels, height, width) of the images and the number of classes.
-        defaults: of the fields of `TrainingArguments` that differ from theirs.
-        optimizer_defaults: arguments of an optimizer, "lr" included, by the class that is, or
-            that S is on top of: those of `torch.optim.Adam` are for adam, adamlip and adamlipu.
-        augment: what is done to a batch of training images on the device; None for nothing.
-    """
-
-    name: str
-    description: str
-    build_model: Callable[[tuple[int, int, int], int], nn.Module]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    optimizer_defaults: Mapping[type[Optimizer], Mapping[str, Any]] = field(default_factory=dict)
-    augment: Augmentation | None = None
 
 
 def option(default: Any, help: str, type: Callable[[str], Any] = str) -> Any:
@@ -75,6 +57,9 @@ class TrainingArguments:
     dataset_name: str = option("digits", "Hub id, folder, or digits (of scikit-learn, no download)")
     image_column_name: str | None = option(None, "default: the only column of images")
     label_column_name: str | None = option(None, "default: the only column of class labels")
+    image_size: int | None = option(
+        None, "crop images to squares and resize them to it; default: they have one size", int
+    )
     max_train_samples: int | None = option(None, "train on so many images only", int)
     max_eval_samples: int | None = option(None, "evaluate on so many images only", int)
     per_device_train_batch_size: int = option(128, "images a process takes at a time", int)
@@ -86,13 +71,16 @@ class TrainingArguments:
     )
     optim_args: str = option("", "further arguments of the optimizer: key=value,key=value")
     layers: str | None = option(
-        None, "tensor or module: which parameters share a learning rate; tensor by default"
+        None, "tensor or module: which parameters share a learning rate, for an S"
     )
-    scale_bounds: str | None = option(
-        None, "LOW:HIGH to keep S between, or none, the default and the paper's"
-    )
+    scale_bounds: str | None = option(None, "LOW:HIGH to keep S between, or none")
     learning_rate: float | None = option(None, "", float)  # the help is the recipe's
     weight_decay: float = option(0.0, "decoupled where the optimizer's is", float)
+    max_grad_norm: float | None = option(
+        None,
+        "clip the norm of all gradients to it, before S sees them; default: no clipping",
+        float,
+    )
     num_train_epochs: int = option(15, "times to go through the training set", int)
     max_train_steps: int | None = option(None, "optimizer steps; overrides the epochs", int)
     gradient_accumulation_steps: int = option(1, "batches to an optimizer step", int)
@@ -116,8 +104,49 @@ class TrainingArguments:
     mixed_precision: str | None = option(None, "no, fp16 or bf16; default: accelerate's setting")
     cpu: bool = option(False, "stay on the CPU", bool)
 
+    def check(self) -> None:
+        """What a subclass has to say about options of its own; raises UsageError."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how.
+
+    Args:
+        name: of the recipe, in outputs and trackers.
+        description: the text of --help.
+        build_model: from (channels, height, width) of the images and the number of classes.
+        defaults: of the fields of its arguments that differ from theirs. Without "layers" and
+            "scale_bounds" an optimizer with S has the paper's, `PAPERS`.
+        optimizer_defaults: arguments of an optimizer, "lr" included, by the class that is, or
+            that S is on top of: those of `torch.optim.Adam` are for adam, adamlip and adamlipu.
+        augment: what is done to a batch of training images on the device; None for nothing.
+        libraries: what else the results need the version of.
+        arguments: `TrainingArguments`, or a subclass with options of the recipe's own.
+        configure: from (the recipe, its arguments, the number of classes) the recipe with the
+            fields that depend on them; None where none does. ValueError becomes a UsageError.
+        parameter_groups: from (model, arguments of the optimizer) what the optimizer gets; None
+            for the model itself, which gives names, and the weight-decay split.
+        average: from a model on its device a moving average of it, such as timm's ModelEmaV3:
+            `update(model, step)` after every step, and in `module` the model that is evaluated
+            and whose weights are the result. None for none.
+    """
+
+    name: str
+    description: str
+    build_model: Callable[[tuple[int, int, int], int], nn.Module]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    optimizer_defaults: Mapping[type[Optimizer], Mapping[str, Any]] = field(default_factory=dict)
+    augment: Augmentation | None = None
+    libraries: Sequence[str] = ()
+    arguments: type[TrainingArguments] = TrainingArguments
+    configure: Callable[[Recipe, Any, int], Recipe] | None = None
+    parameter_groups: Callable[[nn.Module, Mapping[str, Any]], ParamsT] | None = None
+    average: Callable[[nn.Module], Any] | None = None
+
 
 AT_LEAST = {
+    "image_size": 1,
     "max_train_samples": 1,
     "max_eval_samples": 1,
     "per_device_train_batch_size": 1,
@@ -152,27 +181,30 @@ def parse(recipe: Recipe, argv: Sequence[str]) -> TrainingArguments:
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file of options, which the command line overrides")
-    for entry in dataclasses.fields(TrainingArguments):
+    for entry in dataclasses.fields(recipe.arguments):
         text, kind = entry.metadata["help"], entry.metadata["type"]
         default = recipe.defaults.get(entry.name, entry.default)
         if entry.name == "learning_rate":
             rates = recipe.optimizer_defaults.items()
             known = ", ".join(f"{a['lr']:g} on top of {c.__name__}" for c, a in rates if "lr" in a)
             text = f"α; default: {known}, else the optimizer's own"
+        elif entry.name in PAPERS:  # None says that nobody asked for it
+            default, text = None, f"{text} (default: {default or PAPERS[entry.name]})"
         elif kind is not bool and default not in (None, ""):
             text += f" (default: {default})"
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(f"--{entry.name}", default=default, help=text, **how)
     given = vars(parser.parse_args(argv))
     if config := given.pop("config"):
-        given = vars(parser.parse_args([*_config_options(config), *argv]))
+        given = vars(parser.parse_args([*_config_options(config, recipe), *argv]))
         given.pop("config")
-    args = TrainingArguments(**given)
+    args = recipe.arguments(**given)
     _check_values(args)
+    args.check()
     return args
 
 
-def _config_options(path: str) -> list[str]:
+def _config_options(path: str, recipe: Recipe) -> list[str]:
     """A YAML file as command-line options, so that both are read by the same rules."""
     try:
         found = yaml.safe_load(Path(path).read_text()) or {}
@@ -180,7 +212,7 @@ def _config_options(path: str) -> list[str]:
         raise UsageError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise UsageError(f"--config {path} must have lines of `option: value`")
-    names = {entry.name: entry.metadata["type"] for entry in dataclasses.fields(TrainingArguments)}
+    names = {entry.name: entry.metadata["type"] for entry in dataclasses.fields(recipe.arguments)}
     options = []
     for key, value in found.items():
         if key not in names:
@@ -203,8 +235,10 @@ def _check_values(args: TrainingArguments) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UsageError(f"--{name} must be at least {least}, got {value}")
-    if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
-        raise UsageError(f"--learning_rate must be a positive number, got {args.learning_rate}")
+    for name in ("learning_rate", "max_grad_norm"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name} must be a positive number, got {value}")
     if not 0 <= args.weight_decay < math.inf:
         raise UsageError(f"--weight_decay must be a number from 0 on, got {args.weight_decay}")
     choices = {
@@ -265,8 +299,9 @@ def optimizer_arguments(args: TrainingArguments, recipe: Recipe) -> dict[str, An
             arguments["lr"] = args.learning_rate
         own = {"layers": args.layers, "scale_bounds": args.scale_bounds}
         if info.takes_layers:
-            bounds = parse_arguments(f"scale_bounds={args.scale_bounds or 'none'}")
-            arguments |= {"layers": args.layers or "tensor", **bounds}
+            usual = {name: recipe.defaults.get(name, value) for name, value in PAPERS.items()}
+            bounds = parse_arguments(f"scale_bounds={args.scale_bounds or usual['scale_bounds']}")
+            arguments |= {"layers": args.layers or usual["layers"], **bounds}
         elif unused := [f"--{key}" for key, value in own.items() if value is not None]:
             raise UsageError(
                 f"{' and '.join(unused)} cannot be used: "

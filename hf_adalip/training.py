@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import logging
 import math
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checkpoints import RESULTS, find_checkpoint, whole, write_manifest
@@ -57,7 +58,12 @@ try:
     import datasets
     from accelerate import Accelerator
     from accelerate.logging import get_logger
-    from accelerate.utils import GradientAccumulationPlugin, set_seed
+    from accelerate.utils import (
+        DistributedType,
+        GradientAccumulationPlugin,
+        broadcast,
+        set_seed,
+    )
     from safetensors.torch import save_file
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
     from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
@@ -144,14 +150,21 @@ class Training:
         folder: Path,
         command: str = "",
     ) -> None:
-        self.args, self.recipe, self.data = args, recipe, data
+        self.args, self.data = args, data
         self.accelerator, self.folder, self.command = accelerator, folder, command
         set_seed(args.seed)
         try:
+            if recipe.configure is not None:
+                recipe = recipe.configure(recipe, args, data.num_classes)
             model = recipe.build_model(data.image_shape, data.num_classes)
-            optimizer = create_optimizer(model, args.optim, **arguments)
+            groups = recipe.parameter_groups
+            params = model if groups is None else groups(model, arguments)
+            optimizer = create_optimizer(params, args.optim, **arguments)
         except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error
+        self.recipe = recipe
+        self.average = self._average(model)
+        set_seed(args.seed, device_specific=True)  # what a process draws from here on is its own
         self.sampler = EpochSampler(len(data.train), args.seed)
         loader = _loader(data.train, args.per_device_train_batch_size, self.sampler)
         eval_loader = _loader(data.test, args.per_device_eval_batch_size)
@@ -166,6 +179,8 @@ class Training:
         self.scheduler = _scheduler(args, optimizer, self.total_steps)
         self.progress, self.rates = Progress(), LayerRateHistory()
         accelerator.register_for_checkpointing(self.progress)
+        if self.average is not None:
+            accelerator.register_for_checkpointing(self.average)
         if self.scheduler is not None:
             accelerator.register_for_checkpointing(self.scheduler)
         wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
@@ -173,19 +188,38 @@ class Training:
         self.totals = torch.zeros(3, dtype=wide, device=accelerator.device)
         self.stop_asked = False
 
+    def _average(self, model: nn.Module) -> Any:
+        """The recipe's moving average of a model that accelerate has not prepared yet.
+
+        (Of a prepared one, a copy for mixed precision would run the original's forward.)
+        """
+        if self.recipe.average is None:
+            return None
+        kind = self.accelerator.distributed_type
+        if kind not in _WHOLE_ON_EVERY_PROCESS:
+            raise UsageError(
+                f"no moving average of the weights can be kept under {kind.value}, which spreads "
+                "them over the processes; leave it out"
+            )
+        return self.recipe.average(model.to(self.accelerator.device))
+
     def _settings(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """What a run and the one that it resumes must have in common."""
         accelerator, args = self.accelerator, self.args
+        shared = {entry.name for entry in dataclasses.fields(TrainingArguments)}
+        own = {name: value for name, value in vars(args).items() if name not in shared}
         return {
             "recipe": self.recipe.name,
+            **own,
             "optimizer": args.optim.lower(),
             "optimizer_arguments": json.loads(json.dumps(arguments)),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self._learning_rate(),
             "weight_decay": args.weight_decay,
             "lr_scheduler_type": args.lr_scheduler_type,
             # a constant rate can be gone on with for longer; a schedule has one length
             "scheduled_steps": None if args.lr_scheduler_type == "constant" else self.total_steps,
             "num_warmup_steps": args.num_warmup_steps,
+            "max_grad_norm": args.max_grad_norm,
             "seed": args.seed,
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
@@ -233,7 +267,7 @@ class Training:
         accelerator, progress = self.accelerator, self.progress
         self.sampler.epoch = progress.epoch
         augment = self._augmentation()
-        self.model.train()
+        _train_mode(self.model)
         for batch in self._batches_left():
             with accelerator.accumulate(self.model):
                 labels = batch["labels"]
@@ -241,6 +275,8 @@ class Training:
                 logits = self.model(images)
                 loss = F.cross_entropy(logits, targets)
                 accelerator.backward(loss)
+                if accelerator.sync_gradients and self.args.max_grad_norm is not None:
+                    accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             correct = (logits.argmax(-1) == labels).sum()
@@ -280,6 +316,8 @@ class Training:
         progress.step += 1
         if self.scheduler is not None and not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
+        if self.average is not None:
+            self.average.update(self.accelerator.unwrap_model(self.model), step=progress.step)
         self.bar.update()
         if progress.step == 1 or progress.step % self.record_every == 0:
             self._record(loss)
@@ -303,7 +341,8 @@ class Training:
         self.accelerator.log({**values, **summary(found)}, step=step)
 
     def _learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The largest of the groups', which is what was asked for where layers have less."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def _end_epoch(self, started: float) -> None:
         """Evaluates, and writes down what the epoch, or the part of it that was run, came to."""
@@ -334,10 +373,12 @@ class Training:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """eval_loss and eval_accuracy on the test set; empty but on the main process."""
-        self.model.eval()
+        model = self.model if self.average is None else self._averaged_model()
+        model.eval()
         metric, total = Accuracy(keep_in_memory=True), 0.0
         for batch in self.eval_loader:
-            logits, labels = self.model(batch["pixel_values"]), batch["labels"]
+            with self.accelerator.autocast():
+                logits, labels = model(batch["pixel_values"]), batch["labels"]
             losses = F.cross_entropy(logits.float(), labels, reduction="none")
             found = self.accelerator.gather_for_metrics((logits.argmax(-1), labels, losses))
             if self.accelerator.is_main_process:
@@ -348,6 +389,13 @@ class Training:
             return {}
         accuracy = metric.compute()["accuracy"]
         return {"eval_loss": total / len(self.data.test), "eval_accuracy": accuracy}
+
+    def _averaged_model(self) -> nn.Module:
+        """The moving average, the same on all processes: batch statistics are each one's own."""
+        model: nn.Module = self.average.module
+        for buffer in model.buffers():
+            broadcast(buffer)
+        return model
 
     # What is asked of one process must be done by all at the same step.
     def _all_asked_to_stop(self, always: bool = False) -> bool:
@@ -436,6 +484,7 @@ class Training:
                 "accelerate": accelerate.__version__,
                 "datasets": datasets.__version__,
                 "hf_adalip": __version__,
+                **{name: importlib.metadata.version(name) for name in self.recipe.libraries},
             },
             "nonfinite_steps": self._nonfinite_steps(),
             "seconds": self.progress.seconds,
@@ -453,6 +502,7 @@ class Training:
         results = self.results(finished) if self.accelerator.is_main_process else {}
         if results:
             model = self.accelerator.unwrap_model(self.model)
+            model = model if self.average is None else self.average.module
             weights = {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
             if finished:
                 whole(self.folder / WEIGHTS, lambda path: save_file(weights, path))
@@ -479,12 +529,13 @@ class Training:
             entry = better(epochs, key=operator.itemgetter(name))
             numbers = "".join(_shown(e[name]) for e in (epochs[-1], entry))
             lines.append(f"{name:16}{numbers}  {entry['epoch']:g}")
+        wide = max(16, *(len(layer) + 1 for layer in self.rates.scale), 0)
         if self.rates.steps:
-            lines += ["", f"{'layer':16}{'median S':>10}{'last S':>10}{'last A':>12}"]
+            lines += ["", f"{'layer':{wide}}{'median S':>10}{'last S':>10}{'last A':>12}"]
         for layer, scales in self.rates.scale.items():
             known = [scale for scale in scales if scale is not None]
             last = f"{known[-1]:10.3f}{self.rates.lr[layer][-1] or math.nan:12.2e}"
-            lines.append(f"{layer:16}{statistics.median(known):10.3f}{last}")
+            lines.append(f"{layer:{wide}}{statistics.median(known):10.3f}{last}")
         if skipped := self._nonfinite_steps():
             lines += [
                 "",
@@ -495,6 +546,22 @@ class Training:
 
 
 _METRICS = ("train_accuracy", "train_loss", "eval_accuracy", "eval_loss")
+
+
+_WHOLE_ON_EVERY_PROCESS = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+)
+
+
+def _train_mode(model: nn.Module) -> None:
+    """Training mode, but evaluation mode for what is frozen: no dropout, no batch statistics."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
 
 
 def _shown(number: float) -> str:
@@ -634,6 +701,7 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
             args.label_column_name,
             args.max_train_samples,
             args.max_eval_samples,
+            args.image_size,
         )
     training = Training(args, recipe, arguments, data, accelerator, folder, command)
     if checkpoint is not None:
