@@ -66,7 +66,7 @@ def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[s
             raise UsageError(f"--resume_from_checkpoint: there is no folder {wanted}")
         return Path(wanted), read_checkpoint(Path(wanted))
     sound, problems = [], []
-    for path in [*folder.glob("step_*"), *folder.glob("epoch_*")]:
+    for path in [p for names in ("step_*", "epoch_*", "checkpoint-*") for p in folder.glob(names)]:
         if path.suffix != ".partial":
             try:
                 sound.append((path, read_checkpoint(path)))

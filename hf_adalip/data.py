@@ -137,7 +137,7 @@ def load_image_dataset(
             raise DataError(f"--image_size {image_size}: the digits are arrays of 8x8 numbers")
         train, test = (_sample(part, limits[split]) for split, part in _digits().items())
         return ImageData(name, train, test, num_classes=10)
-    splits = _load(name)
+    splits = load_splits(name)
     missing = [split for split in limits if split not in splits]
     if missing:
         raise DataError(
@@ -172,21 +172,30 @@ def _digits() -> dict[str, ImageDataset]:
     }
 
 
-def _load(name: str) -> Any:
-    """The splits of a folder or of a dataset on the Hub."""
+def load_splits(name: str, config: str | None = None, instead: str = _ALTERNATIVES) -> Any:
+    """The splits of a folder or of a dataset on the Hub.
+
+    Args:
+        name: a Hub id, or a folder in any layout that `datasets.load_dataset` takes.
+        config: the configuration, of a dataset that has several ("sst2" of nyu-mll/glue).
+        instead: what to give where it cannot be had, for the error.
+
+    Raises:
+        DataError: if it cannot be had.
+    """
     folder = Path(name).expanduser()
     if folder.exists():
         name = str(folder)
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        _check_hub(name)
+        _check_hub(name, instead)
     else:
         raise DataError(f"there is no folder {name}")
     try:
-        splits = datasets.load_dataset(name)
+        splits = datasets.load_dataset(name, config)
     except ConnectionError as error:
         raise DataError(
             f"{name} is neither a folder here nor in the cache, and the Hub cannot be reached; "
-            f"give {_ALTERNATIVES}"
+            f"give {instead}"
         ) from error
     except Exception as error:  # of many libraries, and all of them about the dataset
         cause = error
@@ -197,7 +206,7 @@ def _load(name: str) -> Any:
     return splits
 
 
-def _check_hub(name: str) -> None:
+def _check_hub(name: str, instead: str) -> None:
     """One short request instead of the half minute of retries that load_dataset makes offline.
 
     Raises:
@@ -208,7 +217,7 @@ def _check_hub(name: str) -> None:
     except RepositoryNotFoundError as error:
         raise DataError(
             f"there is neither a folder {name} nor such a dataset on the Hub (or it is private); "
-            f"give {_ALTERNATIVES}"
+            f"give {instead}"
         ) from error
     except HfHubHTTPError:
         pass  # the Hub answers; load_dataset knows more
