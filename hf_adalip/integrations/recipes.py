@@ -1,0 +1,518 @@
+"""What the recipes with transformers.Trainer share: options, resuming, Ctrl-C and results.
+
+A recipe makes its model and data and a Trainer; the rest is here:
+
+    args, training = parse("causal_lm", Arguments, RecipeArguments, argv, description=__doc__)
+    ...
+    optimizer = optimizer_kwargs(training)
+    trainer = Trainer(model=model, args=training, ..., **optimizer)
+    if optimizer:
+        attach(trainer)
+    run(trainer, settings)
+
+Importing it registers the optimizers with transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+
+from ..checkpoints import MANIFEST, RESULTS, find_checkpoint, whole, write_manifest
+from ..data import DataError
+from ..monitor import LayerRateHistory, layerwise
+from ..options import UsageError
+from ..training import INTERRUPTED, RATES, RECORDS, Interrupted, _asked_to_stop, _device, _finite
+from ..version import __version__
+from .arguments import parse_arguments
+from .trainer import ModelOptimizer, register, trainer_kwargs
+
+try:
+    import yaml  # type: ignore[import-untyped]
+    from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.training_args import OptimizerNames
+except ImportError as error:
+    raise ImportError(
+        "hf_adalip.integrations.recipes needs transformers and pyyaml: "
+        "pip install 'hf-adalip[recipes,trainer]'"
+    ) from error
+
+register()
+
+T = TypeVar("T")
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):  # type: ignore[misc]
+    """TrainingArguments, and the defaults of a recipe where they are others."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where to write; outputs/RECIPE-OPTIM unless given."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the results and checkpoints that are there."}
+    )
+    optim: str = field(
+        default="adamlip",
+        metadata={
+            "help": "adalip, rmslip, adamlip, adalipu, rmslipu, adamlipu or lip-NAME for an "
+            "optimizer NAME of torch; or one of Trainer's, to compare with: adamw_torch, sgd, ..."
+        },
+    )
+    optim_args: str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of the optimizer, such as "
+            "gamma=0.9,layers=tensor,scale_bounds=none. Of those with an S, layers are modules "
+            "and S is between 0.1 and 10 unless given here."
+        },
+    )
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={
+            "help": "Norm to clip gradients to; 0 does not clip. Trainer's 1.0 would scale "
+            "gradients by another factor at each step, and S would see it as their change."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are not finite out of the logs."}
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two logs."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "no, steps, epoch or best."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints to keep, 2 at least."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a checkpoint, or latest for the last whole one in the output_dir "
+            "(from the beginning if there is none yet)."
+        },
+    )
+
+
+class _Parser(HfArgumentParser):  # type: ignore[misc]
+    def error(self, message: str) -> Any:
+        raise UsageError(message)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def parse(
+    recipe: str, kind: type[T], argv: Sequence[str], description: str, **defaults: Any
+) -> tuple[T, RecipeArguments]:
+    """The options of a command line, over those of its --config file, over the recipe's.
+
+    The checkpoint that `resume_from_checkpoint` asks for has been found and is whole; the option
+    has its path, or None to start from the beginning.
+
+    Args:
+        recipe: its name, in the default output folder.
+        kind: a dataclass of the recipe's own options.
+        argv: the command line.
+        description: the text of --help.
+        **defaults: of `RecipeArguments`, where the recipe has others.
+
+    Raises:
+        UsageError: for an unknown option, a bad value, a folder with results. Nothing has been
+            loaded or written then.
+    """
+    parser = _Parser(
+        (kind, RecipeArguments), description=description, formatter_class=_Help, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="YAML file of options, which the command line overrides")
+    parser.set_defaults(**defaults)
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    path = config.parse_known_args(argv)[0].config
+    parts: tuple[Any, ...] = (kind, RecipeArguments)
+    known = [entry.name for part in parts for entry in dataclasses.fields(part)]
+    given = [*(_config_options(path, known) if path else ()), *argv]
+    chosen = parser.parse_args(given)
+    if chosen.output_dir is None:
+        parser.set_defaults(output_dir=f"outputs/{recipe}-{chosen.optim}")
+    _check(chosen)
+    try:
+        own, training, *_ = parser.parse_args_into_dataclasses(given, look_for_args_file=False)
+        for callback in get_reporting_integration_callbacks(training.report_to):
+            callback()  # which says so if its tracker is not installed
+        optimizer_kwargs(training)
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    if training.fp16 and training.device.type == "cpu":
+        raise UsageError("--fp16 needs a GPU; --bf16 does not")
+    folder = Path(training.output_dir)
+    if (
+        _own_files(folder)
+        and not training.resume_from_checkpoint
+        and not training.overwrite_output_dir
+    ):
+        raise UsageError(
+            f"{folder} has results already: choose another --output_dir, or "
+            "--overwrite_output_dir, or --resume_from_checkpoint latest"
+        )
+    found = find_checkpoint(cast("Any", training), folder)
+    training.resume_from_checkpoint = str(found[0]) if found else None
+    return own, training
+
+
+def _config_options(path: str, known: Iterable[str]) -> list[str]:
+    """A YAML file as command-line options, so that both are read by the same rules."""
+    try:
+        found = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"--config {path} must have lines of `option: value`")
+    options: list[str] = []
+    for key, value in found.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"--config {path}: unknown option {key!r}{hint}")
+        if isinstance(value, list):
+            options += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            options.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return options
+
+
+_AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_train_samples": 1,
+    "max_eval_samples": 1,
+    "seed": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    # the one before must outlive a save that is interrupted
+    "save_total_limit": 2,
+}
+
+
+def _check(chosen: argparse.Namespace) -> None:
+    """What TrainingArguments would take, and Trainer fail with later or not do."""
+    for name, least in _AT_LEAST.items():
+        value = getattr(chosen, name, None)
+        if value is not None and not least <= value < math.inf:
+            raise UsageError(f"--{name} must be at least {least}, got {value}")
+    for name in ("learning_rate", "num_train_epochs"):
+        if not 0 < (value := getattr(chosen, name)) < math.inf:
+            raise UsageError(f"--{name} must be a positive number, got {value}")
+    names = [member.value for member in OptimizerNames]
+    if chosen.optim not in names:
+        near = difflib.get_close_matches(chosen.optim, names, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names)}"
+        raise UsageError(f"--optim: unknown optimizer {chosen.optim!r}; {hint}")
+    if chosen.resume_from_checkpoint and chosen.overwrite_output_dir:
+        raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
+
+
+_OWN_OPTION = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+
+
+def optimizer_kwargs(training: TrainingArguments) -> dict[str, Any]:
+    """What Trainer takes for --optim: `trainer_kwargs`, or nothing for an optimizer of its own.
+
+    Raises:
+        ValueError, TypeError: for an argument that the optimizer does not take, or ignores.
+    """
+    given = parse_arguments(training.optim_args or "")
+    for key in set(given) & set(_OWN_OPTION):
+        raise ValueError(f"--optim_args: give {key} as --{_OWN_OPTION[key]}")
+    factory, arguments = Trainer.get_optimizer_cls_and_kwargs(training)
+    if factory is ModelOptimizer:
+        return trainer_kwargs(**arguments)
+    if given:
+        without = dataclasses.replace(training, optim_args=None)
+        if Trainer.get_optimizer_cls_and_kwargs(without)[1] == arguments:
+            raise ValueError(
+                f"--optim_args {training.optim_args}: Trainer's {training.optim.value} takes none "
+                "of these"
+            )
+    return {}
+
+
+class _Run(TrainerCallback):  # type: ignore[misc]
+    """Records the layers' learning rates, makes checkpoints whole, and stops when asked."""
+
+    def __init__(self, trainer: Trainer, settings: Mapping[str, Any]) -> None:
+        self.trainer, self.settings = trainer, settings
+        self.rates = LayerRateHistory()
+        self.stop_asked = self.stopped = False
+        self.save_after_evaluation = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        if step == 1 or step % math.ceil(state.max_steps / RECORDS) == 0:
+            optimizer = layerwise(kwargs["optimizer"])
+            if optimizer and state.is_world_process_zero:
+                self.rates.record(step, optimizer.layer_learning_rates())
+        if self._all_asked_to_stop(step) and step < state.max_steps:
+            self.stopped = control.should_training_stop = control.should_save = True
+        if state.epoch == int(state.epoch):  # a run resumed from here would not evaluate
+            self.save_after_evaluation, control.should_save = control.should_save, False
+        # a log has the mean loss since the last; a resumed run must begin where a log ended
+        control.should_log |= control.should_save
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped and not self.save_after_evaluation:  # within the epoch, and saved
+            control.should_log = control.should_evaluate = control.should_save = False
+        control.should_save |= self.save_after_evaluation
+        control.should_log |= control.should_save
+        self.save_after_evaluation = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            self.rates.save(folder / f"{RATES}.json")
+            (folder / MANIFEST).unlink(missing_ok=True)
+            write_manifest(folder, state.global_step, self.settings)
+
+    def _all_asked_to_stop(self, step: int) -> bool:
+        """What is asked of one process must be done by all at the same step."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return self.stop_asked
+        if step % 20:
+            return False
+        asked = torch.tensor(float(self.stop_asked), device=accelerator.device)
+        return bool(accelerator.reduce(asked, reduction="sum").item())
+
+
+def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains, from the checkpoint of `resume_from_checkpoint` if there is one, and writes results.
+
+    The output folder gets the model, `all_results.json` and, if the optimizer has an S, the
+    layers' learning rates. Stopped by Ctrl-C or SIGTERM it saves a checkpoint at the end of the
+    step; a second Ctrl-C does not wait.
+
+    Args:
+        trainer: not trained yet, its arguments from `parse`.
+        settings: what results and checkpoints should say of model and data; "recipe",
+            "dataset_name" and "dataset_fingerprint" at least.
+
+    Returns:
+        what is in `all_results.json`.
+
+    Raises:
+        UsageError: if the checkpoint is of a run with other settings.
+        Interrupted: if the user stopped it; the run has been saved then.
+    """
+    args = cast("RecipeArguments", trainer.args)
+    folder, checkpoint = Path(str(args.output_dir)), args.resume_from_checkpoint
+    settings = json.loads(json.dumps({**settings, **_settings(trainer)}))
+    watch = _Run(trainer, settings)
+    if checkpoint:
+        _check_same_run(Path(checkpoint), settings)
+        watch.rates = LayerRateHistory.load(Path(checkpoint) / f"{RATES}.json")
+    if args.should_save:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clean(folder, checkpoint, args.overwrite_output_dir)
+    trainer.add_callback(watch)
+    with _asked_to_stop(cast("Any", watch)):
+        seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    if not watch.stopped and not _evaluated(trainer):
+        trainer.evaluate()
+    results = {
+        **_scores(trainer.state.log_history),
+        "finished": not watch.stopped,
+        "epoch": trainer.state.epoch,
+        "step": trainer.state.global_step,
+        **settings,
+        **_facts(trainer),
+        "resumed_from": checkpoint,
+        "seconds_since_then" if checkpoint else "seconds": seconds,
+        "command": shlex.join(sys.argv),
+        "epochs": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+    }
+    if not watch.stopped:
+        trainer.save_model()  # on all processes: where the model is sharded, each has a part of it
+    if args.should_save:
+        if watch.rates.steps:
+            watch.rates.save(folder / f"{RATES}.json")
+            title = f"{settings['recipe']}, {settings['optimizer']}, lr {args.learning_rate:g}"
+            watch.rates.plot(folder / f"{RATES}.png", title)
+        text = json.dumps(_finite(results), indent=2, allow_nan=False)
+        whole(folder / RESULTS, lambda path: path.write_text(text + "\n"))
+    if watch.stopped:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} and saved "
+            f"{folder / f'checkpoint-{trainer.state.global_step}'}; to go on, run the same command "
+            "with --resume_from_checkpoint latest"
+        )
+    if args.should_save:
+        print(f"\n{_table(results, watch.rates)}\n\nresults in {folder}")
+    return results
+
+
+def _settings(trainer: Trainer) -> dict[str, Any]:
+    """What a run and the one that it resumes must have in common, of Trainer's arguments."""
+    args = trainer.args
+    constant = args.lr_scheduler_type == "constant"
+    names = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "data_seed")
+    factory, arguments = Trainer.get_optimizer_cls_and_kwargs(args)
+    ours = factory is ModelOptimizer
+    arguments = {key: value for key, value in arguments.items() if key != "name"}
+    return {
+        # as the registry calls it
+        "optimizer": args.optim.value if ours else factory.__name__.lower(),
+        "optimizer_arguments": {"weight_decay": args.weight_decay, **arguments},
+        "lr_scheduler_type": args.lr_scheduler_type.value,
+        # a constant rate can be gone on with for longer; a schedule has one length
+        "scheduled_epochs": None if constant else args.num_train_epochs,
+        "scheduled_steps": None if constant or args.max_steps < 0 else args.max_steps,
+        **{name: getattr(args, name) for name in names},
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "num_processes": args.world_size,
+        "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+    }
+
+
+def _check_same_run(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    saved = json.loads((checkpoint / MANIFEST).read_text())["settings"]
+    changed = [
+        f"{name} was {saved.get(name)!r}, is {value!r}"
+        for name, value in settings.items()
+        if saved.get(name) != value
+    ]
+    if changed:
+        raise UsageError(f"{checkpoint} is of a different run: {'; '.join(changed)}")
+
+
+def _own_files(folder: Path) -> list[Path]:
+    model = ("model*.safetensors*", "config.json", "generation_config.json", "adapter_*")
+    patterns = (RESULTS, f"{RATES}.*", "checkpoint-*", *model)
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _clean(folder: Path, checkpoint: str | None, overwrite: bool) -> None:
+    """Removes what --overwrite_output_dir replaces, or the checkpoints whose saving was cut off,
+    which Trainer would count among those to keep."""
+    stale = _own_files(folder) if overwrite else []
+    if checkpoint and Path(checkpoint).parent == folder:
+        stale = [path for path in folder.glob("checkpoint-*") if not (path / MANIFEST).exists()]
+    for path in stale:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _evaluated(trainer: Trainer) -> bool:
+    """Whether the model has been evaluated as it is, or cannot be."""
+    done = any(
+        "eval_loss" in entry and entry["step"] == trainer.state.global_step
+        for entry in trainer.state.log_history
+    )
+    return done or trainer.eval_dataset is None
+
+
+_TIMES = ("_runtime", "_per_second")
+
+
+def _scores(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last evaluation, and the mean training loss of the last epoch from the logs."""
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    last = evaluations[-1] if evaluations else {}
+    found = {k: v for k, v in last.items() if k.startswith("eval_") and not k.endswith(_TIMES)}
+    logs = [entry for entry in history if "loss" in entry]
+    steps = [0, *(entry["step"] for entry in logs)]
+    begin = math.ceil(logs[-1]["epoch"]) - 1 if logs else 0
+    weighted = [
+        (entry["loss"], step - before)
+        for entry, before, step in zip(logs, steps, steps[1:], strict=False)
+        if entry["epoch"] > begin
+    ]
+    if count := sum(weight for _, weight in weighted):
+        found["train_loss"] = sum(loss * weight for loss, weight in weighted) / count
+    return found
+
+
+def _facts(trainer: Trainer) -> dict[str, Any]:
+    optimizer = layerwise(trainer.optimizer)
+    rates = optimizer.layer_learning_rates() if optimizer else {}
+    packages = ("transformers", "accelerate", "datasets", "peft")
+    found = {}
+    for name in packages:
+        with suppress(ImportError):  # peft may not be there
+            found[name] = version(name)
+    return {
+        "train_samples": len(trainer.train_dataset),
+        "eval_samples": len(trainer.eval_dataset),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "trainable_parameters": trainer.get_num_trainable_parameters(),
+        "device": _device(trainer.args.device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **found,
+            "hf_adalip": __version__,
+        },
+        "nonfinite_steps": max((rate.nonfinite_steps for rate in rates.values()), default=0),
+    }
+
+
+def _table(results: Mapping[str, Any], rates: LayerRateHistory) -> str:
+    """The run in a few lines."""
+    scores = [name for name in results if name.startswith("eval_") or name == "train_loss"]
+    scores = [name for name in scores if isinstance(results[name], float)]
+    lines = [f"{name:28}{results[name]:10.4f}" for name in scores]
+    medians = {
+        layer: statistics.median(x for x in values if x is not None)
+        for layer, values in rates.scale.items()
+    }
+    if medians:
+        ordered = sorted(medians, key=medians.__getitem__)
+        lines += ["", f"median of S over the run, of {len(ordered)} layers:"]
+        for what, at in (("lowest", 0), ("middle", len(ordered) // 2), ("highest", -1)):
+            lines.append(f"  {what:10}{medians[ordered[at]]:8.3f}  {ordered[at]}")
+    if results["nonfinite_steps"]:
+        lines += [
+            "",
+            f"warning: in {results['nonfinite_steps']} of {results['step']} steps the gradient of a "
+            "layer was inf or NaN, and it was not trained; is the learning rate too large?",
+        ]
+    return "\n".join(lines)
+
+
+def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
+    """Runs a recipe's `main(argv)`.
+
+    Returns:
+        0 when the run is finished, 2 for bad options or data (one line on stderr says what), 130
+        when the user stopped it.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        main(argv)
+    except (UsageError, DataError) as error:
+        if first:
+            print(f"{recipe}: error: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if first:
+            print(f"{recipe}: {stop or 'stopped, nothing saved'}", file=sys.stderr)
+        return INTERRUPTED
+    return 0

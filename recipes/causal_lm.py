@@ -1,0 +1,181 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf-adalip[recipes,trainer]"]
+#
+# [tool.uv.sources]
+# hf-adalip = { path = ".." }
+# ///
+"""Trains a small language model from scratch on a text file, with Trainer.
+
+    accelerate launch recipes/causal_lm.py --train_file input.txt
+    python recipes/causal_lm.py --train_file input.txt --optim adamw_torch   # to compare with
+    python recipes/causal_lm.py --train_file input.txt --model_type llama --hidden_size 256
+    python recipes/causal_lm.py --train_file input.txt --tokenizer_name openai-community/gpt2
+    python recipes/causal_lm.py --config options.yaml                        # then, if stopped,
+                                                     # --resume_from_checkpoint latest
+
+Tokens are the bytes of the text unless a tokenizer is named. The end of the file is held out for
+evaluation; losses are means per token, in nats. S is shared by the parameters of a module, and
+stays between 0.1 and 10. All options of transformers.TrainingArguments are taken; gradients are
+not clipped unless asked (--max_grad_norm).
+"""
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_adalip import attach
+from hf_adalip.data import DataError
+from hf_adalip.integrations.recipes import exit_status, optimizer_kwargs, parse, run
+from hf_adalip.options import UsageError
+
+NAME = "causal_lm"
+
+
+@dataclass
+class Arguments:
+    train_file: str = field(metadata={"help": "Text in UTF-8."})
+    validation_split_percentage: float = field(
+        default=10.0, metadata={"help": "Share of the text, its end, that is held out."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a tokenizer; default: bytes."}
+    )
+    block_size: int = field(default=128, metadata={"help": "Tokens in a sequence."})
+    model_type: str = field(
+        default="gpt2", metadata={"help": "Architecture: gpt2, llama, or another of transformers."}
+    )
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Blocks of the model."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Heads of a block."})
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Other values of its configuration: resid_pdrop=0,embd_pdrop=0"},
+    )
+
+
+def load_tokenizer(args: Arguments) -> PreTrainedTokenizerBase:
+    if args.tokenizer_name is None:
+        return ByT5Tokenizer(extra_ids=0)  # a token for each byte; needs no vocabulary
+    try:
+        return AutoTokenizer.from_pretrained(args.tokenizer_name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--tokenizer_name: {' '.join(str(error).split())}") from error
+
+
+def load_blocks(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """The tokens to train and to evaluate on: int64 [blocks, block_size] each.
+
+    What is left over at the end of either is not used.
+    """
+    try:
+        text = Path(args.train_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read --train_file {args.train_file}: {error}") from error
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    held_out = round(len(tokens) * args.validation_split_percentage / 100)
+    parts = tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]
+    size = args.block_size
+    if min(map(len, parts)) < size:
+        raise DataError(
+            f"{args.train_file} has {len(parts[0])} tokens to train on and {len(parts[1])} held "
+            f"out; a block has {size}: choose a smaller --block_size"
+        )
+    train, validation = (part[: len(part) // size * size].view(-1, size) for part in parts)
+    return train, validation
+
+
+def fingerprint(*blocks: Tensor) -> str:
+    """16 hexadecimal digits of a sha256 over shapes and tokens."""
+    digest = hashlib.sha256()
+    for part in blocks:
+        digest.update(str(tuple(part.shape)).encode())
+        digest.update(part.numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def examples(blocks: Tensor) -> list[dict[str, Tensor]]:
+    """For Trainer; the model shifts the labels itself."""
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def build_model(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The architecture in the sizes asked for, with random weights."""
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": args.block_size,
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": args.num_hidden_layers,
+        "num_attention_heads": args.num_attention_heads,
+    }
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    try:
+        config = AutoConfig.for_model(args.model_type, **sizes, **special)
+        if hasattr(config, "intermediate_size"):  # a default for billions of parameters
+            config.intermediate_size = 4 * args.hidden_size
+        if args.config_overrides:
+            config.update_from_string(args.config_overrides)
+        return AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"no such model: {' '.join(str(error).split())}") from error
+
+
+def check(args: Arguments) -> None:
+    for name in ("block_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if (value := getattr(args, name)) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}")
+    if not 0 < args.validation_split_percentage < 100:
+        value = args.validation_split_percentage
+        raise UsageError(f"--validation_split_percentage must be between 0 and 100, got {value}")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    args, training = parse(
+        *(NAME, Arguments, argv, __doc__),
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=32,
+    )
+    check(args)
+    tokenizer = load_tokenizer(args)
+    train, validation = load_blocks(args, tokenizer)
+    set_seed(training.seed)
+    optimizer = optimizer_kwargs(training)
+    trainer = Trainer(
+        model=build_model(args, tokenizer),
+        args=training,
+        train_dataset=examples(train),
+        eval_dataset=examples(validation),
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        **optimizer,
+    )
+    if optimizer:
+        attach(trainer)
+    settings = {"recipe": NAME, "task": "text-generation", "dataset_name": args.train_file}
+    settings |= dataclasses.asdict(args)
+    return run(trainer, settings | {"dataset_fingerprint": fingerprint(train, validation)})
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(NAME, main, sys.argv[1:]))

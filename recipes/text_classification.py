@@ -1,0 +1,274 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf-adalip[recipes,trainer,peft]"]
+#
+# [tool.uv.sources]
+# hf-adalip = { path = ".." }
+# ///
+"""Fine-tunes a pretrained encoder on sentences, or pairs of them, and their labels, with Trainer.
+
+    accelerate launch recipes/text_classification.py --learning_rate 5e-5
+    python recipes/text_classification.py --optim adamw_torch     # the optimizer to compare with
+    python recipes/text_classification.py --dataset_name nyu-mll/glue --dataset_config_name sst2
+    python recipes/text_classification.py --dataset_name nyu-mll/glue --dataset_config_name stsb
+    python recipes/text_classification.py --dataset_name FOLDER   # of parquet, csv or json files
+    python recipes/text_classification.py --lora_r 8              # trains a LoRA adapter only
+    python recipes/text_classification.py --config options.yaml   # then --resume_from_checkpoint
+                                                                  # latest, if it was stopped
+
+Labels that are not whole numbers or names are regressed on. S is shared by the parameters of a
+module, and stays between 0.1 and 10. All options of transformers.TrainingArguments are taken;
+gradients are not clipped unless asked (--max_grad_norm).
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Value
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    Trainer,
+    set_seed,
+)
+
+from hf_adalip import attach
+from hf_adalip.data import DataError, load_splits
+from hf_adalip.integrations.recipes import exit_status, optimizer_kwargs, parse, run
+from hf_adalip.options import UsageError
+
+NAME = "text_classification"
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str = field(
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        metadata={"help": "Hub id or folder of an encoder and its tokenizer."},
+    )
+    dataset_name: str = field(
+        default="cornell-movie-review-data/rotten_tomatoes",
+        metadata={"help": "Hub id or folder of a dataset with a train split and another."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Its configuration, such as sst2 of nyu-mll/glue."}
+    )
+    text_column_names: str | None = field(
+        default=None, metadata={"help": "One column or two with a comma; default: all of strings."}
+    )
+    label_column_name: str = field(default="label", metadata={"help": "Classes or numbers."})
+    validation_split_name: str | None = field(
+        default=None,
+        metadata={"help": "Default: the first whose name begins with validation, or else test."},
+    )
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens to cut texts to."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on so many texts only, always the same ones."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on so many texts only, always the same ones."}
+    )
+    lora_r: int | None = field(
+        default=None,
+        metadata={"help": "Train LoRA adapters of this rank and the new head only (needs peft)."},
+    )
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "LoRA's scale is this over lora_r; default: 2 lora_r."}
+    )
+
+
+@dataclass
+class TextData:
+    """Texts with labels: the columns `texts` of both parts, and `labels`.
+
+    `names` are the classes' names, None for numbers to regress on.
+    """
+
+    train: Dataset
+    validation: Dataset
+    texts: list[str]
+    names: list[str] | None
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of a sha256 over texts and labels of both parts."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.validation):
+            for column in (*self.texts, "labels"):
+                digest.update(json.dumps(part[column][:]).encode())
+        return digest.hexdigest()[:16]
+
+
+def load_texts(args: Arguments) -> TextData:
+    name = args.dataset_name
+    splits = load_splits(name, args.dataset_config_name, "--dataset_name /path/to/a/copy")
+    likely = [s for s in splits if s.startswith("validation")] + [s for s in splits if s == "test"]
+    split = args.validation_split_name or next(iter(likely), "validation")
+    for needed in ("train", split):
+        if needed not in splits:
+            raise DataError(f"{name} has no {needed} split; it has {', '.join(splits)}")
+    features = splits["train"].features
+    label = args.label_column_name
+    strings = [key for key, kind in features.items() if kind == Value("string") and key != label]
+    texts = args.text_column_names.split(",") if args.text_column_names else strings
+    if missing := [column for column in (*texts, label) if column not in features]:
+        raise DataError(f"{name} has no column {missing[0]!r}; it has {', '.join(features)}")
+    if len(texts) not in (1, 2):
+        raise DataError(
+            f"{name} has {len(texts)} columns of strings ({', '.join(texts)}); "
+            "choose one or two with --text_column_names"
+        )
+    limits = {"train": args.max_train_samples, split: args.max_eval_samples}
+    parts = {key: _part(splits[key], [*texts, label], limits[key]) for key in limits}
+    names = _names(features, label, parts["train"])
+    train, validation = (_labelled(parts[s], label, names, f"{name}, {s}") for s in limits)
+    return TextData(train, validation, texts, None if names is None else list(map(str, names)))
+
+
+def _part(split: Dataset, columns: list[str], limit: int | None) -> Dataset:
+    if limit is not None and limit < len(split):
+        split = split.shuffle(seed=0).select(range(limit))
+    return split.select_columns(columns)
+
+
+def _names(features: Features, label: str, train: Dataset) -> list[Any] | None:
+    """What stands in the column for class 0, 1, …; None for a column of real numbers."""
+    kind = features[label]
+    if hasattr(kind, "names"):
+        return list(kind.names)
+    if getattr(kind, "dtype", "").startswith("float"):
+        return None
+    return sorted(set(train[label]))
+
+
+def _labelled(part: Dataset, label: str, names: list[Any] | None, where: str) -> Dataset:
+    """The part with a column `labels` of class numbers from 0 on, or of float32."""
+    found = part[label][:]
+    if names is None:
+        labels, kind = found, Value("float32")
+    else:
+        numbered = hasattr(part.features[label], "names")
+        number = {value: value if numbered else i for i, value in enumerate(names)}
+        number = {i: i for i in range(len(names))} if numbered else number
+        if unknown := set(found) - set(number):
+            raise DataError(f"{where}: no class of the train split for label {unknown.pop()!r}")
+        labels, kind = [number[value] for value in found], Value("int64")
+    return part.remove_columns(label).add_column("labels", labels, feature=kind)
+
+
+def build_model(args: Arguments, names: list[str] | None) -> tuple[nn.Module, Any]:
+    """The encoder with a new head, and its tokenizer."""
+    known = {"problem_type": "regression", "num_labels": 1}
+    if names is not None:
+        known = {
+            "problem_type": "single_label_classification",
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, **known)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model_name_or_path: {' '.join(str(error).split())}") from error
+    if tokenizer.pad_token is None:  # of decoders
+        tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if args.lora_r is not None:
+        model = add_lora(model, args.lora_r, args.lora_alpha)
+    return model, tokenizer
+
+
+def add_lora(model: nn.Module, r: int, alpha: int) -> nn.Module:
+    """Freezes the model but for its head, and adds adapters to its linear layers."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="SEQ_CLS", r=r, lora_alpha=alpha, target_modules="all-linear")
+    return get_peft_model(model, config)
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    answers, labels = np.argmax(prediction.predictions, axis=-1), prediction.label_ids
+    average = "binary" if prediction.predictions.shape[-1] == 2 else "macro"
+    return {
+        "accuracy": accuracy_score(labels, answers),
+        "f1": f1_score(labels, answers, average=average),
+        "matthews_correlation": matthews_corrcoef(labels, answers),
+    }
+
+
+def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    answers, labels = np.squeeze(prediction.predictions, axis=-1), prediction.label_ids
+    return {
+        "pearson": pearsonr(answers, labels).statistic,
+        "spearmanr": spearmanr(answers, labels).statistic,
+    }
+
+
+def check(args: Arguments) -> None:
+    if args.max_seq_length < 1:
+        raise UsageError(f"--max_seq_length must be at least 1, got {args.max_seq_length}")
+    if args.lora_alpha is not None and args.lora_r is None:
+        raise UsageError("--lora_alpha needs --lora_r")
+    for name in ("lora_r", "lora_alpha"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}")
+    if args.lora_r is not None:
+        args.lora_alpha = args.lora_alpha or 2 * args.lora_r
+        if find_spec("peft") is None:
+            raise UsageError("--lora_r needs peft: pip install 'hf-adalip[peft]'")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    args, training = parse(
+        NAME,
+        Arguments,
+        argv,
+        __doc__,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+    )
+    check(args)
+    with training.main_process_first():  # the others find what it put in the cache
+        data = load_texts(args)
+    set_seed(training.seed)
+    model, tokenizer = build_model(args, data.names)
+
+    def tokenize(rows: dict[str, list[str]]) -> Any:
+        texts = (rows[column] for column in data.texts)
+        return tokenizer(*texts, truncation=True, max_length=args.max_seq_length)
+
+    with training.main_process_first():
+        train, validation = (
+            part.map(tokenize, batched=True, remove_columns=data.texts, desc="tokenizing")
+            for part in (data.train, data.validation)
+        )
+    optimizer = optimizer_kwargs(training)
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=regression_metrics if data.names is None else classification_metrics,
+        **optimizer,
+    )
+    if optimizer:
+        attach(trainer)
+    settings = {"recipe": NAME, "task": "text-classification", **dataclasses.asdict(args)}
+    return run(trainer, settings | {"dataset_fingerprint": data.fingerprint()})
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(NAME, main, sys.argv[1:]))
