@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from .registry import list_optimizers
 from .run import run_script
@@ -23,10 +24,33 @@ def main() -> None:
     )
     check.add_argument("script")
     check.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's")
+    publishing = commands.add_parser(
+        "publish",
+        help="upload a recipe's run to the Hub",
+        description="Uploads the output folder of a recipe: the model, the script with pinned "
+        "dependencies, arguments, results, the learning rates of the layers, and a model card. The "
+        "token is read from the environment variable HF_TOKEN. After an interruption the same "
+        "command sends the rest. The exit status is 1 if nothing was published.",
+    )
+    publishing.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR")
+    publishing.add_argument("--repo_id", required=True, metavar="USER/NAME")
+    publishing.add_argument("--private", action="store_true", help="for those with access only")
+    publishing.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out what matches, as in 'checkpoint-*'; may be given several times",
+    )
+    publishing.add_argument(
+        "--dry-run", action="store_true", help="show every file and the card, without a network"
+    )
     args = parser.parse_args()
     if args.command == "optimizers":
         for name, description in list_optimizers(args.filter, with_description=True):
             print(f"{name:16} {description}")
+    elif args.command == "publish":
+        sys.exit(publish(args))
     else:
         sys.exit(doctor(args.script, args.arguments))
 
@@ -63,3 +87,28 @@ def doctor(script: str, arguments: list[str]) -> int:
         print(f"- {finding}")
     print({0: "nothing wrong", 1: "1 thing wrong"}.get(len(findings), f"{len(findings)} wrong"))
     return int(bool(findings))
+
+
+def publish(args: argparse.Namespace) -> int:
+    """Uploads a run, or shows what would be; 1 if that cannot be done."""
+    from . import hub
+
+    try:
+        if args.dry_run:
+            files = hub.prepare(args.output_dir, args.repo_id, args.exclude)
+            for path, content in files.items():
+                size = len(content) if isinstance(content, bytes) else content.stat().st_size
+                print(f"{size:13,}  {path}")
+            card = files[hub.CARD]
+            assert isinstance(card, bytes)  # as all that is made anew
+            print(f"\n{hub.CARD}:\n\n{card.decode()}")
+        else:
+            print(
+                hub.publish(
+                    args.output_dir, args.repo_id, private=args.private, exclude=args.exclude
+                )
+            )
+    except hub.PublishError as error:
+        print(f"hf-adalip publish: error: {error}", file=sys.stderr)
+        return 1
+    return 0
