@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
 import operator
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -51,11 +49,9 @@ from .options import (
     trackers,
 )
 from .registry import create_optimizer
-from .version import __version__
+from .script import SCRIPT, running_script, versions
 
 try:
-    import accelerate
-    import datasets
     from accelerate import Accelerator
     from accelerate.logging import get_logger
     from accelerate.utils import (
@@ -76,6 +72,12 @@ logger = get_logger(__name__)
 
 RECORDS = 500
 """How often in a run the loss and the layers' learning rates are copied from the device."""
+
+VERSIONS = (
+    *("accelerate", "datasets", "evaluate", "huggingface_hub", "matplotlib", "numpy", "pillow"),
+    *("pyyaml", "scikit-learn", "tensorboard", "tqdm"),
+)
+"""What the results say the versions of, besides torch, Python and this package."""
 
 WEIGHTS, CONFIG, RATES = "model.safetensors", "config.json", "layer_learning_rates"
 INTERRUPTED = 130  # exit status, as the shell's
@@ -152,6 +154,7 @@ class Training:
     ) -> None:
         self.args, self.data = args, data
         self.accelerator, self.folder, self.command = accelerator, folder, command
+        self.script = running_script()
         set_seed(args.seed)
         try:
             if recipe.configure is not None:
@@ -468,6 +471,7 @@ class Training:
         return {
             **{name: last.get(name) for name in _METRICS},
             **best,
+            "task": "image-classification",
             "finished": finished,
             "epoch": self.progress.epoch + self.progress.batch / len(self.loader),
             "step": self.progress.step,
@@ -478,14 +482,7 @@ class Training:
             "eval_samples": len(self.data.test),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "device": _device(self.accelerator.device),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "accelerate": accelerate.__version__,
-                "datasets": datasets.__version__,
-                "hf_adalip": __version__,
-                **{name: importlib.metadata.version(name) for name in self.recipe.libraries},
-            },
+            "versions": versions(*VERSIONS, *self.recipe.libraries) | {"torch": torch.__version__},
             "nonfinite_steps": self._nonfinite_steps(),
             "seconds": self.progress.seconds,
             "command": self.command,
@@ -515,6 +512,8 @@ class Training:
                 )
                 self.rates.save(self.folder / f"{RATES}.json")
                 self.rates.plot(self.folder / f"{RATES}.png", title)
+            if script := self.script:
+                whole(self.folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
             shown = json.dumps(_finite(results), indent=2, allow_nan=False)
             whole(self.folder / RESULTS, lambda path: path.write_text(shown + "\n"))
         self.accelerator.wait_for_everyone()
@@ -648,7 +647,7 @@ def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
 
 
 def _own_files(folder: Path) -> list[Path]:
-    patterns = (RESULTS, WEIGHTS, CONFIG, f"{RATES}.*", "step_*", "epoch_*")
+    patterns = (RESULTS, WEIGHTS, CONFIG, SCRIPT, f"{RATES}.*", "step_*", "epoch_*")
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
@@ -712,6 +711,8 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
         folder.mkdir(parents=True, exist_ok=True)
         stale = _own_files(folder) if args.overwrite_output_dir else folder.glob("*_*.partial")
         for path in stale:
+            if path.name == SCRIPT:  # it may be what is running
+                continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if args.with_tracking:
         config = {key: _flat(value) for key, value in training.settings.items()}
