@@ -128,7 +128,7 @@ def model_card(
     hyperparameters = {**optimizer.param_groups[0], **getattr(optimizer, "hyperparameters", {})}
     training = {
         "optimizer": describe_optimizer(optimizer),
-        "learning rate": results["learning_rate"],
+        "learning rate": f"{results['learning_rate']:g}",
         "γ": hyperparameters.get("gamma"),
         "c": hyperparameters.get("c"),
         "layers": getattr(optimizer, "layers", None),

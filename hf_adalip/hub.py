@@ -198,7 +198,7 @@ def publish(
         )
     except PublishError:
         raise
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, ValueError) as error:  # ValueError: it does not take the card
         raise PublishError(f"the Hub refused: {error}") from error
     except Exception as error:  # of httpx, of xet, or what huggingface_hub made of them
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__

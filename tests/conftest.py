@@ -6,6 +6,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from .hub import loopback_hub
+
+__all__ = ["loopback_hub"]
+
 # One thread: the tensors are tiny, and test runners are shared.
 torch.set_num_threads(1)
 

@@ -1,0 +1,536 @@
+"""Publishing the run of a recipe on a Hub (tests/hub.py), and running what was published."""
+
+import ast
+import base64
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import yaml
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub._eval_results import parse_eval_result_entries
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from safetensors.torch import save_file
+from torch import tensor
+
+from hf_adalip import hub, script
+from hf_adalip.card import repeat_arguments
+from hf_adalip.cli import main
+from hf_adalip.hub import PublishError, prepare, publish
+from hf_adalip.version import __version__
+
+from .hub import TOKEN, LoopbackHub
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "mnist.py"
+ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+OPTIONS = ["--dataset_name=digits", "--max_train_samples=300", "--max_train_steps=3", "--cpu"]
+WHEEL = f"hf_adalip-{__version__}-py3-none-any.whl"
+REPO = "me/digits-adamlip"
+PUBLISH = [sys.executable, "-c", "from hf_adalip.cli import main; main()", "publish"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a recipe, run as users do."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    command = [sys.executable, str(RECIPE), *OPTIONS, "--seed=3", f"--output_dir={folder}"]
+    subprocess.run(command, env=os.environ | ENV, check=True, timeout=120, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def folder(run: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(run, tmp_path / "out"))
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "all_results.json").read_text())
+    return found
+
+
+def change(folder: Path, **values: Any) -> None:
+    found = {k: v for k, v in (results(folder) | values).items() if v is not ...}
+    (folder / "all_results.json").write_text(json.dumps(found))
+
+
+def cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["hf-adalip", "publish", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def large(hub: LoopbackHub) -> list[str]:
+    """sha256 of what a repository has of large files, sorted."""
+    files = hub.repos[REPO].files
+    return sorted(
+        hashlib.sha256(data).hexdigest()
+        for path, data in files.items()
+        if path.endswith((".safetensors", ".png", ".whl"))
+    )
+
+
+def test_a_run_is_published(run: Path, loopback_hub: LoopbackHub) -> None:
+    assert publish(run, REPO) == f"{loopback_hub.url}/{REPO}/commit/{'0' * 40}"
+    repo = loopback_hub.repos[REPO]
+    assert (repo.private, repo.commits) == (False, 1)
+    made = {"README.md", "train.py", WHEEL}
+    kept = {path.name for path in run.iterdir()} - made
+    assert {"model.safetensors", "all_results.json", "layer_learning_rates.png"} <= kept
+    assert set(repo.files) == made | kept
+    for name in kept:
+        assert repo.files[name] == (run / name).read_bytes()
+        assert Path(hf_hub_download(REPO, name)).read_bytes() == repo.files[name]
+    assert set(HfApi().list_repo_files(REPO)) == set(repo.files)
+
+
+def test_the_card_says_how_the_run_came_about(run: Path) -> None:
+    text = prepare(run, REPO)["README.md"]
+    assert isinstance(text, bytes)
+    card, found = ModelCard(text.decode()), results(run)
+    assert {x.metric_type: x.metric_value for x in card.data.eval_results} == {
+        "accuracy": found["eval_accuracy"],
+        "loss": found["eval_loss"],
+    }
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.datasets is None  # digits are not on the Hub
+    rows = dict(
+        line.strip("| ").split(" | ", 1)
+        for line in card.text.splitlines()
+        if line.startswith("| ") and " | " in line.strip("| ")
+    )
+    assert rows["optimizer"].startswith("AdamLip with lr=0.001")
+    assert (rows["γ"], rows["c"], rows["layers"]) == ("0.8", "1e-08", "tensor")
+    assert (rows["learning rate"], rows["seed"]) == ("0.001", "3")
+    assert found["dataset_fingerprint"] in rows["data"]
+    assert {name: rows[name] for name in found["versions"]} == found["versions"]
+    assert "](layer_learning_rates.png)" in card.text
+    assert f"/{REPO}/resolve/main/train.py {' '.join(OPTIONS)} --seed=3 --output_dir" in card.text
+    assert str(run) not in card.text
+
+
+def stub(folder: Path, name: str, version: str) -> None:
+    """An empty wheel, for a dependency that is to be resolved but is here already."""
+    stem = f"{canonicalize_name(name).replace('-', '_')}-{version}"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+        info = f"{stem}.dist-info"
+        wheel.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_what_was_published_runs_and_is_the_same_run(
+    run: Path, loopback_hub: LoopbackHub, tmp_path: Path
+) -> None:
+    """`uv run URL`: uv resolves the pins and installs hf_adalip from the repository's wheel.
+
+    torch and the other dependencies are stubs for the resolver, in the versions that are
+    installed here, and are then imported from here; hf_adalip itself is nowhere else.
+    """
+    find_uv_bin = pytest.importorskip("uv").find_uv_bin
+    publish(run, REPO)
+    stubs, modules = tmp_path / "stubs", tmp_path / "site-packages"  # dill looks for that name
+    stubs.mkdir()
+    modules.mkdir()
+    needed = {Requirement(text).name for text in metadata.requires("hf-adalip") or []}
+    for name in needed | results(run)["versions"].keys() - {"python", "hf_adalip"}:
+        try:
+            stub(stubs, name, metadata.version(name).partition("+")[0])
+        except metadata.PackageNotFoundError:
+            continue
+    for path in reversed([path for path in sys.path if path.endswith("site-packages")]):
+        for item in Path(path).iterdir():
+            if "hf_adalip" not in item.name and not (modules / item.name).exists():
+                (modules / item.name).symlink_to(item)
+    out = tmp_path / "again"
+    command = [
+        *(find_uv_bin(), "run", "--no-config", "--no-index", "--find-links", str(stubs)),
+        *("--python", sys.executable, f"{loopback_hub.url}/{REPO}/resolve/main/train.py"),
+        *(*OPTIONS, "--seed=3", f"--output_dir={out}"),
+    ]
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "VIRTUAL_ENV")}
+    env |= {
+        "PYTHONPATH": str(modules),
+        "UV_CACHE_DIR": str(tmp_path / "uv"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, timeout=300, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("GET", f"/{REPO}/resolve/main/{WHEEL}") in loopback_hub.requests
+    assert (out / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    again = prepare(out, REPO)["train.py"]  # and may be published in its turn
+    assert again == loopback_hub.repos[REPO].files["train.py"]
+
+
+def test_a_dry_run_shows_everything_and_touches_no_network(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def connect(*_: Any) -> None:
+        raise AssertionError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    assert cli(monkeypatch, run, "--repo_id", REPO, "--dry-run") == 0
+    shown, files = capsys.readouterr().out, prepare(run, REPO)
+    for path, content in files.items():
+        size = len(content if isinstance(content, bytes) else content.read_bytes())
+        assert f"{size:13,}  {path}\n" in shown
+    card = files["README.md"]
+    assert isinstance(card, bytes)
+    assert card.decode() in shown
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+REFUSED = {
+    "epoch_0/model.safetensors": ("epoch_0", b"", "a checkpoint"),
+    "step_10.partial/x": ("step_10.partial", b"", "a checkpoint"),
+    "checkpoint-500/model.safetensors": ("checkpoint-500", b"", "a checkpoint"),
+    "mine/checkpoint.json": ("mine", b"{}", "a checkpoint"),
+    "optimizer.pt": ("optimizer.pt", b"", "the state of an optimizer"),
+    "a/optimizer_0.safetensors": ("a/optimizer_0.safetensors", b"", "the state of an optimizer"),
+    "rng_state_0.pth": ("rng_state_0.pth", b"", "the state of an optimizer or of another part"),
+    "states.bin": ("states.bin", b"", "a pickle"),
+    ".env": (".env", b"", "a secret, by its name"),
+    "deploy/key.PEM": ("deploy/key.PEM", b"", "a secret, by its name"),
+    "id_rsa": ("id_rsa", b"", "a secret, by its name"),
+    "credentials.json": ("credentials.json", b"", "a secret, by its name"),
+    ".git/config": (".git", b"", "hidden"),
+    "notes.txt": ("notes.txt", b"x hf_" + b"a1B2" * 9, "contains a Hugging Face token"),
+    "log/run.out": ("log/run.out", f"token={TOKEN}".encode(), "contains a Hugging Face token"),
+    "wandb.yaml": ("wandb.yaml", b"key: 0123456789abcdef", "contains the value of $WANDB_API_KEY"),
+    "training_args.bin": (
+        "training_args.bin",
+        b"\0\1" + b"-----BEGIN OPENSSH PRIVATE KEY-----",
+        "contains a private key",
+    ),
+}
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_what_must_not_be_published_is_refused(
+    folder: Path,
+    path: str,
+    loopback_hub: LoopbackHub,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    named, content, why = REFUSED[path]
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_bytes(content)
+    for dry in ([], ["--dry-run"]):
+        assert cli(monkeypatch, folder, "--repo_id", REPO, *dry) == 1
+        message = capsys.readouterr().err
+        assert f"  {named}: {why}" in message
+        assert TOKEN not in message
+    assert f"--exclude {named}" in message
+    assert loopback_hub.requests == []
+    assert cli(monkeypatch, folder, "--repo_id", REPO, "--exclude", named) == 0
+    assert not any(name.startswith(named) for name in loopback_hub.repos[REPO].files)
+
+
+def test_everything_that_is_wrong_is_said_at_once(folder: Path, tmp_path: Path) -> None:
+    change(folder, command=f"train.py --hub_token {TOKEN}")
+    (folder / "scheduler.pt").touch()
+    (folder / "link.txt").symlink_to(tmp_path)
+    with pytest.raises(PublishError) as error:
+        prepare(folder, REPO)
+    for path in ("all_results.json: contains a Hugging Face token", "scheduler.pt: ", "link.txt: "):
+        assert f"  {path}" in str(error.value)
+
+
+def test_names_that_only_look_like_secrets(folder: Path) -> None:
+    names = ["tokenizer.json", "special_tokens_map.json", "added_tokens.json", "keys.txt"]
+    names += ["steps.txt", "training_args.bin", "logs/events.out.tfevents.1.host"]
+    (folder / "logs").mkdir()
+    for name in names:
+        (folder / name).write_bytes(b"hf_adalip, hf_hub_download_of_things")
+    assert {*names} <= {*prepare(folder, REPO)}
+
+
+def test_a_connection_that_breaks(
+    run: Path, loopback_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between huggingface_hub's retries
+    loopback_hub.accept = 1
+    with pytest.raises(PublishError, match=r"broke off .*; the same command sends the rest"):
+        publish(run, REPO)
+    assert (len(loopback_hub.puts), loopback_hub.repos[REPO].files) == (1, {})
+    loopback_hub.accept = None
+    publish(run, REPO)
+    assert loopback_hub.repos[REPO].commits == 1
+    assert sorted(loopback_hub.puts) == large(
+        loopback_hub
+    )  # each once: what was there was not sent
+
+
+def test_killed_in_the_middle_of_the_upload(run: Path, loopback_hub: LoopbackHub) -> None:
+    loopback_hub.accept, loopback_hub.stall = 1, True
+    command = [*PUBLISH, str(run), "--repo_id", REPO]
+    process = subprocess.Popen(command, env=os.environ | ENV, stderr=subprocess.DEVNULL)
+    assert loopback_hub.stalled.wait(100)
+    deadline = time.monotonic() + 20
+    while not loopback_hub.puts and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert (len(loopback_hub.puts), loopback_hub.repos[REPO].files) == (1, {})
+    loopback_hub.accept = None
+    publish(run, REPO)
+    assert len(loopback_hub.puts) == 3
+    assert sorted(loopback_hub.puts) == large(loopback_hub)
+
+
+def test_publishing_again(folder: Path, loopback_hub: LoopbackHub) -> None:
+    publish(folder, REPO)
+    publish(folder, REPO)
+    assert loopback_hub.repos[REPO].commits == 1  # nothing has changed
+    save_file({"weight": tensor([2.0])}, folder / "model.safetensors")
+    publish(folder, REPO)
+    assert (loopback_hub.repos[REPO].commits, len(loopback_hub.puts)) == (2, 4)
+
+
+def test_the_token_is_written_nowhere(
+    folder: Path, loopback_hub: LoopbackHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    publish(folder, REPO)
+    for data in loopback_hub.repos[REPO].files.values():
+        assert TOKEN.encode() not in data
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes()
+    assert TOKEN not in "".join(capfd.readouterr())
+
+
+def test_tokens(
+    run: Path, loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    stored = tmp_path / "token"
+    stored.write_text(TOKEN)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(stored))
+    with pytest.raises(PublishError, match="HF_TOKEN"):
+        publish(run, REPO)
+    assert loopback_hub.requests == []
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    with pytest.raises(PublishError, match=r"the Hub refused: .*401"):
+        publish(run, REPO)
+    assert loopback_hub.repos == {}
+
+
+def test_private(run: Path, loopback_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli(monkeypatch, run, "--repo_id", REPO, "--private") == 0
+    assert loopback_hub.repos[REPO].private
+    publish(run, REPO)  # stays so
+    HfApi(token=TOKEN).create_repo("me/public")
+    with pytest.raises(PublishError, match="me/public is there already, and public"):
+        publish(run, "me/public", private=True)
+    assert loopback_hub.repos["me/public"].files == {}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "has no model: no *.safetensors"),
+        (lambda f: (f / "all_results.json").unlink(), "all_results.json is missing or cannot be"),
+        (lambda f: change(f, seed=..., versions=...), "does not say seed, versions"),
+        (lambda f: change(f, finished=False), "is not finished"),
+        (lambda f: change(f, task=...), "does not say its task"),
+        (lambda f: change(f, optimizer="adalap"), "adalap"),
+        (lambda f: change(f, learning_rate="high"), "all_results.json cannot be published"),
+        (lambda f: change(f, versions={"hf_adalip": "0"}), "the run had hf_adalip 0, but"),
+        (lambda f: (f / "train.py").unlink(), "train.py is missing: copy the script"),
+        (lambda f: (f / "train.py").write_text("pass\n"), "it has no inline script metadata"),
+    ],
+)
+def test_what_is_missing_is_said(folder: Path, spoil: Any, message: str) -> None:
+    spoil(folder)
+    with pytest.raises(PublishError) as error:
+        prepare(folder, REPO)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere", "me/x"), "there is no folder nowhere"),
+        ((None, "x"), "--repo_id must be USER/NAME, got 'x'"),
+        ((None, "me/a b"), "--repo_id: "),
+        ((None, "me/x", ["*.pt"]), "--exclude *.pt: .* has no such path"),
+    ],
+)
+def test_bad_arguments(run: Path, arguments: Any, message: str) -> None:
+    where, *others = arguments
+    with pytest.raises(PublishError, match=message.replace("*.pt", r"\*\.pt")):
+        prepare(Path(where) if where else run, *others)
+
+
+def test_a_run_of_trainer_on_data_of_the_hub(folder: Path) -> None:
+    """What Trainer saves; the card's metadata and `.eval_results` name dataset, base and score."""
+    change(
+        folder,
+        task=...,
+        dataset_name="nyu-mll/glue",
+        dataset_config_name="mrpc",
+        model_name_or_path="google/bert",
+        eval_f1=0.5,
+        eval_runtime=1.5,
+        eval_samples_per_second=3.0,
+        eval_loss=None,  # it was not finite
+        eval_accuracy=0.75,
+    )
+    config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert"}
+    (folder / "config.json").write_text(json.dumps(config))
+    files = prepare(folder, REPO)
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/nyu-mll--glue.yaml"]))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("nyu-mll/glue", "mrpc", 0.75)
+    assert str(entry.notes).startswith("accuracy of adamlip, lr 0.001, seed 3")
+    text = files["README.md"]
+    assert isinstance(text, bytes)
+    data = ModelCard(text.decode()).data
+    assert (data.datasets, data.base_model) == (["nyu-mll/glue"], "google/bert")
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-classification")
+    assert {x.metric_type: x.metric_value for x in data.eval_results} == {
+        "accuracy": 0.75,
+        "f1": 0.5,
+    }
+
+
+def test_pins() -> None:
+    source = (
+        "#!/usr/bin/env python\n# /// script\n# requires-python = '>=3.10'\n"
+        "# dependencies = ['Hf_AdaLip[trainer,recipes]>=0.1', 'timm>=1 ; python_version > \"3\"']\n"
+        "#\n# [tool.uv.sources]\n# hf-adalip = { path = '..' }\n"
+        "# [tool.hf-jobs]\n# flavor = 'a10g-small'  # a GPU\n# ///\nprint('# /// script')\n"
+    )
+    run = {"python": "3.11.7", "torch": "2.15.0+cu132", "timm": "1.0.31", "hf_adalip": "0.1.0"}
+    pinned = script.pin(source, run, None)
+    assert pinned.splitlines()[-1] == "print('# /// script')"
+    body = pinned[pinned.index("# dependencies = [") + len("# dependencies = ") :]
+    found = ast.literal_eval(body[: body.index("\n# ]") + 4].replace("\n# ", "\n"))
+    assert found == [
+        "hf-adalip[recipes,trainer]==0.1.0",
+        'timm==1.0.31 ; python_version > "3"',
+        "torch==2.15.0",
+    ]
+    assert "# flavor = 'a10g-small'  # a GPU\n" in pinned
+    assert "path" not in pinned
+    assert script.pin(pinned, run, None) == pinned
+    by_url = script.pin(source, run, "https://h/x.whl#sha256=0")
+    assert '"hf-adalip[recipes,trainer] @ https://h/x.whl#sha256=0"' in by_url
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("dependencies = [", "cannot be read"),
+        ("dependencies = ['a b c']", "cannot be read"),
+        ("dependencies = ['torch']", "do not depend on hf-adalip"),
+        ("dependencies = ['hf-adalip', 'peft']", "needs peft, whose version the run has not"),
+        (
+            "dependencies = ['hf-adalip']\n# tool.uv.sources.torch = {path = 'x'}",
+            "has a path on this machine for torch",
+        ),
+    ],
+)
+def test_headers_that_cannot_be_pinned(toml: str, message: str) -> None:
+    with pytest.raises(script.ScriptError, match=message):
+        script.pin(f"# /// script\n# {toml}\n# ///\n", {"torch": "2", "hf_adalip": "1"}, None)
+
+
+def test_the_wheel_is_of_the_files_that_are_imported(tmp_path: Path) -> None:
+    name, data = script.build_wheel()
+    assert (name, data) == (WHEEL, script.build_wheel()[1])
+    (tmp_path / name).write_bytes(data)
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        assert wheel.testzip() is None
+        wheel.extractall(tmp_path / "installed")
+    package = Path(hub.__file__).parent
+    for path in package.rglob("*.py"):
+        copy = tmp_path / "installed" / package.name / path.relative_to(package)
+        assert copy.read_bytes() == path.read_bytes()
+    (found,) = metadata.distributions(path=[str(tmp_path / "installed")])
+    assert (found.name, found.version) == ("hf-adalip", __version__)
+    assert "recipes" in found.metadata.get_all("Provides-Extra")
+    for file in found.files or []:
+        if file.hash:
+            digest = hashlib.sha256(file.read_binary()).digest()
+            assert base64.urlsafe_b64encode(digest).decode().rstrip("=") == file.hash.value
+
+
+class Installed:
+    """A distribution as an installer leaves it."""
+
+    version = __version__
+
+    def __init__(self, folder: Path, direct_url: str | None) -> None:
+        self.folder, self.direct_url = folder, direct_url
+
+    def locate_file(self, path: str) -> Path:
+        return self.folder / path
+
+    def read_text(self, name: str) -> str | None:
+        assert name == "direct_url.json"
+        return self.direct_url
+
+
+@pytest.mark.parametrize(
+    ("folder", "direct_url", "expected"),
+    [
+        (ROOT, None, True),
+        (ROOT, '{"url": "file:///x.whl"}', False),
+        (Path("/another/site-packages"), None, False),
+    ],
+)
+def test_a_wheel_is_needed_unless_it_came_from_an_index(
+    run: Path, folder: Path, direct_url: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = Installed(folder, direct_url)
+    monkeypatch.setattr(script.metadata, "distribution", lambda _: installed)
+    assert script.is_on_index() is expected
+
+
+def test_what_is_on_the_index_is_pinned_without_a_wheel(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "is_on_index", lambda: True)
+    files = prepare(run, REPO)
+    assert WHEEL not in files
+    assert f'"hf-adalip[recipes]=={__version__}"'.encode() in files["train.py"]
+
+
+def test_the_command_that_repeats_a_run() -> None:
+    command = (
+        "recipes/x.py --output_dir '/tmp/a b' --lr 1e-3 --push_to_hub --hub_model_id=me/x --cpu "
+        "--resume_from_checkpoint latest --overwrite_output_dir True --seed -1 --optim_args=a=1"
+    )
+    assert repeat_arguments(command) == [
+        "--lr",
+        "1e-3",
+        "--cpu",
+        "--seed",
+        "-1",
+        "--optim_args=a=1",
+    ]
