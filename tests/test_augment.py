@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -211,3 +213,24 @@ def test_an_image_is_the_same_in_any_batch() -> None:
 def test_amounts_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RandomAffine(**options)
+
+
+def one_of_two(folder: Path, options: list[str]) -> None:
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
+    augment = Recorded()
+    run(augment, folder / "two", *options)
+    seen = [[image.hex(), drawn.hex()] for image, drawn in augment.seen]
+    (folder / f"seen{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+def test_two_processes_see_the_images_of_one(tmp_path: Path) -> None:
+    debug_launcher(one_of_two, (tmp_path, ["--per_device_train_batch_size=25"]), num_processes=2)
+    alone = Recorded()
+    found = run(alone, tmp_path / "one", "--per_device_train_batch_size=50")
+    ranks = [json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1)]
+    seen = [(bytes.fromhex(image), bytes.fromhex(drawn)) for each in ranks for image, drawn in each]
+    assert len(seen) == 250
+    assert set(seen) == set(alone.seen)
+    two = json.loads((tmp_path / "two" / "all_results.json").read_text())
+    assert (two["num_processes"], found["num_processes"]) == (2, 1)
+    assert two["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-5)
