@@ -52,9 +52,15 @@ def on_hub(name: str) -> bool:
 
 
 def repeat_arguments(command: str) -> list[str]:
-    """The arguments of a command line, without those that say where the run writes."""
+    """The arguments of a command line, without those that say where the run writes.
+
+    Raises:
+        ValueError: if they are in a file.
+    """
     kept, dropping = [], False
     for word in shlex.split(command)[1:]:
+        if word.partition("=")[0] == "--config":
+            raise ValueError("its command reads options from a file: put them in, in its place")
         if word.startswith("--"):
             dropping = word[2:].partition("=")[0].replace("-", "_") in _OF_THE_PLACE
         if not dropping:

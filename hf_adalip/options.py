@@ -194,14 +194,24 @@ def parse(recipe: Recipe, argv: Sequence[str]) -> TrainingArguments:
             text += f" (default: {default})"
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(f"--{entry.name}", default=default, help=text, **how)
-    given = vars(parser.parse_args(argv))
-    if config := given.pop("config"):
-        given = vars(parser.parse_args([*_config_options(config, recipe), *argv]))
-        given.pop("config")
+    given = vars(parser.parse_args(expand_config(argv, recipe)))
+    del given["config"]
     args = recipe.arguments(**given)
     _check_values(args)
     args.check()
     return args
+
+
+def expand_config(argv: Sequence[str], recipe: Recipe) -> list[str]:
+    """A command line with what its --config file says, before what it says itself, for the file.
+
+    Raises:
+        UsageError: if the file cannot be read, or has what is no option.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    found, rest = parser.parse_known_args(argv)
+    return [*(_config_options(found.config, recipe) if found.config else ()), *rest]
 
 
 def _config_options(path: str, recipe: Recipe) -> list[str]:

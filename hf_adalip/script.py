@@ -103,8 +103,10 @@ def pin(script: str, run: Mapping[str, str], own_url: str | None) -> str:
     dependencies.extend(pinned)
     table["dependencies"] = dependencies.multiline(True)
 
-    sources = table.get("tool", {}).get("uv", {}).get("sources", {})
-    sources.pop(DISTRIBUTION, None)  # a path here
+    uv = table.get("tool", {}).get("uv", {})
+    sources = uv.get("sources", {})
+    if sources.pop(DISTRIBUTION, None) and not sources:  # a path here
+        del uv["sources"]
     if local := [name for name, source in sources.items() if "path" in source]:
         raise ScriptError(f"[tool.uv.sources] has a path on this machine for {', '.join(local)}")
     commented = "".join(f"# {line}".rstrip() + "\n" for line in table.as_string().splitlines())

@@ -43,6 +43,7 @@ from .options import (
     Recipe,
     TrainingArguments,
     UsageError,
+    expand_config,
     optimizer_arguments,
     parse,
     scheduler_factory,
@@ -736,7 +737,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_adalip").setLevel(logging.INFO)
     try:
-        training = train(recipe, given, shlex.join([sys.argv[0], *given]))
+        training = train(recipe, given, shlex.join([sys.argv[0], *expand_config(given, recipe)]))
     except (UsageError, DataError) as error:
         if first:
             print(f"{recipe.name}: error: {error}", file=sys.stderr)

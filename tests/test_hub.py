@@ -436,7 +436,7 @@ def test_pins() -> None:
         "torch==2.15.0",
     ]
     assert "# flavor = 'a10g-small'  # a GPU\n" in pinned
-    assert "path" not in pinned
+    assert "sources" not in pinned
     assert script.pin(pinned, run, None) == pinned
     by_url = script.pin(source, run, "https://h/x.whl#sha256=0")
     assert '"hf-adalip[recipes,trainer] @ https://h/x.whl#sha256=0"' in by_url
@@ -526,6 +526,8 @@ def test_the_command_that_repeats_a_run() -> None:
         "recipes/x.py --output_dir '/tmp/a b' --lr 1e-3 --push_to_hub --hub_model_id=me/x --cpu "
         "--resume_from_checkpoint latest --overwrite_output_dir True --seed -1 --optim_args=a=1"
     )
+    with pytest.raises(ValueError, match="options from a file"):
+        repeat_arguments("recipes/x.py --config x.yaml")
     assert repeat_arguments(command) == [
         "--lr",
         "1e-3",

@@ -343,6 +343,9 @@ def test_a_config_file_is_under_the_command_line(tmp_path: Path) -> None:
     assert found["optimizer_arguments"]["scale_bounds"] == [0.5, 2]
     assert found["optimizer_arguments"]["gamma"] == 0.7
     assert found["learning_rate"] == 0.001
+    # so that it can be repeated without the file
+    assert "--config" not in found["command"]
+    assert "--optim_args=gamma=0.7 --scale_bounds=0.5:2 --seed=2" in found["command"]
 
 
 def test_trackers_get_the_layers_rates(tmp_path: Path) -> None:
