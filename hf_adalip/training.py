@@ -58,6 +58,7 @@ try:
     from accelerate.utils import (
         DistributedType,
         GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
         broadcast,
         set_seed,
     )
@@ -167,8 +168,11 @@ class Training:
         except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error
         self.recipe = recipe
+        self.parameters = sum(p.numel() for p in model.parameters())  # ZeRO-3 leaves none
         self.average = self._average(model)
         set_seed(args.seed, device_specific=True)  # what a process draws from here on is its own
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            _cast_around(model)
         self.sampler = EpochSampler(len(data.train), args.seed)
         loader = _loader(data.train, args.per_device_train_batch_size, self.sampler)
         eval_loader = _loader(data.test, args.per_device_eval_batch_size)
@@ -191,6 +195,7 @@ class Training:
         # loss, correct answers and images of this epoch so far, summed over this process's batches
         self.totals = torch.zeros(3, dtype=wide, device=accelerator.device)
         self.stop_asked = False
+        self.nonfinite_steps = 0  # as of the last results, when there is still a process group
 
     def _average(self, model: nn.Module) -> Any:
         """The recipe's moving average of a model that accelerate has not prepared yet.
@@ -228,6 +233,7 @@ class Training:
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
             "num_processes": accelerator.num_processes,
+            "engine": _engine(accelerator),
             "mixed_precision": accelerator.mixed_precision,
             "dataset_fingerprint": self.data.fingerprint(),
             "augmentation": None if self.recipe.augment is None else repr(self.recipe.augment),
@@ -481,10 +487,10 @@ class Training:
             "dataset_name": self.data.name,
             "train_samples": len(self.data.train),
             "eval_samples": len(self.data.test),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self.parameters,
             "device": _device(self.accelerator.device),
             "versions": versions(*VERSIONS, *self.recipe.libraries) | {"torch": torch.__version__},
-            "nonfinite_steps": self._nonfinite_steps(),
+            "nonfinite_steps": self.nonfinite_steps,
             "seconds": self.progress.seconds,
             "command": self.command,
             "epochs": epochs,
@@ -497,12 +503,17 @@ class Training:
         return max((rate.nonfinite_steps for rate in rates.values()), default=0)
 
     def _write_results(self, finished: bool) -> dict[str, Any]:
+        self.nonfinite_steps = self._nonfinite_steps()
         results = self.results(finished) if self.accelerator.is_main_process else {}
+        # asked of all processes: where the model is sharded, each has a part of it
+        state = self.accelerator.get_state_dict(self.model) if finished else {}
         if results:
             model = self.accelerator.unwrap_model(self.model)
-            model = model if self.average is None else self.average.module
-            weights = {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
+            if self.average is not None:
+                model = self.average.module
+                state = model.state_dict()
             if finished:
+                weights = {name: x.detach().cpu().clone() for name, x in state.items()}
                 whole(self.folder / WEIGHTS, lambda path: save_file(weights, path))
                 if isinstance(config := getattr(model, "config", None), dict):
                     text = json.dumps(config, indent=2)
@@ -536,7 +547,7 @@ class Training:
             known = [scale for scale in scales if scale is not None]
             last = f"{known[-1]:10.3f}{self.rates.lr[layer][-1] or math.nan:12.2e}"
             lines.append(f"{layer:{wide}}{statistics.median(known):10.3f}{last}")
-        if skipped := self._nonfinite_steps():
+        if skipped := self.nonfinite_steps:
             lines += [
                 "",
                 f"warning: in {skipped} of {self.progress.step} steps the gradient of a layer was "
@@ -656,11 +667,20 @@ def make_accelerator(args: TrainingArguments, folder: Path) -> Accelerator:
     """The accelerator of a run.
 
     Raises:
-        UsageError: if the device cannot do the mixed precision.
+        UsageError: if the device cannot do the mixed precision, or accelerate would not train with
+            the engine that its configuration asks for, or not as the options say.
     """
+    deepspeed = _asked_for("DEEPSPEED")
+    if deepspeed and args.cpu:
+        raise UsageError(
+            "--cpu: accelerate would leave out the DeepSpeed of its configuration; leave out --cpu "
+            "(where there is no GPU, DeepSpeed is on the CPU by itself)"
+        )
+    gloo = deepspeed and not torch.accelerator.is_available()
     try:
         accelerator = Accelerator(
-            cpu=args.cpu,
+            # without it, accelerate makes no process group where there is no GPU
+            cpu=args.cpu or not (deepspeed or torch.accelerator.is_available()),
             mixed_precision=args.mixed_precision,
             # a plugin, because `accelerate launch` sets an environment variable that beats a number
             gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -669,12 +689,61 @@ def make_accelerator(args: TrainingArguments, folder: Path) -> Accelerator:
             log_with=trackers(args) or None,
             project_dir=str(folder),
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else None,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    _check_engine(accelerator, args)
     if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("--mixed_precision fp16 needs a GPU; accelerate would ignore it here")
     return accelerator
+
+
+def _asked_for(engine: str) -> bool:
+    """Whether `accelerate launch` was given a configuration with an engine."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
+def _check_engine(accelerator: Accelerator, args: TrainingArguments) -> None:
+    """Where accelerate would go on with something else than it was asked for, without a word."""
+    found = accelerator.distributed_type
+    if _asked_for("FSDP") and found != DistributedType.FSDP:
+        raise UsageError(
+            f"accelerate's configuration has FSDP, but it would train with {found.value}: it has "
+            "FSDP on GPUs only; without one, start the recipe with multi_gpu.yaml"
+        )
+    if found != DistributedType.DEEPSPEED:
+        return
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    steps = config["gradient_accumulation_steps"]
+    if steps not in ("auto", args.gradient_accumulation_steps):
+        raise UsageError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} would lose to the "
+            f"{steps} of DeepSpeed's configuration; give the same, or auto there"
+        )
+    if config.get("gradient_clipping") == "auto":  # of which accelerate makes 1.0
+        config["gradient_clipping"] = 0.0
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # to save it
+
+
+def _engine(accelerator: Accelerator) -> str:
+    """What has to be the same for a checkpoint to be read."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
+    return "DDP" if accelerator.num_processes > 1 else "none"
+
+
+def _cast_around(model: torch.nn.Module) -> None:
+    """Under DeepSpeed the model itself is in bf16 or fp16, and casting is left to us."""
+
+    def cast(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        dtype = next(module.parameters()).dtype
+        return tuple(x.to(dtype) for x in inputs)
+
+    model.register_forward_pre_hook(cast)
+    model.register_forward_hook(lambda module, inputs, logits: logits.float())
 
 
 def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:

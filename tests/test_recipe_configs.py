@@ -1,0 +1,190 @@
+"""recipes/configs/: accelerate reads all of each, and recipes/mnist.py trains with it.
+
+Real processes, on the CPU with gloo: the same training as one process with the whole batches, and
+resumed bit for bit. FSDP2 and HSDP need accelerate's choice of the device overridden, as
+recipe_and_resume.py says.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import (
+    _validate_launch_command,
+    launch_command_parser,
+)
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "recipes" / "configs"
+RECIPE = str(ROOT / "recipes" / "mnist.py")
+ROWS = 128  # of all processes, to a step
+OPTIONS = (
+    "--dataset_name=digits",
+    "--max_train_samples=256",
+    "--num_train_epochs=2",
+    "--checkpointing_steps=epoch",
+    "--lr_scheduler_type=linear",
+)
+PROCESSES = {
+    "single": 1,
+    "multi_gpu": 2,
+    "fsdp2": 2,
+    "hsdp": 4,
+    "deepspeed_zero2": 2,
+    "deepspeed_zero3": 2,
+}
+ENGINES = {
+    "single": "none",
+    "multi_gpu": "DDP",
+    "fsdp2": "FSDP2",
+    "hsdp": "FSDP2",
+    "deepspeed_zero2": "DeepSpeed ZeRO-2",
+    "deepspeed_zero3": "DeepSpeed ZeRO-3",
+}
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason='needs DeepSpeed: pip install "hf-adalip[deepspeed]"',
+)
+EACH = [
+    pytest.param(name, marks=needs_deepspeed if "deepspeed" in name else ())
+    for name in PROCESSES
+    if name != "single"
+]
+
+
+def environment(name):
+    """What `accelerate launch` on a machine with GPUs hands its processes."""
+    parser = launch_command_parser()
+    args = parser.parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), RECIPE])
+    args, defaults, _ = _validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    return args, (
+        prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    )
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_accelerate_knows_every_key(name):
+    """A key that it does not know, of a nested table, it would take without a word."""
+    path = CONFIGS / f"{name}.yaml"
+    load_config_from_file(str(path))  # refuses unknown keys of the first level
+    known = vars(launch_command_parser().parse_args([RECIPE]))
+    for table in yaml.safe_load(path.read_text()).values():
+        for key in table if isinstance(table, dict) else ():
+            assert key in known, key
+
+
+def test_what_the_configurations_come_to():
+    _, fsdp = environment("fsdp2")
+    assert (fsdp["ACCELERATE_USE_FSDP"], fsdp["FSDP_VERSION"]) == ("true", "2")
+    assert fsdp["FSDP_RESHARD_AFTER_FORWARD"] == "true"
+    assert fsdp["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT"
+    assert "ACCELERATE_USE_PARALLELISM_CONFIG" not in fsdp
+    _, hsdp = environment("hsdp")
+    sizes = [hsdp[f"PARALLELISM_CONFIG_DP_{kind}_SIZE"] for kind in ("REPLICATE", "SHARD")]
+    assert sizes == ["2", "2"]
+    args, _ = environment("multi_gpu")
+    assert args.multi_gpu
+    for stage in ("2", "3"):
+        _, zero = environment(f"deepspeed_zero{stage}")
+        assert zero["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert zero["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == stage
+        assert zero["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "auto"
+        assert zero["ACCELERATE_GRADIENT_CLIPPING"] == "auto"
+
+
+def launch(name, *command):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0")
+    return subprocess.run(
+        [*launcher, f"--config_file={CONFIGS / name}.yaml", *command],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+def found_in(folder):
+    results = json.loads((folder / "all_results.json").read_text())
+    rates = json.loads((folder / "layer_learning_rates.json").read_text())
+    return results, rates, load_file(folder / "model.safetensors")
+
+
+def train_and_resume(name, folder):
+    done = launch(
+        name,
+        str(ROOT / "tests" / "recipe_and_resume.py"),
+        str(folder),
+        RECIPE,
+        *OPTIONS,
+        f"--per_device_train_batch_size={ROWS // PROCESSES[name]}",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, resumed = found_in(folder / "whole"), found_in(folder / "resumed")
+    assert whole[0]["engine"] == ENGINES[name]
+    assert whole[0]["num_processes"] == PROCESSES[name]
+    assert resumed[1] == whole[1]
+    assert all((resumed[2][key] == value).all() for key, value in whole[2].items())
+    losses = [[epoch["eval_loss"] for epoch in run[0]["epochs"]] for run in (whole, resumed)]
+    assert losses[0] == losses[1]
+    return whole
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The same training in one process: batches of all processes' rows."""
+    return train_and_resume("single", tmp_path_factory.mktemp("single"))
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_the_recipe_trains_as_in_one_process_and_resumes(name, single, tmp_path):
+    results, rates, weights = train_and_resume(name, tmp_path)
+    expected, expected_rates, expected_weights = single
+    for key in ("step", "parameters", "eval_accuracy", "nonfinite_steps"):
+        assert results[key] == expected[key], key
+    for key in ("train_loss", "eval_loss"):
+        assert results[key] == pytest.approx(expected[key], rel=1e-5), key
+    assert rates["steps"] == expected_rates["steps"]
+    for table in ("scale", "lr"):
+        for layer, values in expected_rates[table].items():
+            assert rates[table][layer] == pytest.approx(values, rel=1e-4), (table, layer)
+    assert weights.keys() == expected_weights.keys()
+    for key, value in expected_weights.items():
+        assert (weights[key] - value).norm() < 1e-4 * value.norm(), key
+
+
+@pytest.fixture
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(
+    ("engine", "options", "told"),
+    [
+        ("FSDP", [], "has FSDP, but it would train with NO: it has FSDP on GPUs only"),
+        ("DEEPSPEED", ["--cpu"], "--cpu: accelerate would leave out the DeepSpeed"),
+    ],
+)
+def test_an_engine_that_accelerate_would_leave_out_is_refused(
+    engine, options, told, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    spec = importlib.util.spec_from_file_location("recipe_mnist", RECIPE)
+    mnist = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mnist)
+    assert mnist.main(mnist.RECIPE, (*OPTIONS, *options, f"--output_dir={tmp_path}")) == 2
+    assert told in capsys.readouterr().err
