@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from .registry import list_optimizers
-from .run import run_script
 
 
 def main() -> None:
@@ -17,10 +16,11 @@ def main() -> None:
     listing.add_argument("filter", nargs="?", default="*", help="a wildcard, as in 'ada*'")
     check = commands.add_parser(
         "doctor",
-        help="run a Trainer script up to its train(), and say what is wrong",
-        description="Runs a script that uses transformers' Trainer, stops it where it would train, "
-        "and says what is wrong, why, and the line to change. The exit status is 1 if anything is, "
-        "2 if the script does not train.",
+        help="run a training script for a few steps, and say what is wrong",
+        description="Runs a script, with transformers' Trainer or a loop of its own, stops it "
+        "after 20 steps of its optimizer, and says what is wrong, why, and the line to change. "
+        "The exit status is 1 if anything is, 2 if the script does not train with a learning rate "
+        "per layer.",
     )
     check.add_argument("script")
     check.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's")
@@ -52,41 +52,9 @@ def main() -> None:
     elif args.command == "publish":
         sys.exit(publish(args))
     else:
+        from .trial import doctor  # which needs transformers
+
         sys.exit(doctor(args.script, args.arguments))
-
-
-def doctor(script: str, arguments: list[str]) -> int:
-    """Runs a script up to `Trainer.train()` and prints what is wrong there.
-
-    Returns:
-        0 for nothing, 1 for something, 2 if the script ended without training.
-    """
-    from transformers import Trainer
-
-    from .doctor import WrongOptimizerError, examine
-
-    class Reached(BaseException):
-        """Ends the script; not an Exception, which it may catch."""
-
-    def stop(self: Trainer, *_: object, **__: object) -> None:
-        raise Reached(examine(self))
-
-    train, Trainer.train = Trainer.train, stop
-    try:
-        run_script(script, arguments)
-    except WrongOptimizerError as wrong:  # from `attach` in the script
-        findings = [wrong.finding]
-    except Reached as reached:
-        (findings,) = reached.args
-    else:
-        print(f"{script} ended without Trainer.train(): nothing to look at", file=sys.stderr)
-        return 2
-    finally:
-        Trainer.train = train
-    for finding in findings:
-        print(f"- {finding}")
-    print({0: "nothing wrong", 1: "1 thing wrong"}.get(len(findings), f"{len(findings)} wrong"))
-    return int(bool(findings))
 
 
 def publish(args: argparse.Namespace) -> int:

@@ -1,17 +1,26 @@
-"""What is wrong with a Trainer before it trains: what, why, and the line to change."""
+"""What is wrong with a training, before and while it runs: what, why, and the line to change."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .monitor import layerwise
+from .optim.layerwise import LayerRate, LayerwiseOptimizer
 from .registry import list_optimizers
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 INSTEAD = 'pass Trainer(..., **trainer_kwargs("adamlip", lr=...)), which is right under any engine'
+
+LOOKS = 10
+"""What is watched is judged by the last so many looks at it: of steps in the doctor, of logs in
+`attach`."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,20 @@ class WrongOptimizerError(RuntimeError):
 
 def examine(trainer: Trainer) -> list[Finding]:
     """What is wrong with a Trainer; to be called before `train()`."""
-    checks = (configured_optimizer, dropped_optimizer, other_optimizer)
+    checks = (configured_optimizer, dropped_optimizer, other_optimizer, flat_shards)
     return [found for check in checks if (found := check(trainer)) is not None]
+
+
+def examine_run(
+    trainer: Trainer, optimizer: LayerwiseOptimizer, scheduler: Any, steps: int
+) -> list[Finding]:
+    """What is wrong with the optimizer and the schedule of a Trainer, once they have been made.
+
+    Args:
+        steps: of the whole training.
+    """
+    found = (decay_set_twice(trainer, optimizer), early_end(optimizer, scheduler, steps))
+    return [finding for finding in found if finding is not None]
 
 
 def configured_optimizer(trainer: Trainer) -> Finding | None:
@@ -68,6 +89,17 @@ def dropped_optimizer(trainer: Trainer) -> Finding | None:
     )
 
 
+def refused_by_fsdp(error: Exception) -> Finding | None:
+    """`optimizers=` under FSDP, which Trainer refuses when it is made."""
+    if "`optimizers` is not allowed if PyTorch FSDP" not in str(error):
+        return None
+    return Finding(
+        "Trainer refuses optimizers=(...) under FSDP",
+        "such an optimizer has the parameters as they were before they were sharded",
+        INSTEAD,
+    )
+
+
 def other_optimizer(trainer: Trainer) -> Finding | None:
     """Neither `optimizers=`, nor `trainer_kwargs`, nor a name of the registry as `--optim`."""
     optim = trainer.args.optim.value
@@ -83,3 +115,150 @@ def other_optimizer(trainer: Trainer) -> Finding | None:
         f"{INSTEAD}, or leave the script as it is and run it as "
         "python -m hf_adalip.run SCRIPT --optim adamlip",
     )
+
+
+def flat_shards(trainer: Trainer) -> Finding | None:
+    """Engines whose flat tensors do not say where a layer begins and ends."""
+    state = trainer.accelerator.state
+    fsdp = getattr(state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version == 1 and not fsdp.use_orig_params:
+        return Finding(
+            "FSDP1 with use_orig_params=False",
+            "it makes one flat parameter of a module's, in which the layers are lost",
+            "set fsdp_use_orig_params: true, or fsdp_version: 2, in accelerate's configuration",
+        )
+    plugin = getattr(state, "deepspeed_plugin", None) if trainer.is_deepspeed_enabled else None
+    config: dict[str, Any] = {} if plugin is None else plugin.deepspeed_config
+    zero = config.get("zero_optimization", {})
+    if zero.get("round_robin_gradients") and zero.get("stage") in (1, 2):
+        return Finding(
+            "DeepSpeed with round_robin_gradients",
+            "it shuffles what lies where in its flat tensors, and the layers are lost",
+            'remove "round_robin_gradients" from "zero_optimization" in DeepSpeed\'s configuration',
+        )
+    return None
+
+
+def decay_set_twice(trainer: Trainer, optimizer: LayerwiseOptimizer) -> Finding | None:
+    """Weight decay in TrainingArguments and, another one, in the optimizer's own arguments."""
+    used = {float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups} - {0.0}
+    here = " and ".join(f"{decay:g}" for decay in sorted(used)) or "none"
+    asked = float(trainer.args.weight_decay)
+    if asked and asked not in used:
+        return Finding(
+            f"TrainingArguments(weight_decay={asked:g}) is not used",
+            f"the optimizer was made with arguments of its own, and decays with {here}",
+            f"give the optimizer weight_decay={asked:g}, as in "
+            f'trainer_kwargs("adamlip", lr=..., weight_decay={asked:g}), or leave it out of both',
+        )
+    _, own_arguments = trainer.optimizer_cls_and_kwargs or (None, {"weight_decay": 0.0})
+    own = float(own_arguments.get("weight_decay") or 0.0)
+    if own and own not in used:
+        return Finding(
+            f"weight_decay={own:g} of optimizer_cls_and_kwargs is not used",
+            f"for a class, Trainer makes parameter groups with its own, and decays with {here}",
+            f"set TrainingArguments(weight_decay={own:g}), or use trainer_kwargs(...)",
+        )
+    return None
+
+
+def early_end(optimizer: LayerwiseOptimizer, scheduler: Any, steps: int) -> Finding | None:
+    """A schedule at 0 before the training ends, or before S, an average over steps, has moved.
+
+    Looked at are LambdaLRs, which are functions of the step: all of transformers' schedules.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
+    if not isinstance(scheduler, LambdaLR) or steps < 2:
+        return None
+    looked = sorted({round(i * (steps - 1) / 999) for i in range(1000)})
+    factor = scheduler.lr_lambdas[0]
+    last = max((step for step in looked if factor(step) > 0.0), default=-1)
+    trained = last + 1
+    if steps - trained > 0.1 * steps:
+        return Finding(
+            f"the learning rate is 0 from step {trained} of {steps} on",
+            "nothing is trained after that, whatever S is",
+            f"give the scheduler num_training_steps={steps}",
+        )
+    gamma = max(float(group.get("gamma", 0.0)) for group in optimizer.param_groups)
+    memory = 1.0 / (1.0 - gamma)
+    if trained < memory * (1.0 - 1e-9):
+        return Finding(
+            f"the training ends after {trained} steps",
+            f"S is an average over the last 1/(1-γ) = {memory:.3g} steps, and has hardly left 1",
+            f"train for longer, or set gamma={max(0.0, 1.0 - 5.0 / trained):.2g}"
+            if trained > 5
+            else "train for longer",
+        )
+    return None
+
+
+class Watch:
+    """What is seen of a training while it runs.
+
+    Call `clip` with the norm of each gradient that was looked at, `layers` with the learning rates
+    of the layers then; `findings` says what is wrong by the last LOOKS of them.
+    """
+
+    def __init__(self) -> None:
+        self.norms: list[tuple[float, float]] = []  # of the gradient, and what it is clipped to
+        self.silent: Counter[str] = Counter()  # looks at a layer without a gradient, in a row
+
+    def clip(self, norm: float, max_norm: float) -> None:
+        """A gradient of this norm was clipped to `max_norm`, if that is less."""
+        if math.isfinite(norm):
+            self.norms = [*self.norms[-LOOKS:], (norm, max_norm)]
+
+    def layers(self, optimizer: LayerwiseOptimizer, rates: Mapping[str, LayerRate]) -> None:
+        for name in _trained_layers(optimizer):
+            rate = rates.get(name)
+            # at lr = 0, the updates of the -U forms are 0; what is not finite is told elsewhere
+            heard = rate is not None and (rate.norm or not rate.lr or rate.nonfinite_steps)
+            self.silent[name] = 0 if heard else self.silent[name] + 1
+
+    def findings(self) -> list[Finding]:
+        return [found for found in (self._clip(), self._dead()) if found is not None]
+
+    def _clip(self) -> Finding | None:
+        factors = [min(1.0, most / norm) if norm else 1.0 for norm, most in self.norms]
+        pairs = list(itertools.pairwise(factors))
+        if len(pairs) < LOOKS or sum(abs(b / a - 1.0) > 0.05 for a, b in pairs) <= LOOKS // 4:
+            return None
+        norms, most = [norm for norm, _ in self.norms], self.norms[-1][1]
+        return Finding(
+            f"gradients are clipped to a norm of {most:g} by a factor that changes, from "
+            f"{min(factors):.2g} to {max(factors):.2g}",
+            "S compares each gradient with the one before, and so sees the clip change as well",
+            f"switch clipping off (Trainer: max_grad_norm=0), or clip at several times "
+            f"{sorted(norms)[len(norms) // 2]:.2g}, the usual norm, to catch spikes only",
+        )
+
+    def _dead(self) -> Finding | None:
+        dead = [name for name, looks in self.silent.items() if looks >= LOOKS]
+        if not dead:
+            return None
+        shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
+        all_of_them = len(dead) == len(self.silent)
+        return Finding(
+            f"no gradient reaches {shown}",
+            "the loss does not depend on it, or what follows it has died (a ReLU that is 0 for all "
+            "inputs): S has nothing to go by",
+            "look for what cuts the loss off from the parameters (detach, no_grad)"
+            if all_of_them
+            else "freeze it before the optimizer is made (requires_grad_(False)), take it out of "
+            "the model, or, if it did learn before, start again with a lower learning rate",
+        )
+
+
+def _trained_layers(optimizer: LayerwiseOptimizer) -> dict[str, None]:
+    names: dict[str, None] = {}
+    for group in optimizer.param_groups:
+        layers, params = group["layer_names"], group["params"]
+        if len(layers) != len(params):  # DeepSpeed's flat tensors
+            names |= dict.fromkeys(layers)
+        else:
+            pairs = zip(layers, params, strict=True)
+            names |= dict.fromkeys(name for name, param in pairs if param.requires_grad)
+    return names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..doctor import INSTEAD, WrongOptimizerError, dropped_optimizer
+from ..doctor import (
+    INSTEAD,
+    Finding,
+    Watch,
+    WrongOptimizerError,
+    dropped_optimizer,
+    examine_run,
+    flat_shards,
+)
 from ..monitor import layerwise, summary
 from ..registry import create_optimizer, describe_optimizer, get_optimizer_info, list_optimizers
 from .arguments import convert_arguments
@@ -119,18 +128,30 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
     `create_model_card` and `push_to_hub` write names the optimizer that ran, its arguments and
     its learning rate, where Trainer would print the unused `args.optim`.
 
+    It warns, once each, of what `hf-adalip doctor` finds too: weight decay that is set and not
+    used, a schedule that ends too early, and, by the last ten logs, a clipping of gradients that
+    changes and layers that no gradient reaches.
+
     Args:
         trainer: before `train()`.
         log_layers: log every layer's values too.
 
     Raises:
         RuntimeError: if DeepSpeed is on and Trainer was given `optimizers=`, which it would drop;
-            or, when training starts, if the optimizer has no S.
+            if an engine's flat tensors do not tell layers apart; or, when training starts, if the
+            optimizer has no S.
     """
     from transformers import TrainerCallback
 
-    if dropped := dropped_optimizer(trainer):
-        raise WrongOptimizerError(dropped)
+    if wrong := dropped_optimizer(trainer) or flat_shards(trainer):
+        raise WrongOptimizerError(wrong)
+    watch, told = Watch(), set()
+
+    def warn_once(findings: list[Finding]) -> None:
+        for finding in findings:
+            if finding.why not in told and trainer.is_world_process_zero():
+                told.add(finding.why)  # the rest has numbers, which change
+                warnings.warn(str(finding), stacklevel=2)
 
     class Check(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -147,6 +168,8 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
                     "in the checkpoint (another engine's, or save_only_model): S starts at 1",
                     stacklevel=2,
                 )
+            scheduler = kwargs.get("lr_scheduler")
+            warn_once(examine_run(trainer, found, scheduler, state.max_steps))
 
     log, create_model_card = trainer.log, trainer.create_model_card
 
@@ -154,6 +177,10 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
         found = layerwise(trainer.optimizer)
         if found is not None and "loss" in logs:
             rates = found.layer_learning_rates()
+            watch.layers(found, rates)
+            if "grad_norm" in logs:
+                watch.clip(logs["grad_norm"], trainer.args.max_grad_norm or math.inf)
+            warn_once(watch.findings())
             logs.update(summary(rates))
             for name, rate in rates.items() if log_layers else ():
                 logs[f"lipschitz_scale/{name}"] = rate.scale

@@ -25,9 +25,10 @@ from transformers import (
 
 import hf_adalip
 from hf_adalip import attach, register, trainer_kwargs
-from hf_adalip.cli import doctor, main
+from hf_adalip.cli import main
 from hf_adalip.doctor import examine
 from hf_adalip.monitor import layerwise
+from hf_adalip.trial import doctor
 
 SIX = ["adalip", "rmslip", "adamlip", "adalipu", "rmslipu", "adamlipu"]
 
@@ -369,9 +370,10 @@ def script(tmp_path, monkeypatch):
     return ["--output_dir", "out", "--use_cpu", "true", "--report_to", "none"]
 
 
-def test_the_doctor_stops_a_script_before_it_trains(script, capsys):
-    assert doctor("train.py", [*script, "--optim", "adamlip"]) == 0
-    assert capsys.readouterr().out.endswith("nothing wrong\n")
+def test_the_doctor_stops_a_script_that_is_right(script, capsys):
+    assert doctor("train.py", [*script, "--optim", "adamlip", "--num_train_epochs", "99"]) == 0
+    assert capsys.readouterr().out == "nothing wrong (watched for 20 steps)\n"
+    assert not any(Path("out").glob("*"))
 
 
 def test_the_doctor_finds_another_optimizer(script, capsys):
@@ -385,7 +387,7 @@ def test_the_doctor_finds_another_optimizer(script, capsys):
 def test_the_doctor_says_that_a_script_does_not_train(script, capsys):
     Path("train.py").write_text("print('done')")
     assert doctor("train.py", script) == 2
-    assert "train.py ended without Trainer.train()" in capsys.readouterr().err
+    assert "train.py ended without a step of our optimizers" in capsys.readouterr().err
 
 
 def test_the_doctor_finds_an_optimizer_that_deepspeed_drops(tmp_path):

@@ -1,0 +1,319 @@
+"""What the doctor and `attach` find: each fires on the bad case and is silent on the good one."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from accelerate.state import AcceleratorState, GradientState
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from hf_adalip import AdamLip, AdamLipU, attach, trainer_kwargs
+from hf_adalip.doctor import LOOKS, Watch, WrongOptimizerError, examine
+from hf_adalip.trial import doctor
+
+ROOT = Path(__file__).parents[1]
+STEPS = LOOKS + 4
+
+
+class Net(nn.Module):
+    """A regression whose gradients have the norm `size`, roughly, and change from step to step."""
+
+    def __init__(self, size=1.0, **extra):
+        super().__init__()
+        self.first, self.last, self.size = nn.Linear(4, 8), nn.Linear(8, 1), size
+        for name, module in extra.items():
+            self.add_module(name, module)
+
+    def forward(self, x, labels):
+        out = self.last(torch.tanh(self.first(x)))[:, 0]
+        return {"loss": self.size * ((out - labels) ** 2).mean()}
+
+
+class LoRA(Net):
+    """In whose first step the gradient of `a` is exactly 0."""
+
+    def __init__(self):
+        super().__init__(a=nn.Linear(4, 2, bias=False), b=nn.Linear(2, 8, bias=False))
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x, labels):
+        hidden = torch.tanh(self.first(x) + self.b(self.a(x)))
+        return {"loss": ((self.last(hidden)[:, 0] - labels) ** 2).mean()}
+
+
+class DeadReLU(Net):
+    def forward(self, x, labels):
+        out = self.last(torch.relu(self.first(x) - 100))[:, 0]
+        return {"loss": ((out - labels) ** 2).mean()}
+
+
+def rows():
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    return [{"x": row, "labels": row.sum() ** 2} for row in x]
+
+
+def arguments(tmp_path, **options):
+    defaults = {
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "max_grad_norm": 0.0,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(str(tmp_path), **(defaults | options))
+
+
+def told(tmp_path, net=None, optimizers=None, way=None, **options):
+    """What `attach` warns of in a training."""
+    torch.manual_seed(0)
+    net = net or Net()
+    way = way if way is not None else trainer_kwargs("adamlip", lr=1e-3)
+    given = {"optimizers": optimizers(net)} if optimizers else way
+    trainer = Trainer(net, arguments(tmp_path, **options), train_dataset=rows(), **given)
+    attach(trainer)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer.train()
+    return [str(one.message) for one in seen if one.category is UserWarning]
+
+
+def test_a_changing_clip_is_told_once(tmp_path):
+    (text,) = told(tmp_path, max_grad_norm=1.0)
+    assert text.startswith("gradients are clipped to a norm of 1 by a factor that changes, from 0.")
+    assert "max_grad_norm=0" in text
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_grad_norm": 0.0}, {"max_grad_norm": 1e3}, {"logging_steps": 2}]
+)
+def test_no_clip_and_one_that_is_not_reached_are_not(tmp_path, options):
+    assert (
+        told(tmp_path, **({"max_grad_norm": 1.0} if "logging_steps" in options else {}) | options)
+        == []
+    )
+
+
+def factors(*norms):
+    watch = Watch()
+    for norm in norms:
+        watch.clip(norm, 1.0)
+    return watch.findings()
+
+
+def test_what_of_a_clip_s_sees():
+    assert factors(*[5.0] * 12) == []  # a constant factor cancels in S
+    assert factors(*[0.5] * 6, 30.0, *[0.5] * 5) == []  # a spike is what a clip is for
+    assert factors(*[0.3, 0.9] * 6) == []  # it changes nothing
+    assert factors(*[2.0, 3.0] * 4) == []  # too few to judge
+    assert factors(*[2.0, 2.02] * 6) == []  # by 1 %
+    (found,) = factors(*[2.0, 3.0] * 6)
+    assert "from 0.33 to 0.5" in found.what
+    (found,) = factors(*[0.5, 3.0] * 6)
+    assert "from 0.33 to 1" in found.what
+
+
+def test_layers_without_a_gradient_are_told(tmp_path):
+    (text,) = told(tmp_path, Net(head=nn.Linear(3, 3), spare=nn.Linear(2, 2)))
+    assert text.startswith("no gradient reaches head, spare: ")
+    (text,) = told(tmp_path, DeadReLU())
+    assert text.startswith("no gradient reaches first: ")
+    assert "ReLU" in text
+
+
+def test_frozen_layers_and_those_that_start_late_are_not(tmp_path):
+    frozen = Net(head=nn.Linear(3, 3).requires_grad_(False))
+
+    def made(net):
+        return AdamLip(net.named_parameters(), lr=1e-3, layers="module"), None
+
+    assert told(tmp_path, frozen) == []
+    assert told(tmp_path, frozen, made) == []
+    assert told(tmp_path, LoRA()) == []
+
+
+def test_a_learning_rate_of_0_is_no_dead_layer(tmp_path):
+    """With which the updates, of which the -U forms make S, are 0."""
+
+    def made(net):
+        optimizer = AdamLipU(net.named_parameters(), lr=1e-3, layers="module")
+        return optimizer, get_scheduler("linear", optimizer, 2 * STEPS, 3 * STEPS)
+
+    assert told(tmp_path, optimizers=made) == []
+    warmed_up = AdamLipU(Net().named_parameters(), lr=0.0, layers="module")
+    assert told(tmp_path, optimizers=lambda net: (warmed_up, None), max_steps=2) == []
+
+
+def test_weight_decay_that_is_not_used_is_told(tmp_path):
+    (text,) = told(tmp_path, weight_decay=0.1)
+    assert text.startswith("TrainingArguments(weight_decay=0.1) is not used: ")
+    assert "decays with none" in text
+    way = trainer_kwargs("adamlip", lr=1e-3, weight_decay=0.01)
+    (text,) = told(tmp_path, way=way, weight_decay=0.1)
+    assert "decays with 0.01" in text
+    way = {"optimizer_cls_and_kwargs": (AdamLip, {"lr": 1e-3, "weight_decay": 0.01})}
+    (text,) = told(tmp_path, way=way)
+    assert text.startswith("weight_decay=0.01 of optimizer_cls_and_kwargs is not used: ")
+    assert "TrainingArguments(weight_decay=0.01)" in text
+
+
+def test_weight_decay_that_is_used_is_not(tmp_path):
+    way = trainer_kwargs("adamlip", lr=1e-3, weight_decay=0.01)
+    assert told(tmp_path, way=way) == []
+    assert told(tmp_path, way=way, weight_decay=0.01) == []
+    way = {"optimizer_cls_and_kwargs": (AdamLip, {"lr": 1e-3, "weight_decay": 0.01})}
+    assert told(tmp_path, way=way, weight_decay=0.01) == []
+    assert told(tmp_path, way={"optimizer_cls_and_kwargs": (AdamLip, {"lr": 1e-3})}) == []
+
+
+def scheduled(name, steps, **options):
+    def made(net):
+        optimizer = AdamLip(net.named_parameters(), lr=1e-3, **options)
+        return optimizer, get_scheduler(name, optimizer, 0, steps)
+
+    return made
+
+
+def test_a_schedule_that_ends_early_is_told(tmp_path):
+    (text,) = told(tmp_path, optimizers=scheduled("linear", 6))
+    assert text.startswith(f"the learning rate is 0 from step 6 of {STEPS} on: ")
+    assert f"num_training_steps={STEPS}" in text
+    (text,) = told(tmp_path, optimizers=scheduled("constant", 6, gamma=0.99))
+    assert text.startswith(f"the training ends after {STEPS} steps: ")
+    assert "1/(1-γ) = 100 steps" in text
+    (text,) = told(tmp_path, optimizers=scheduled("linear", 3), max_steps=3)
+    assert text.startswith("the training ends after 3 steps: ")
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "inverse_sqrt"])
+def test_one_that_ends_with_the_training_is_not(tmp_path, name):
+    assert told(tmp_path, optimizers=scheduled(name, STEPS)) == []
+
+
+@pytest.mark.parametrize(
+    ("plugin", "config", "change"),
+    [
+        (
+            "fsdp_plugin",
+            {"fsdp_version": 1, "use_orig_params": False},
+            "fsdp_use_orig_params: true",
+        ),
+        ("deepspeed_plugin", {"stage": 2, "round_robin_gradients": True}, "round_robin_gradients"),
+        ("fsdp_plugin", {"fsdp_version": 1, "use_orig_params": True}, None),
+        ("fsdp_plugin", {"fsdp_version": 2, "use_orig_params": None}, None),
+        ("deepspeed_plugin", {"stage": 2}, None),
+        ("deepspeed_plugin", {"stage": 3, "round_robin_gradients": True}, None),
+    ],
+)
+def test_flat_shards_without_layers(tmp_path, monkeypatch, plugin, config, change):
+    trainer = Trainer(Net(), arguments(tmp_path), **trainer_kwargs("adamlip", lr=1e-3))
+    deepspeed = plugin == "deepspeed_plugin"
+    given = {"deepspeed_config": {"zero_optimization": config}} if deepspeed else config
+    state = SimpleNamespace(**{plugin: SimpleNamespace(**given)})
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
+    trainer.is_deepspeed_enabled = deepspeed
+    if change is None:
+        assert examine(trainer) == []
+        attach(trainer)
+        return
+    (found,) = examine(trainer)
+    assert change in found.change
+    with pytest.raises(WrongOptimizerError, match="layers are lost"):
+        attach(trainer)
+
+
+LOOP = """
+import torch
+from hf_adalip import AdamLip
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+optimizer = OPTIMIZER
+for step in range(50):
+    x = torch.randn(4, 4)
+    ((net(x)[:, 0] - x.sum(1)) ** 2).mean().backward()
+    CLIP
+    optimizer.step()
+    optimizer.zero_grad()
+print("ENDED")
+"""
+OURS = "AdamLip(net.named_parameters(), lr=1e-3)"
+
+TRAINER = """
+from tests.test_doctor import *
+def is_fsdp(self, before=Trainer.create_accelerator_and_postprocess):
+    before(self)
+    self.is_fsdp_enabled = True
+Trainer.create_accelerator_and_postprocess = is_fsdp
+net = Net()
+Trainer(net, arguments("out"), train_dataset=rows(), OPTIMIZER).train()
+"""
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
+    monkeypatch.chdir(tmp_path)
+
+    def written(text, optimizer=OURS, clip="pass"):
+        Path("train.py").write_text(text.replace("OPTIMIZER", optimizer).replace("CLIP", clip))
+        return "train.py"
+
+    yield written
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_the_doctor_watches_any_loop(script, capsys):
+    assert doctor(script(LOOP), []) == 0
+    assert capsys.readouterr().out == "nothing wrong (watched for 20 steps)\n"
+    clip = "torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)"
+    original = torch.nn.utils.clip_grad_norm_
+    assert doctor(script(LOOP, clip=clip), []) == 1
+    assert "- gradients are clipped to a norm of 0.1 " in capsys.readouterr().out
+    assert torch.nn.utils.clip_grad_norm_ is original
+    assert doctor(script(LOOP, clip=clip.replace("0.1", "1e3")), []) == 0
+
+
+def test_the_doctor_stops_at_another_optimizer(script, capsys):
+    assert doctor(script(LOOP, "torch.optim.Adam(net.parameters())"), []) == 2
+    found = capsys.readouterr()
+    assert "without a step of our optimizers" in found.err
+    assert "ENDED" not in found.out
+
+
+def test_the_doctor_tells_what_our_optimizers_refuse(script, capsys):
+    assert doctor(script(LOOP, 'AdamLip(net.parameters(), layers="module")'), []) == 1
+    assert "- layers='module' needs the parameters' names" in capsys.readouterr().out
+    with pytest.raises(ZeroDivisionError):
+        doctor(script("1 / 0"), [])
+
+
+def test_the_doctor_explains_optimizers_under_fsdp(script, capsys):
+    given = "optimizers=(AdamLip(net.parameters()), None)"
+    assert doctor(script(TRAINER, given), []) == 1
+    out = capsys.readouterr().out
+    assert "- Trainer refuses optimizers=(...) under FSDP: " in out
+    assert "Pass Trainer(..., **trainer_kwargs(" in out
+    given = '**trainer_kwargs("adamlip", lr=1e-3)'
+    assert doctor(script(TRAINER.replace("_enabled = True", "_enabled = False"), given), []) == 0
+
+
+def test_the_doctor_finds_nothing_in_the_mnist_recipe(script, capsys, tmp_path):
+    recipe = str(ROOT / "recipes" / "mnist.py")
+    options = ["--dataset_name=digits", "--cpu", "--per_device_train_batch_size=32"]
+    folder = tmp_path / "out"
+    assert doctor(recipe, [*options, f"--output_dir={folder}"]) == 0
+    assert capsys.readouterr().out.endswith("nothing wrong (watched for 20 steps)\n")
+    assert not any(folder.iterdir())
