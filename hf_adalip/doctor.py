@@ -184,13 +184,11 @@ def early_end(optimizer: LayerwiseOptimizer, scheduler: Any, steps: int) -> Find
         )
     gamma = max(float(group.get("gamma", 0.0)) for group in optimizer.param_groups)
     memory = 1.0 / (1.0 - gamma)
-    if trained < memory * (1.0 - 1e-9):
+    if 5 <= trained < memory * (1.0 - 1e-9):  # less than 5 is a trial of the script
         return Finding(
             f"the training ends after {trained} steps",
             f"S is an average over the last 1/(1-γ) = {memory:.3g} steps, and has hardly left 1",
-            f"train for longer, or set gamma={max(0.0, 1.0 - 5.0 / trained):.2g}"
-            if trained > 5
-            else "train for longer",
+            f"train for longer, or set gamma={1.0 - 4.0 / trained:.2g}",
         )
     return None
 

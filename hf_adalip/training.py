@@ -721,8 +721,14 @@ def _check_engine(accelerator: Accelerator, args: TrainingArguments) -> None:
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps} would lose to the "
             f"{steps} of DeepSpeed's configuration; give the same, or auto there"
         )
-    if config.get("gradient_clipping") == "auto":  # of which accelerate makes 1.0
-        config["gradient_clipping"] = 0.0
+    clip = config.get("gradient_clipping", 0.0)
+    if clip == "auto":  # of which accelerate makes 1.0
+        config["gradient_clipping"] = args.max_grad_norm or 0.0
+    elif args.max_grad_norm not in (None, clip):
+        raise UsageError(
+            f"--max_grad_norm {args.max_grad_norm:g} would lose to the gradient_clipping {clip} of "
+            "DeepSpeed's configuration; give the same, or auto there"
+        )
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # to save it
 
 
