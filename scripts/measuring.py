@@ -200,7 +200,7 @@ def record(args: argparse.Namespace, packages: Sequence[str]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": versions,
         "device": str(args.device),
-        "layers": args.layers,
+        **({"layers": args.layers} if "layers" in args else {}),
         "rounds": args.rounds,
         "seed": args.seed,
     }
