@@ -167,6 +167,7 @@ class Training:
             optimizer = create_optimizer(params, args.optim, **arguments)
         except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error
+        _check_batches(model, len(data.train), args, accelerator.num_processes)
         self.recipe = recipe
         self.parameters = sum(p.numel() for p in model.parameters())  # ZeRO-3 leaves none
         self.average = self._average(model)
@@ -577,6 +578,23 @@ def _train_mode(model: nn.Module) -> None:
 
 def _shown(number: float) -> str:
     return f"{number:10.4f}" if abs(number) < 1e4 else f"{number:10.2e}"
+
+
+def _check_batches(
+    model: nn.Module, size: int, args: TrainingArguments, num_processes: int
+) -> None:
+    """Batch normalisation without pixels takes no batch of one image.
+
+    Raises:
+        UsageError: if there would be one, perhaps at the end of the first epoch only.
+    """
+    batch_size = args.per_device_train_batch_size
+    last = size % batch_size if num_processes == 1 else batch_size  # accelerate fills up the others
+    if 1 in (batch_size, last) and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
+        raise UsageError(
+            f"--per_device_train_batch_size {batch_size} makes a batch of one of {size} images, "
+            "which the network's batch normalisation cannot take; choose another number"
+        )
 
 
 def _loader(

@@ -60,6 +60,7 @@ def test_batches_are_floats_in_the_unit_interval(digits: ImageData) -> None:
     assert torch.equal(batch["pixel_values"], expected)
     assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][2])
     assert torch.equal(batch["labels"], digits.train.labels[[3, 0, 3]])
+    assert batch["indices"].tolist() == [3, 0, 3]
     assert torch.equal(digits.train[3]["pixel_values"], batch["pixel_values"][0])
 
 

@@ -189,3 +189,15 @@ def test_images_that_are_too_small(
     (line,) = capsys.readouterr().err.splitlines()
     assert f"needs images of at least {least}x{least} pixels, got 8x8" in line
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_a_batch_of_one_image_is_refused_before_the_run(
+    size: int, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """22 images by sevens leave one, which batch normalisation would stop at."""
+    given = [*options(folders["cifar100"], tmp_path / "a"), f"--per_device_train_batch_size={size}"]
+    assert run("cifar100", *given) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--per_device_train_batch_size {size} makes a batch of one of 22 images" in line
+    assert not (tmp_path / "a").exists()
