@@ -17,8 +17,6 @@ and deviation that timm has for it. The weights in the output folder have timm's
 the moving average's if there is one.
 """
 
-from __future__ import annotations
-
 import difflib
 import sys
 from collections.abc import Mapping
