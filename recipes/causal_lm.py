@@ -113,8 +113,12 @@ def fingerprint(*blocks: Tensor) -> str:
 
 
 def examples(blocks: Tensor) -> list[dict[str, Tensor]]:
-    """For Trainer; the model shifts the labels itself."""
-    return [{"input_ids": block, "labels": block} for block in blocks]
+    """For Trainer. The model shifts the labels itself, so that the first is never predicted; with
+    one there, Trainer would count it, and GPT-2's mean loss be (block_size - 1) / block_size of
+    what it is."""
+    labels = blocks.clone()
+    labels[:, 0] = -100
+    return [{"input_ids": x, "labels": y} for x, y in zip(blocks, labels, strict=True)]
 
 
 def build_model(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -120,7 +120,8 @@ def load_texts(args: Arguments) -> TextData:
             raise DataError(f"{name} has no {needed} split; it has {', '.join(splits)}")
     features = splits["train"].features
     label = args.label_column_name
-    strings = [key for key, kind in features.items() if kind == Value("string") and key != label]
+    dtypes = {key: getattr(kind, "dtype", "") for key, kind in features.items() if key != label}
+    strings = [key for key, dtype in dtypes.items() if dtype in ("string", "large_string")]
     texts = args.text_column_names.split(",") if args.text_column_names else strings
     if missing := [column for column in (*texts, label) if column not in features]:
         raise DataError(f"{name} has no column {missing[0]!r}; it has {', '.join(features)}")

@@ -223,7 +223,8 @@ def _check(chosen: argparse.Namespace) -> None:
             raise UsageError(f"--{name} must be a positive number, got {value}")
     names = [member.value for member in OptimizerNames]
     if chosen.optim not in names:
-        near = difflib.get_close_matches(chosen.optim, names, n=3)
+        near = [name for name in names if name.startswith(chosen.optim)]
+        near = near[:3] or difflib.get_close_matches(chosen.optim, names, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names)}"
         raise UsageError(f"--optim: unknown optimizer {chosen.optim!r}; {hint}")
     if chosen.resume_from_checkpoint and chosen.overwrite_output_dir:
@@ -280,8 +281,9 @@ class _Run(TrainerCallback):  # type: ignore[misc]
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopped and not self.save_after_evaluation:  # within the epoch, and saved
             control.should_log = control.should_evaluate = control.should_save = False
+            return
         control.should_save |= self.save_after_evaluation
-        control.should_log |= control.should_save
+        control.should_log = True  # so that the logs have the mean loss of the epoch
         self.save_after_evaluation = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -491,8 +493,8 @@ def _table(results: Mapping[str, Any], rates: LayerRateHistory) -> str:
     if results["nonfinite_steps"]:
         lines += [
             "",
-            f"warning: in {results['nonfinite_steps']} of {results['step']} steps the gradient of a "
-            "layer was inf or NaN, and it was not trained; is the learning rate too large?",
+            f"warning: in {results['nonfinite_steps']} of {results['step']} steps the gradient of "
+            "a layer was inf or NaN, and it was not trained; is the learning rate too large?",
         ]
     return "\n".join(lines)
 

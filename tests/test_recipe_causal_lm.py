@@ -1,0 +1,379 @@
+"""recipes/causal_lm.py as a user runs it, on a small text, and what all recipes with Trainer share.
+
+A real process where it has to die; the rest in this one, because a process takes several seconds
+to import transformers.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_adalip.checkpoints import MANIFEST
+from hf_adalip.integrations import recipes
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "recipes" / "causal_lm.py"
+spec = importlib.util.spec_from_file_location("recipe_causal_lm", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+causal_lm = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = causal_lm  # where its dataclass is looked up
+spec.loader.exec_module(causal_lm)
+
+TIMES = ("seconds", "seconds_since_then", "command", "resumed_from")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1800 bytes to train on, 112 blocks of 16, and 200 held out."""
+    path = tmp_path_factory.mktemp("text") / "input.txt"
+    words = random.Random(0).choices(["the ", "lion ", "and ", "a ", "lamb "], k=600)
+    path.write_text("".join(words)[:2000])
+    return path
+
+
+def options(text: Path, folder: Path, *more: str) -> list[str]:
+    small = ["--hidden_size=16", "--num_hidden_layers=1", "--num_attention_heads=2"]
+    small += [
+        "--block_size=16",
+        "--per_device_train_batch_size=8",
+        "--use_cpu",
+        "--disable_tqdm=true",
+    ]
+    return [f"--train_file={text}", f"--output_dir={folder}", *small, *more]
+
+
+# two epochs of 7 steps; a checkpoint within each, and one at the end of the first
+RUN = ["--num_train_epochs=2", "--gradient_accumulation_steps=2", "--bf16", "--logging_steps=3"]
+RUN += ["--save_strategy=steps", "--save_steps=0.25", "--save_total_limit=9"]
+SHORT = ["--max_steps=2", "--save_strategy=no", "--eval_strategy=no"]
+
+
+def recipe(argv: list[str]) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return recipes.exit_status("causal_lm", causal_lm.main, argv)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "all_results.json").read_text())
+    return found
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """Everything in the results but times, and the rates and weights."""
+    found = {key: value for key, value in results(folder).items() if key not in TIMES}
+    for entry in found["epochs"]:
+        for key in [key for key in entry if key.endswith(("_runtime", "_per_second"))]:
+            entry.pop(key)
+    found["rates"] = json.loads((folder / "layer_learning_rates.json").read_text())
+    found["weights"] = (folder / "model.safetensors").read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert recipe(options(text, folder, *RUN)) == 0
+    return folder
+
+
+def test_results_say_how_they_came_about(whole: Path, text: Path) -> None:
+    found = results(whole)
+    assert found["finished"]
+    assert (found["step"], found["epoch"]) == (14, 2.0)
+    assert [entry["step"] for entry in found["epochs"]] == [7, 14]
+    assert (found["optimizer"], found["learning_rate"], found["seed"]) == ("adamlip", 1e-3, 42)
+    assert found["optimizer_arguments"]["lr"] == 1e-3
+    assert (found["train_samples"], found["eval_samples"]) == (112, 12)
+    assert (found["mixed_precision"], found["max_grad_norm"]) == ("bf16", 0.0)
+    assert found["dataset_name"] == str(text)
+    assert len(found["dataset_fingerprint"]) == 16
+    assert found["versions"]["torch"] == torch.__version__
+    rates = json.loads((whole / "layer_learning_rates.json").read_text())
+    assert rates["steps"] == list(range(1, 15))
+    assert "transformer.h.0.attn.c_attn" in rates["scale"]  # layers are modules
+    assert all(0.1 <= x <= 10 for scales in rates["scale"].values() for x in scales)
+    assert (whole / "layer_learning_rates.png").exists()
+
+
+def test_the_model_is_one_of_transformers(whole: Path, text: Path) -> None:
+    """Loaded again, it has the loss that was written down."""
+    tokenizer = AutoTokenizer.from_pretrained(whole)
+    model = AutoModelForCausalLM.from_pretrained(whole).eval()
+    held_out = tokenizer(text.read_text()[-200:], add_special_tokens=False)["input_ids"]
+    blocks = torch.tensor(held_out)[:192].view(-1, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        losses = [model(input_ids=part, labels=part).loss.item() for part in blocks.split(8)]
+    expected = (8 * losses[0] + 4 * losses[1]) / 12
+    assert results(whole)["eval_loss"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "lip-nadam"])
+def test_optimizers_learn(optim: str, text: Path, tmp_path: Path) -> None:
+    """Below log 15, the loss of one who knows no more than which letters there are."""
+    more = ["--learning_rate=1e-2", "--num_train_epochs=2", "--save_strategy=no"]
+    assert recipe(options(text, tmp_path / "out", *more, f"--optim={optim}")) == 0
+    found = results(tmp_path / "out")
+    assert found["eval_loss"] < math.log(15)
+    assert found["optimizer"] == {"adamw_torch": "adamw"}.get(optim, optim)
+    assert (tmp_path / "out" / "layer_learning_rates.png").exists() == ("lip" in optim)
+
+
+def test_llama_and_overrides(text: Path, tmp_path: Path) -> None:
+    more = ["--model_type=llama", "--config_overrides=num_key_value_heads=1", "--optim=adalip"]
+    assert recipe(options(text, tmp_path / "out", *SHORT, *more)) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = {"model_type": "llama", "intermediate_size": 64, "num_key_value_heads": 1}
+    assert {key: config[key] for key in expected} == expected
+
+
+# the last step of an epoch has an evaluation and a save to come: the run stops after them
+@pytest.mark.parametrize("step", [6, 7])
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    step: int,
+    whole: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    on_step_end = recipes._Run.on_step_end
+
+    def press(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            signal.raise_signal(signal.SIGINT)
+        on_step_end(self, args, state, control, **kwargs)
+
+    folder = tmp_path / "out"
+    run = options(text, folder, *RUN)
+    with monkeypatch.context() as patched:
+        patched.setattr(recipes._Run, "on_step_end", press)
+        assert recipe(run) == 130
+    message = capsys.readouterr().err
+    assert f"stopped at step {step} of 14" in message
+    assert "--resume_from_checkpoint latest" in message
+    partial = results(folder)
+    assert (partial["finished"], partial["step"]) == (False, step)
+    assert not (folder / "model.safetensors").exists()
+    assert recipe([*run, "--resume_from_checkpoint=latest"]) == 0
+    assert results(folder)["resumed_from"].endswith(f"checkpoint-{step}")
+    assert numbers(folder) == numbers(whole)
+
+
+DYING = """
+import importlib.util, os, signal, sys
+from hf_adalip.integrations import recipes
+
+spec = importlib.util.spec_from_file_location("recipe_causal_lm", sys.argv[1])
+causal_lm = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = causal_lm
+spec.loader.exec_module(causal_lm)
+write_manifest = recipes.write_manifest
+
+def dying(folder, step, settings):
+    if step == 12:
+        path = folder / "optimizer.pt"
+        path.write_bytes(path.read_bytes()[:-20])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_manifest(folder, step, settings)
+
+recipes.write_manifest = dying
+causal_lm.main(sys.argv[2:])
+"""
+
+
+def test_killed_while_it_saves(whole: Path, text: Path, tmp_path: Path) -> None:
+    """kill -9 leaves a torn checkpoint-12; latest is checkpoint-8, and the end is the same."""
+    (tmp_path / "dying.py").write_text(DYING)
+    folder = tmp_path / "out"
+    run = options(text, folder, *RUN)
+    process = subprocess.run(
+        [sys.executable, str(tmp_path / "dying.py"), str(SCRIPT), *run],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=200,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    assert (folder / "checkpoint-12").exists()
+    assert recipe([*run, "--resume_from_checkpoint=latest"]) == 0
+    assert results(folder)["resumed_from"].endswith("checkpoint-8")
+    assert numbers(folder) == numbers(whole)
+    assert (folder / "checkpoint-12" / MANIFEST).exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    whole: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "checkpoint-4"
+    damaged.mkdir()
+    for path in (whole / "checkpoint-4").iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    (damaged / "model.safetensors").write_bytes(b"")
+    resumed = f"--resume_from_checkpoint={damaged}"
+    assert recipe(options(text, tmp_path / "out", *RUN, resumed)) == 2
+    assert f"{damaged / 'model.safetensors'} is damaged" in capsys.readouterr().err
+
+
+def test_resuming_a_different_run(
+    whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = [f"--resume_from_checkpoint={whole / 'checkpoint-4'}", "--learning_rate=0.5"]
+    assert recipe(options(text, tmp_path / "out", *RUN, *other, "--block_size=8")) == 2
+    message = capsys.readouterr().err
+    assert "learning_rate was 0.001, is 0.5" in message
+    assert "block_size was 16, is 8" in message
+
+
+def test_the_latest_checkpoint_of_an_empty_folder_is_the_beginning(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = options(text, tmp_path / "out", *SHORT)
+    assert recipe([*run, "--resume_from_checkpoint=latest"]) == 0
+    assert results(tmp_path / "out")["resumed_from"] is None
+    assert recipe(run) == 2
+    assert "has results already" in capsys.readouterr().err
+    assert recipe([*run, "--seed=5", "--overwrite_output_dir"]) == 0
+    assert results(tmp_path / "out")["seed"] == 5
+
+
+def test_gradients_are_clipped_on_demand_only(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = []
+
+    def clip(self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        norms.append(max_norm)
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
+    assert recipe(options(text, tmp_path / "a", *SHORT)) == 0
+    assert norms == [math.inf, math.inf]  # Trainer asks for the norm so, to log it
+    assert recipe(options(text, tmp_path / "b", *SHORT, "--max_grad_norm=0.5")) == 0
+    assert norms[2:] == [0.5, 0.5]
+
+
+def test_a_config_file_is_under_the_command_line(text: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"train_file: {text}\nblock_size: 16\nhidden_size: 16\nnum_attention_heads: 2\n"
+        "use_cpu: true\nlearning_rate: 3e-3\nmax_steps: 3\nseed: 9\neval_strategy: 'no'\n"
+        "save_strategy: 'no'\noptim: adalip\noptim_args: gamma=0.7,scale_bounds=none\n"
+        "accelerator_config: {split_batches: false}\nreport_to: [none]\n"
+    )
+    argv = [f"--config={config}", "--seed=2", f"--output_dir={tmp_path / 'out'}"]
+    assert recipe(argv) == 0
+    found = results(tmp_path / "out")
+    assert (found["seed"], found["step"], found["optimizer"]) == (2, 3, "adalip")
+    assert found["optimizer_arguments"]["gamma"] == 0.7
+    assert found["optimizer_arguments"]["scale_bounds"] is None
+    assert found["learning_rate"] == 3e-3
+
+
+def test_trackers_get_the_layers_rates(text: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = ["--report_to=tensorboard", "--logging_steps=1"]
+    assert recipe(options(text, tmp_path / "out", *SHORT, *more)) == 0
+    files = list((tmp_path / "out").rglob("events*"))
+    tags = {tag for f in files for tag in EventAccumulator(str(f)).Reload().Tags()["scalars"]}
+    assert {"train/lipschitz_scale/median", "train/layer_lr/max", "eval/loss"} <= tags
+
+
+def test_a_run_that_diverges_says_so(text: Path, tmp_path: Path) -> None:
+    """Trainer would leave such losses out of its logs, and show the mean of the others."""
+    more = ["--optim=sgd", "--learning_rate=1e30", "--lr_scheduler_type=constant"]
+    assert recipe(options(text, tmp_path / "out", *SHORT, *more)) == 0
+    found = results(tmp_path / "out")
+    assert found["train_loss"] is None
+    assert found["eval_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--num_train_epochs=-1", "--num_train_epochs must be a positive number, got -1"),
+        ("--num_train_epochs=two", "invalid float value: 'two'"),
+        ("--per_device_train_batch_size=0", "--per_device_train_batch_size must be at least 1"),
+        ("--learning_rate=nan", "--learning_rate must be a positive number, got nan"),
+        ("--save_total_limit=1", "--save_total_limit must be at least 2, got 1"),
+        ("--optim=adamw", "unknown optimizer 'adamw'; did you mean adamw_torch"),
+        ("--optim_args=momentum=0.9", "adamlip has no argument 'momentum'"),
+        ("--optim_args=gamma=2", "gamma must be a number between 0 and 1"),
+        ("--optim_args=gamma", "optimizer arguments are key=value"),
+        ("--optim_args=lr=1", "give lr as --learning_rate"),
+        ("--optim=adamw_torch --optim_args=gamma=0.9", "adamw_torch takes none of these"),
+        ("--fp16", "--fp16 needs a GPU"),
+        ("--report_to=tensorbord", "tensorbord is not supported"),
+        ("--lr_scheduler_type=cosin", "invalid choice: 'cosin'"),
+        ("--resume_from_checkpoint=/no/such", "there is no folder /no/such"),
+        ("--resume_from_checkpoint=latest --overwrite_output_dir", "exclude each other"),
+        ("--config=/no/such.yaml", "cannot read --config /no/such.yaml"),
+        ("--learning_rat=1", "unrecognized arguments: --learning_rat=1"),
+        ("--train_file=/no/such.txt", "cannot read --train_file /no/such.txt"),
+        ("--block_size=0", "--block_size must be at least 1, got 0"),
+        ("--block_size=900", "has 1800 tokens to train on and 200 held out; a block has 900"),
+        ("--validation_split_percentage=0", "--validation_split_percentage must be between 0"),
+        ("--model_type=gtp2", "no such model"),
+        ("--hidden_size=15", "no such model"),
+        ("--config_overrides=depth=3", "no such model: key depth isn't in"),
+    ],
+)
+def test_bad_options_are_one_line_and_touch_nothing(
+    more: str, message: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe([*options(text, tmp_path / "out"), *more.split()]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("causal_lm: error: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("lerning_rate: 1\n", "unknown option 'lerning_rate'; did you mean learning_rate?"),
+        ("use_cpu: 3\n", "expected"),
+        ("- 1\n", "must have lines of `option: value`"),
+        ("a: b: c\n", "cannot read --config"),
+    ],
+)
+def test_bad_config_files(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    assert recipe([f"--config={tmp_path / 'config.yaml'}", "--train_file=x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recipe(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "S would see it as their change. (default: 0.0)" in text
+    assert "adalip, rmslip, adamlip" in text
