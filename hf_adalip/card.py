@@ -170,8 +170,8 @@ def model_card(
         f"```bash\nuv run {url} {command}\n```",
         "`hf jobs uv run` takes the same.",
     ]
-    if not on_hub(data):
-        sections.append(f"The data, `{data}`, are not read from the Hub.")
+    if elsewhere := [f"`{name}`" for name in (data, base) if name and not on_hub(name)]:
+        sections.append(f"Not on the Hub: {', '.join(elsewhere)}.")
     if picture:
         sections += ["## Learning rates of the layers", f"![A = lr × S of each layer]({picture})"]
     return str(ModelCard(f"---\n{meta.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))

@@ -101,6 +101,9 @@ class TrainingArguments:
     report_to: str | None = option(
         None, "tensorboard (default), trackio, wandb, ...; several with commas, or all"
     )
+    push_to_hub: bool = option(False, "publish the finished run, with HF_TOKEN's token", bool)
+    hub_model_id: str | None = option(None, "USER/NAME, for --push_to_hub")
+    hub_private_repo: bool = option(False, "for those with access only, for --push_to_hub", bool)
     mixed_precision: str | None = option(None, "no, fp16 or bf16; default: accelerate's setting")
     cpu: bool = option(False, "stay on the CPU", bool)
 
@@ -269,6 +272,10 @@ def _check_values(args: TrainingArguments) -> None:
         raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
     if args.report_to is not None and not args.with_tracking:
         raise UsageError("--report_to needs --with_tracking")
+    if args.push_to_hub and args.hub_model_id is None:
+        raise UsageError("--push_to_hub needs --hub_model_id USER/NAME")
+    if not args.push_to_hub and (args.hub_model_id or args.hub_private_repo):
+        raise UsageError("--hub_model_id and --hub_private_repo need --push_to_hub")
 
 
 def trackers(args: TrainingArguments) -> list[str]:

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import hub
 from .checkpoints import RESULTS, find_checkpoint, whole, write_manifest
 from .data import Batch, DataError, ImageData, ImageDataset, load_image_dataset
 from .metrics import Accuracy
@@ -783,6 +784,8 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
     if args.lr_scheduler_type != "constant":
         scheduler_factory()
     trackers(args)
+    if args.push_to_hub:
+        _check_publishing(str(args.hub_model_id))
     folder = output_dir(args, recipe)
     checkpoint = find_checkpoint(args, folder)
 
@@ -822,8 +825,8 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     """The command line of a recipe; returns the exit status.
 
-    0 when the run is finished, 2 for bad options or data (one line on stderr says what), 130 when
-    the user stopped it.
+    0 when the run is finished, 1 if it was not published then as asked, 2 for bad options or data
+    (one line on stderr says what), 130 when the user stopped it.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -841,6 +844,33 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     if training.accelerator.is_main_process:
         print(f"\n{training.table()}\n\nresults in {training.folder}")
+        if training.args.push_to_hub:
+            return _publish(training)
+    return 0
+
+
+def _check_publishing(repo_id: str) -> None:
+    """Raises UsageError now for what would be wrong at the end of the run."""
+    try:
+        hub.check_repo_id(repo_id)
+        hub.token()
+    except hub.PublishError as error:
+        raise UsageError(f"--push_to_hub: {error}") from error
+    if running_script() is None:
+        raise UsageError("--push_to_hub: the recipe needs inline script metadata (# /// script)")
+
+
+def _publish(training: Training) -> int:
+    args, folder = training.args, training.folder
+    checkpoints = [path.name for path in _own_files(folder) if path.is_dir()]
+    try:
+        url = hub.publish(
+            folder, str(args.hub_model_id), private=args.hub_private_repo, exclude=checkpoints
+        )
+    except hub.PublishError as error:
+        print(f"{error}\nTo try again: hf-adalip publish {folder} ...", file=sys.stderr)
+        return 1
+    print(f"published: {url}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import ast
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,16 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
+from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub._eval_results import parse_eval_result_entries
+from huggingface_hub.cli.hf import app as hf
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.torch import save_file
 from torch import tensor
 
-from hf_adalip import hub, script
+from hf_adalip import hub, script, training
 from hf_adalip.card import repeat_arguments
 from hf_adalip.cli import main
 from hf_adalip.hub import PublishError, prepare, publish
@@ -256,10 +260,14 @@ def test_everything_that_is_wrong_is_said_at_once(folder: Path, tmp_path: Path) 
     change(folder, command=f"train.py --hub_token {TOKEN}")
     (folder / "scheduler.pt").touch()
     (folder / "link.txt").symlink_to(tmp_path)
+    save_file({"x": tensor([1.0])}, folder / "b.safetensors", {"by": f"{TOKEN}"})
     with pytest.raises(PublishError) as error:
         prepare(folder, REPO)
-    for path in ("all_results.json: contains a Hugging Face token", "scheduler.pt: ", "link.txt: "):
-        assert f"  {path}" in str(error.value)
+    token = "contains a Hugging Face token"
+    for line in (f"all_results.json: {token}", f"b.safetensors: {token}"):
+        assert f"  {line}\n" in str(error.value)
+    for line in ("scheduler.pt: the state of", "link.txt: a link"):
+        assert f"  {line}" in str(error.value)
 
 
 def test_names_that_only_look_like_secrets(folder: Path) -> None:
@@ -354,10 +362,12 @@ def test_private(run: Path, loopback_hub: LoopbackHub, monkeypatch: pytest.Monke
     ("spoil", "message"),
     [
         (lambda f: (f / "model.safetensors").unlink(), "has no model: no *.safetensors"),
-        (lambda f: (f / "all_results.json").unlink(), "all_results.json is missing or cannot be"),
+        (lambda f: (f / "all_results.json").unlink(), "has no all_results.json"),
+        (lambda f: (f / "all_results.json").write_text("{"), "is missing or cannot be read"),
         (lambda f: change(f, seed=..., versions=...), "does not say seed, versions"),
         (lambda f: change(f, finished=False), "is not finished"),
         (lambda f: change(f, task=...), "does not say its task"),
+        (lambda f: change(f, command="x.py --config=a.yaml"), "reads options from a file"),
         (lambda f: change(f, optimizer="adalap"), "adalap"),
         (lambda f: change(f, learning_rate="high"), "all_results.json cannot be published"),
         (lambda f: change(f, versions={"hf_adalip": "0"}), "the run had hf_adalip 0, but"),
@@ -376,8 +386,8 @@ def test_what_is_missing_is_said(folder: Path, spoil: Any, message: str) -> None
     ("arguments", "message"),
     [
         (("nowhere", "me/x"), "there is no folder nowhere"),
-        ((None, "x"), "--repo_id must be USER/NAME, got 'x'"),
-        ((None, "me/a b"), "--repo_id: "),
+        ((None, "x"), "repo_id must be USER/NAME, got 'x'"),
+        ((None, "me/a b"), "repo_id: "),
         ((None, "me/x", ["*.pt"]), "--exclude *.pt: .* has no such path"),
     ],
 )
@@ -536,3 +546,72 @@ def test_the_command_that_repeats_a_run() -> None:
         "-1",
         "--optim_args=a=1",
     ]
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.stem)
+def test_recipes_are_taken_by_hf_jobs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["jobs", "uv", "run", "--dry-run", "--namespace=me", str(recipe), "--seed=1"]
+    hf(command, standalone_mode=False)
+    assert "Job not submitted" in (shown := capsys.readouterr().out)
+    assert recipe.name in shown
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """A recipe's command line in this process, as if it were the script that runs."""
+    spec = importlib.util.spec_from_file_location("recipe", RECIPE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(training, "running_script", RECIPE.read_text)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield lambda *options: training.main(module.RECIPE, options)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_a_recipe_pushes_its_run(
+    recipe: Callable[..., int],
+    loopback_hub: LoopbackHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without its checkpoints; and when that fails, the run is there and publish is told of."""
+    out = f"--output_dir={tmp_path / 'out'}"
+    push = ("--push_to_hub", "--hub_model_id", REPO, "--hub_private_repo")
+    assert recipe(*OPTIONS, out, *push, "--checkpointing_steps=2") == 0
+    assert f"published: {loopback_hub.url}/{REPO}/commit/" in capsys.readouterr().out
+    assert loopback_hub.repos[REPO].private
+    assert (
+        loopback_hub.repos[REPO].files.keys() == prepare(tmp_path / "out", REPO, ["step_2"]).keys()
+    )
+    assert b"--hub_model_id" not in loopback_hub.repos[REPO].files["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--push_to_hub"], "--push_to_hub needs --hub_model_id USER/NAME"),
+        (["--hub_model_id=me/x"], "need --push_to_hub"),
+        (
+            ["--push_to_hub", "--hub_model_id=x"],
+            "--push_to_hub: repo_id must be USER/NAME, got 'x'",
+        ),
+        (["--push_to_hub", "--hub_model_id=me/x"], "the environment's HF_TOKEN"),
+    ],
+)
+def test_what_would_be_wrong_at_the_end_is_said_at_the_beginning(
+    recipe: Callable[..., int],
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert recipe(*OPTIONS, f"--output_dir={tmp_path / 'out'}", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
