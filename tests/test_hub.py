@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,32 @@ REPO = "me/digits-adamlip"
 PUBLISH = [sys.executable, "-c", "from hf_adalip.cli import main; main()", "publish"]
 
 
+@contextmanager
+def recipes() -> Iterator[Callable[..., int]]:
+    """A recipe's command line in this process, as if it were the script that runs."""
+    spec = importlib.util.spec_from_file_location("recipe", RECIPE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "running_script", RECIPE.read_text)
+        reset()
+        yield lambda *options: training.main(module.RECIPE, options)
+        reset()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a recipe, run as users do."""
+    """The output folder of a recipe."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    command = [sys.executable, str(RECIPE), *OPTIONS, "--seed=3", f"--output_dir={folder}"]
-    subprocess.run(command, env=os.environ | ENV, check=True, timeout=120, capture_output=True)
+    with recipes() as recipe:
+        assert recipe(*OPTIONS, "--seed=3", f"--output_dir={folder}") == 0
     return folder
 
 
@@ -179,7 +200,7 @@ def test_what_was_published_runs_and_is_the_same_run(
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        command, env=env, cwd=tmp_path, timeout=300, capture_output=True, text=True
+        command, env=env, cwd=tmp_path, timeout=600, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert ("GET", f"/{REPO}/resolve/main/{WHEEL}") in loopback_hub.requests
@@ -299,7 +320,7 @@ def test_killed_in_the_middle_of_the_upload(run: Path, loopback_hub: LoopbackHub
     loopback_hub.accept, loopback_hub.stall = 1, True
     command = [*PUBLISH, str(run), "--repo_id", REPO]
     process = subprocess.Popen(command, env=os.environ | ENV, stderr=subprocess.DEVNULL)
-    assert loopback_hub.stalled.wait(100)
+    assert loopback_hub.stalled.wait(300)
     deadline = time.monotonic() + 20
     while not loopback_hub.puts and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -557,19 +578,9 @@ def test_recipes_are_taken_by_hf_jobs(recipe: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """A recipe's command line in this process, as if it were the script that runs."""
-    spec = importlib.util.spec_from_file_location("recipe", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(training, "running_script", RECIPE.read_text)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield lambda *options: training.main(module.RECIPE, options)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def recipe() -> Iterator[Callable[..., int]]:
+    with recipes() as found:
+        yield found
 
 
 def test_a_recipe_pushes_its_run(
