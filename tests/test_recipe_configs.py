@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -20,8 +21,11 @@ from accelerate.commands.launch import (
     launch_command_parser,
 )
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
+
+from hf_adalip import training
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "configs"
@@ -33,6 +37,7 @@ OPTIONS = (
     "--num_train_epochs=2",
     "--checkpointing_steps=epoch",
     "--lr_scheduler_type=linear",
+    "--max_grad_norm=0.5",
 )
 PROCESSES = {
     "single": 1,
@@ -162,6 +167,29 @@ def test_the_recipe_trains_as_in_one_process_and_resumes(name, single, tmp_path)
     assert weights.keys() == expected_weights.keys()
     for key, value in expected_weights.items():
         assert (weights[key] - value).norm() < 1e-4 * value.norm(), key
+
+
+def deepspeed_with(config, **options):
+    """What becomes of DeepSpeed's configuration with these options of the recipe."""
+    config = {"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": "auto"} | config
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=state)
+    training._check_engine(accelerator, training.TrainingArguments(**options))
+    return config
+
+
+def test_deepspeed_clips_and_accumulates_as_the_recipe_says():
+    """Where accelerate would make 1.0 of auto, and take its own number of batches to a step."""
+    auto = {"gradient_clipping": "auto"}
+    assert deepspeed_with(auto)["gradient_clipping"] == 0.0
+    assert deepspeed_with(auto, max_grad_norm=0.5)["gradient_clipping"] == 0.5
+    assert deepspeed_with({"gradient_clipping": 2.0})["gradient_clipping"] == 2.0
+    assert deepspeed_with({})["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    with pytest.raises(training.UsageError, match=r"--max_grad_norm 0.5 would lose to .* 2\.0"):
+        deepspeed_with({"gradient_clipping": 2.0}, max_grad_norm=0.5)
+    with pytest.raises(training.UsageError, match="--gradient_accumulation_steps 4 would lose"):
+        deepspeed_with({"gradient_accumulation_steps": 1}, gradient_accumulation_steps=4)
+    deepspeed_with({"gradient_accumulation_steps": 4}, gradient_accumulation_steps=4)
 
 
 @pytest.fixture
