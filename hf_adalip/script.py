@@ -61,7 +61,7 @@ def pin(script: str, run: Mapping[str, str], own_url: str | None) -> str:
 
     Args:
         script: the source, which must depend on hf-adalip.
-        run: what `versions` found; each of them is pinned, asked for by the header or not.
+        run: what `versions` found; those that the header or hf-adalip asks for are pinned.
         own_url: where the wheel of hf-adalip will be; None if the package index has it.
 
     Raises:
@@ -92,8 +92,13 @@ def pin(script: str, run: Mapping[str, str], own_url: str | None) -> str:
     if unknown := sorted(by_name.keys() - pins.keys()):
         raise ScriptError(f"it needs {', '.join(unknown)}, whose version the run has not recorded")
 
+    extras_asked = ("", *by_name[DISTRIBUTION].extras)
+    needed = set(by_name)
+    for item in map(Requirement, _distribution().requires or []):
+        if item.marker is None or any(item.marker.evaluate({"extra": x}) for x in extras_asked):
+            needed.add(canonicalize_name(item.name))
     pinned = []
-    for name in [DISTRIBUTION, *sorted(pins.keys() - {DISTRIBUTION})]:
+    for name in [DISTRIBUTION, *sorted(needed & pins.keys() - {DISTRIBUTION})]:
         item = by_name.get(name, Requirement(name))
         extras = f"[{','.join(sorted(item.extras))}]" if item.extras else ""
         marker = f" ; {item.marker}" if item.marker else ""

@@ -78,7 +78,7 @@ RECORDS = 500
 
 VERSIONS = (
     *("accelerate", "datasets", "evaluate", "huggingface_hub", "matplotlib", "numpy", "pillow"),
-    *("pyyaml", "scikit-learn", "tensorboard", "tqdm"),
+    *("pyyaml", "scikit-learn", "scipy", "tensorboard", "timm", "tqdm", "transformers"),
 )
 """What the results say the versions of, besides torch, Python and this package."""
 

@@ -457,12 +457,14 @@ def test_pins() -> None:
         "# [tool.hf-jobs]\n# flavor = 'a10g-small'  # a GPU\n# ///\nprint('# /// script')\n"
     )
     run = {"python": "3.11.7", "torch": "2.15.0+cu132", "timm": "1.0.31", "hf_adalip": "0.1.0"}
+    run |= {"deepspeed": "0.19.8", "accelerate": "1.15.0"}  # of an extra that is not asked for
     pinned = script.pin(source, run, None)
     assert pinned.splitlines()[-1] == "print('# /// script')"
     body = pinned[pinned.index("# dependencies = [") + len("# dependencies = ") :]
     found = ast.literal_eval(body[: body.index("\n# ]") + 4].replace("\n# ", "\n"))
     assert found == [
         "hf-adalip[recipes,trainer]==0.1.0",
+        "accelerate==1.15.0",
         'timm==1.0.31 ; python_version > "3"',
         "torch==2.15.0",
     ]
