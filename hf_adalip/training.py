@@ -17,6 +17,7 @@ import logging
 import math
 import operator
 import os
+import pickle
 import shlex
 import shutil
 import signal
@@ -452,7 +453,8 @@ class Training:
         """Goes back to a checkpoint.
 
         Raises:
-            UsageError: if it was made with other settings, naming them.
+            UsageError: if it was made with other settings, naming them, or has more than tensors
+                and numbers in it.
         """
         saved = manifest["settings"]
         changed = [
@@ -462,6 +464,7 @@ class Training:
         ]
         if changed:
             raise UsageError(f"{path} is of a different run: {'; '.join(changed)}")
+        _refuse_code(path)
         self.accelerator.load_state(str(path))
         self.rates = LayerRateHistory.load(path / f"{RATES}.json")
         mine = self.progress.totals[self.accelerator.process_index]
@@ -575,6 +578,15 @@ def _train_mode(model: nn.Module) -> None:
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
+
+
+def _refuse_code(path: Path) -> None:
+    """accelerate reads these files of a checkpoint with pickle, which runs what is in them."""
+    for file in path.glob("custom_checkpoint_*.pkl"):
+        try:
+            torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UsageError(f"{file} has more in it than tensors and numbers") from error
 
 
 def _shown(number: float) -> str:

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from timm.data import Mixup
 from torch import nn
 
 from hf_adalip import AdamLip, training
+from hf_adalip.checkpoints import MANIFEST, write_manifest
 from hf_adalip.data import DataError, load_image_dataset
 from hf_adalip.options import optimizer_arguments, parse
 from hf_adalip.registry import create_optimizer
@@ -132,6 +134,29 @@ def test_its_own_options_are_part_of_what_is_resumed(
     assert f"is {value}" in message
 
 
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, ran = tmp_path / "out" / "step_1", tmp_path / "ran"
+    settings = json.loads((shutil.copytree(whole / "step_1", step) / MANIFEST).read_text())
+    torch.save(Malicious(ran), step / "custom_checkpoint_0.pkl")
+    (step / MANIFEST).unlink()
+    write_manifest(step, 1, settings["settings"])
+    out = f"--output_dir={tmp_path / 'out'}"
+    assert recipe(*EVERYTHING, out, "--resume_from_checkpoint=latest") == 2
+    message = capsys.readouterr().err
+    assert "custom_checkpoint_0.pkl has more in it than tensors and numbers" in message
+    assert not ran.exists()
+
+
 TWO_RANKS = """
 import importlib.util, os, sys
 from safetensors.torch import save_file
@@ -205,11 +230,6 @@ def test_a_checkpoint_for_other_sizes_and_colours(tmp_path: Path) -> None:
     torch.testing.assert_close(found["patch_embed.proj.weight"], summed)
 
 
-class Malicious:
-    def __reduce__(self) -> Any:
-        return os.system, ("touch /tmp/hf-adalip-was-here",)
-
-
 def test_what_is_no_checkpoint_of_the_model(tmp_path: Path) -> None:
     saved = weights(build("--no-pretrained", "--model=test_resnet"))
     cases = {
@@ -230,12 +250,12 @@ def test_what_is_no_checkpoint_of_the_model(tmp_path: Path) -> None:
         build("--model=test_vit", f"--checkpoint={tmp_path / 'more.safetensors'}")
     with pytest.raises(ValueError, match="there is no file /no/such"):
         build("--checkpoint=/no/such")
-    (tmp_path / "bad.pth").write_bytes(pickle.dumps(Malicious()))
-    torch.save({"state_dict": saved, "more": Malicious()}, tmp_path / "worse.pth")
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    torch.save({"state_dict": saved, "more": Malicious(tmp_path / "ran")}, tmp_path / "worse.pth")
     for name in ("bad.pth", "worse.pth"):
         with pytest.raises(ValueError, match=f"--checkpoint: cannot read .*{name}"):
             build("--model=test_resnet", f"--checkpoint={tmp_path / name}")
-    assert not Path("/tmp/hf-adalip-was-here").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
