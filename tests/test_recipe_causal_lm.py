@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -292,6 +293,11 @@ def test_a_config_file_is_under_the_command_line(text: Path, tmp_path: Path) -> 
     assert found["optimizer_arguments"]["gamma"] == 0.7
     assert found["optimizer_arguments"]["scale_bounds"] is None
     assert found["learning_rate"] == 3e-3
+    # what the file says is in the command, which can be repeated where the file is not
+    assert "--config" not in found["command"]
+    config.unlink()
+    assert recipe([*shlex.split(found["command"])[1:], "--overwrite_output_dir"]) == 0
+    assert results(tmp_path / "out")["eval_loss"] == found["eval_loss"]
 
 
 def test_trackers_get_the_layers_rates(text: Path, tmp_path: Path) -> None:

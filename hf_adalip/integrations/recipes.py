@@ -21,15 +21,12 @@ import difflib
 import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -39,8 +36,17 @@ from ..checkpoints import MANIFEST, RESULTS, find_checkpoint, whole, write_manif
 from ..data import DataError
 from ..monitor import LayerRateHistory, layerwise
 from ..options import UsageError
-from ..training import INTERRUPTED, RATES, RECORDS, Interrupted, _asked_to_stop, _device, _finite
-from ..version import __version__
+from ..script import SCRIPT, running_script, versions
+from ..training import (
+    INTERRUPTED,
+    RATES,
+    RECORDS,
+    VERSIONS,
+    Interrupted,
+    _asked_to_stop,
+    _device,
+    _finite,
+)
 from .arguments import parse_arguments
 from .trainer import ModelOptimizer, register, trainer_kwargs
 
@@ -108,6 +114,7 @@ class RecipeArguments(TrainingArguments):  # type: ignore[misc]
             "(from the beginning if there is none yet)."
         },
     )
+    command: str = field(init=False, default="")  # as `parse` read it, to be repeated anywhere
 
 
 class _Parser(HfArgumentParser):  # type: ignore[misc]
@@ -145,10 +152,10 @@ def parse(
     parser.set_defaults(**defaults)
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
-    path = config.parse_known_args(argv)[0].config
+    found, rest = config.parse_known_args(argv)
     parts: tuple[Any, ...] = (kind, RecipeArguments)
     known = [entry.name for part in parts for entry in dataclasses.fields(part)]
-    given = [*(_config_options(path, known) if path else ()), *argv]
+    given = [*(_config_options(found.config, known) if found.config else ()), *rest]
     chosen = parser.parse_args(given)
     if chosen.output_dir is None:
         parser.set_defaults(output_dir=f"outputs/{recipe}-{chosen.optim}")
@@ -172,8 +179,9 @@ def parse(
             f"{folder} has results already: choose another --output_dir, or "
             "--overwrite_output_dir, or --resume_from_checkpoint latest"
         )
-    found = find_checkpoint(cast("Any", training), folder)
-    training.resume_from_checkpoint = str(found[0]) if found else None
+    checkpoint = find_checkpoint(cast("Any", training), folder)
+    training.resume_from_checkpoint = str(checkpoint[0]) if checkpoint else None
+    training.command = shlex.join([sys.argv[0], *given])
     return own, training
 
 
@@ -308,9 +316,9 @@ class _Run(TrainerCallback):  # type: ignore[misc]
 def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Trains, from the checkpoint of `resume_from_checkpoint` if there is one, and writes results.
 
-    The output folder gets the model, `all_results.json` and, if the optimizer has an S, the
-    layers' learning rates. Stopped by Ctrl-C or SIGTERM it saves a checkpoint at the end of the
-    step; a second Ctrl-C does not wait.
+    The output folder gets the model, `all_results.json`, the script that ran as `train.py` and, if
+    the optimizer has an S, the layers' learning rates. Stopped by Ctrl-C or SIGTERM it saves a
+    checkpoint at the end of the step; a second Ctrl-C does not wait.
 
     Args:
         trainer: not trained yet, its arguments from `parse`.
@@ -327,6 +335,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     args = cast("RecipeArguments", trainer.args)
     folder, checkpoint = Path(str(args.output_dir)), args.resume_from_checkpoint
     settings = json.loads(json.dumps({**settings, **_settings(trainer)}))
+    script = running_script()
     watch = _Run(trainer, settings)
     if checkpoint:
         _check_same_run(Path(checkpoint), settings)
@@ -348,7 +357,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         **_facts(trainer),
         "resumed_from": checkpoint,
         "seconds_since_then" if checkpoint else "seconds": seconds,
-        "command": shlex.join(sys.argv),
+        "command": args.command,
         "epochs": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
     }
     if not watch.stopped:
@@ -358,6 +367,8 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
             watch.rates.save(folder / f"{RATES}.json")
             title = f"{settings['recipe']}, {settings['optimizer']}, lr {args.learning_rate:g}"
             watch.rates.plot(folder / f"{RATES}.png", title)
+        if script:
+            whole(folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
         text = json.dumps(_finite(results), indent=2, allow_nan=False)
         whole(folder / RESULTS, lambda path: path.write_text(text + "\n"))
     if watch.stopped:
@@ -452,26 +463,19 @@ def _scores(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_LIBRARIES = ("transformers", "scipy", "peft")  # besides those of every recipe
+
+
 def _facts(trainer: Trainer) -> dict[str, Any]:
     optimizer = layerwise(trainer.optimizer)
     rates = optimizer.layer_learning_rates() if optimizer else {}
-    packages = ("transformers", "accelerate", "datasets", "peft")
-    found = {}
-    for name in packages:
-        with suppress(ImportError):  # peft may not be there
-            found[name] = version(name)
     return {
         "train_samples": len(trainer.train_dataset),
         "eval_samples": len(trainer.eval_dataset),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "trainable_parameters": trainer.get_num_trainable_parameters(),
         "device": _device(trainer.args.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            **found,
-            "hf_adalip": __version__,
-        },
+        "versions": versions(*VERSIONS, *_LIBRARIES) | {"torch": torch.__version__},
         "nonfinite_steps": max((rate.nonfinite_steps for rate in rates.values()), default=0),
     }
 
