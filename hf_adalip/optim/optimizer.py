@@ -461,7 +461,12 @@ def _form(group: dict[str, Any]) -> ModuleType:
 
 
 def _is_plain(member: Member) -> bool:
-    return member.part is None and not is_dtensor(member.param) and not member.param.is_complex()
+    return (
+        member.seen  # else `Member.grad` stands in for a gradient that is not there
+        and member.part is None
+        and not is_dtensor(member.param)
+        and not member.param.is_complex()
+    )
 
 
 def _fits(member: Member) -> bool:
