@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -215,16 +216,22 @@ def test_amounts_that_make_no_sense(options: dict[str, Any], message: str) -> No
         RandomAffine(**options)
 
 
-def one_of_two(folder: Path, options: list[str]) -> None:
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
+def one_of_two(folder: Path) -> None:
     augment = Recorded()
-    run(augment, folder / "two", *options)
+    run(augment, folder / "two", "--per_device_train_batch_size=25")
     seen = [[image.hex(), drawn.hex()] for image, drawn in augment.seen]
     (folder / f"seen{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 
 def test_two_processes_see_the_images_of_one(tmp_path: Path) -> None:
-    debug_launcher(one_of_two, (tmp_path, ["--per_device_train_batch_size=25"]), num_processes=2)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.test_augment", str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=300,
+    )
     alone = Recorded()
     found = run(alone, tmp_path / "one", "--per_device_train_batch_size=50")
     ranks = [json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1)]
@@ -234,3 +241,7 @@ def test_two_processes_see_the_images_of_one(tmp_path: Path) -> None:
     two = json.loads((tmp_path / "two" / "all_results.json").read_text())
     assert (two["num_processes"], found["num_processes"]) == (2, 1)
     assert two["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-5)
+
+
+if __name__ == "__main__":
+    one_of_two(Path(sys.argv[1]))
