@@ -20,15 +20,12 @@ import os
 import pickle
 import shlex
 import shutil
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -39,7 +36,7 @@ from torch.optim import Optimizer
 from . import hub
 from .checkpoints import RESULTS, find_checkpoint, whole, write_manifest
 from .data import Batch, DataError, ImageData, ImageDataset, load_image_dataset
-from .metrics import Accuracy
+from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name, make_accelerator
 from .monitor import LayerRateHistory, layerwise, summary
 from .options import (
     Recipe,
@@ -52,6 +49,16 @@ from .options import (
     trackers,
 )
 from .registry import create_optimizer
+from .runs import (
+    INTERRUPTED,
+    RATES,
+    RECORDS,
+    VERSIONS,
+    Interrupted,
+    asked_to_stop,
+    device_name,
+    finite,
+)
 from .script import SCRIPT, running_script, versions
 
 try:
@@ -59,8 +66,6 @@ try:
     from accelerate.logging import get_logger
     from accelerate.utils import (
         DistributedType,
-        GradientAccumulationPlugin,
-        InitProcessGroupKwargs,
         broadcast,
         set_seed,
     )
@@ -74,21 +79,7 @@ except ImportError as error:
 
 logger = get_logger(__name__)
 
-RECORDS = 500
-"""How often in a run the loss and the layers' learning rates are copied from the device."""
-
-VERSIONS = (
-    *("accelerate", "datasets", "evaluate", "huggingface_hub", "matplotlib", "numpy", "pillow"),
-    *("pyyaml", "scikit-learn", "scipy", "tensorboard", "timm", "tqdm", "transformers"),
-)
-"""What the results say the versions of, besides torch, Python and this package."""
-
-WEIGHTS, CONFIG, RATES = "model.safetensors", "config.json", "layer_learning_rates"
-INTERRUPTED = 130  # exit status, as the shell's
-
-
-class Interrupted(Exception):  # noqa: N818 (it is no error)
-    """The user stopped the run, and it has been saved."""
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 @dataclass
@@ -175,7 +166,7 @@ class Training:
         self.average = self._average(model)
         set_seed(args.seed, device_specific=True)  # what a process draws from here on is its own
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            _cast_around(model)
+            cast_around(model)
         self.sampler = EpochSampler(len(data.train), args.seed)
         loader = _loader(data.train, args.per_device_train_batch_size, self.sampler)
         eval_loader = _loader(data.test, args.per_device_eval_batch_size)
@@ -208,7 +199,7 @@ class Training:
         if self.recipe.average is None:
             return None
         kind = self.accelerator.distributed_type
-        if kind not in _WHOLE_ON_EVERY_PROCESS:
+        if kind not in WHOLE_ON_EVERY_PROCESS:
             raise UsageError(
                 f"no moving average of the weights can be kept under {kind.value}, which spreads "
                 "them over the processes; leave it out"
@@ -236,7 +227,7 @@ class Training:
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
             "num_processes": accelerator.num_processes,
-            "engine": _engine(accelerator),
+            "engine": engine_name(accelerator),
             "mixed_precision": accelerator.mixed_precision,
             "dataset_fingerprint": self.data.fingerprint(),
             "augmentation": None if self.recipe.augment is None else repr(self.recipe.augment),
@@ -253,7 +244,7 @@ class Training:
             Interrupted: if the user stopped it; the run has been saved then.
         """
         started = time.perf_counter() - self.progress.seconds
-        with _asked_to_stop(self), logging_redirect_tqdm():
+        with asked_to_stop(self), logging_redirect_tqdm():
             self.bar = tqdm(
                 total=self.total_steps,
                 initial=self.progress.step,
@@ -386,6 +377,8 @@ class Training:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """eval_loss and eval_accuracy on the test set; empty but on the main process."""
+        from .metrics import Accuracy  # evaluate takes long to import, also for --help
+
         model = self.model if self.average is None else self._averaged_model()
         model.eval()
         metric, total = Accuracy(keep_in_memory=True), 0.0
@@ -493,7 +486,7 @@ class Training:
             "train_samples": len(self.data.train),
             "eval_samples": len(self.data.test),
             "parameters": self.parameters,
-            "device": _device(self.accelerator.device),
+            "device": device_name(self.accelerator.device),
             "versions": versions(*VERSIONS, *self.recipe.libraries) | {"torch": torch.__version__},
             "nonfinite_steps": self.nonfinite_steps,
             "seconds": self.progress.seconds,
@@ -531,7 +524,7 @@ class Training:
                 self.rates.plot(self.folder / f"{RATES}.png", title)
             if script := self.script:
                 whole(self.folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
-            shown = json.dumps(_finite(results), indent=2, allow_nan=False)
+            shown = json.dumps(finite(results), indent=2, allow_nan=False)
             whole(self.folder / RESULTS, lambda path: path.write_text(shown + "\n"))
         self.accelerator.wait_for_everyone()
         return results
@@ -562,13 +555,6 @@ class Training:
 
 
 _METRICS = ("train_accuracy", "train_loss", "eval_accuracy", "eval_loss")
-
-
-_WHOLE_ON_EVERY_PROCESS = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-)
 
 
 def _train_mode(model: nn.Module) -> None:
@@ -636,39 +622,6 @@ def _scheduler(args: TrainingArguments, optimizer: Optimizer, total_steps: int) 
     )
 
 
-@contextmanager
-def _asked_to_stop(training: Training) -> Iterator[None]:
-    """Lets Ctrl-C and SIGTERM (of torchrun, of a queue) wait for the end of the step; a second
-    one does not wait."""
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        training.stop_asked = True
-        for key, handler in before.items():
-            signal.signal(key, handler)
-
-    before = {key: signal.getsignal(key) for key in (signal.SIGINT, signal.SIGTERM)}
-    for key in before:
-        signal.signal(key, ask)
-    try:
-        yield
-    finally:
-        for key, handler in before.items():
-            signal.signal(key, handler)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity; a diverged run has null there."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
     """Where the run is to write.
 
@@ -692,95 +645,6 @@ def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
 def _own_files(folder: Path) -> list[Path]:
     patterns = (RESULTS, WEIGHTS, CONFIG, SCRIPT, f"{RATES}.*", "step_*", "epoch_*")
     return [path for pattern in patterns for path in folder.glob(pattern)]
-
-
-def make_accelerator(args: TrainingArguments, folder: Path) -> Accelerator:
-    """The accelerator of a run.
-
-    Raises:
-        UsageError: if the device cannot do the mixed precision, or accelerate would not train with
-            the engine that its configuration asks for, or not as the options say.
-    """
-    deepspeed = _asked_for("DEEPSPEED")
-    if deepspeed and args.cpu:
-        raise UsageError(
-            "--cpu: accelerate would leave out the DeepSpeed of its configuration; leave out --cpu "
-            "(where there is no GPU, DeepSpeed is on the CPU by itself)"
-        )
-    gloo = deepspeed and not torch.accelerator.is_available()
-    try:
-        accelerator = Accelerator(
-            # without it, accelerate makes no process group where there is no GPU
-            cpu=args.cpu or not (deepspeed or torch.accelerator.is_available()),
-            mixed_precision=args.mixed_precision,
-            # a plugin, because `accelerate launch` sets an environment variable that beats a number
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=args.gradient_accumulation_steps
-            ),
-            log_with=trackers(args) or None,
-            project_dir=str(folder),
-            step_scheduler_with_optimizer=False,
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else None,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    _check_engine(accelerator, args)
-    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UsageError("--mixed_precision fp16 needs a GPU; accelerate would ignore it here")
-    return accelerator
-
-
-def _asked_for(engine: str) -> bool:
-    """Whether `accelerate launch` was given a configuration with an engine."""
-    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
-
-
-def _check_engine(accelerator: Accelerator, args: TrainingArguments) -> None:
-    """Where accelerate would go on with something else than it was asked for, without a word."""
-    found = accelerator.distributed_type
-    if _asked_for("FSDP") and found != DistributedType.FSDP:
-        raise UsageError(
-            f"accelerate's configuration has FSDP, but it would train with {found.value}: it has "
-            "FSDP on GPUs only; without one, start the recipe with multi_gpu.yaml"
-        )
-    if found != DistributedType.DEEPSPEED:
-        return
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
-    steps = config["gradient_accumulation_steps"]
-    if steps not in ("auto", args.gradient_accumulation_steps):
-        raise UsageError(
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} would lose to the "
-            f"{steps} of DeepSpeed's configuration; give the same, or auto there"
-        )
-    clip = config.get("gradient_clipping", 0.0)
-    if clip == "auto":  # of which accelerate makes 1.0
-        config["gradient_clipping"] = args.max_grad_norm or 0.0
-    elif args.max_grad_norm not in (None, clip):
-        raise UsageError(
-            f"--max_grad_norm {args.max_grad_norm:g} would lose to the gradient_clipping {clip} of "
-            "DeepSpeed's configuration; give the same, or auto there"
-        )
-    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # to save it
-
-
-def _engine(accelerator: Accelerator) -> str:
-    """What has to be the same for a checkpoint to be read."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
-    return "DDP" if accelerator.num_processes > 1 else "none"
-
-
-def _cast_around(model: torch.nn.Module) -> None:
-    """Under DeepSpeed the model itself is in bf16 or fp16, and casting is left to us."""
-
-    def cast(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        dtype = next(module.parameters()).dtype
-        return tuple(x.to(dtype) for x in inputs)
-
-    model.register_forward_pre_hook(cast)
-    model.register_forward_hook(lambda module, inputs, logits: logits.float())
 
 
 def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["hf-adalip[recipes]"]
+#
+# [tool.uv.sources]
+# hf-adalip = { path = ".." }
 # ///
 """CIFAR-10 with the paper's network: §5.2, Table 3 and Fig. 3.
 

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["hf-adalip[recipes]"]
+#
+# [tool.uv.sources]
+# hf-adalip = { path = ".." }
 # ///
 """CIFAR-100 with the paper's network and augmentation: §5.3, Table 4 and Fig. 4.
 

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["hf-adalip[recipes]"]
+#
+# [tool.uv.sources]
+# hf-adalip = { path = ".." }
 # ///
 """MNIST with the paper's network: §5.1, Table 2, and the learning rates per layer of §6.1, Fig. 5.
 

@@ -265,6 +265,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         compute_metrics=regression_metrics if data.names is None else classification_metrics,
         **optimizer,
     )
+    # the loss is a mean over the batch: Trainer must not take it for a sum over all processes' and
+    # accumulated batches divided already, as it does for every model that takes **kwargs
+    trainer.model_accepts_loss_kwargs = False
     if optimizer:
         attach(trainer)
     settings = {"recipe": NAME, "task": "text-classification", **dataclasses.asdict(args)}

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["hf-adalip[recipes,timm,trainer]"]
+#
+# [tool.uv.sources]
+# hf-adalip = { path = ".." }
 # ///
 """Fine-tunes an image model of timm, or trains one from scratch, on a dataset of labelled images.
 

@@ -25,7 +25,8 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from hf_adalip import training
+from hf_adalip import engines
+from hf_adalip.options import TrainingArguments, UsageError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "configs"
@@ -174,7 +175,7 @@ def deepspeed_with(config, **options):
     config = {"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": "auto"} | config
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
     accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=state)
-    training._check_engine(accelerator, training.TrainingArguments(**options))
+    engines.check_engine(accelerator, TrainingArguments(**options))
     return config
 
 
@@ -185,9 +186,9 @@ def test_deepspeed_clips_and_accumulates_as_the_recipe_says():
     assert deepspeed_with(auto, max_grad_norm=0.5)["gradient_clipping"] == 0.5
     assert deepspeed_with({"gradient_clipping": 2.0})["gradient_clipping"] == 2.0
     assert deepspeed_with({})["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
-    with pytest.raises(training.UsageError, match=r"--max_grad_norm 0.5 would lose to .* 2\.0"):
+    with pytest.raises(UsageError, match=r"--max_grad_norm 0.5 would lose to .* 2\.0"):
         deepspeed_with({"gradient_clipping": 2.0}, max_grad_norm=0.5)
-    with pytest.raises(training.UsageError, match="--gradient_accumulation_steps 4 would lose"):
+    with pytest.raises(UsageError, match="--gradient_accumulation_steps 4 would lose"):
         deepspeed_with({"gradient_accumulation_steps": 1}, gradient_accumulation_steps=4)
     deepspeed_with({"gradient_accumulation_steps": 4}, gradient_accumulation_steps=4)
 

@@ -36,17 +36,17 @@ from ..checkpoints import MANIFEST, RESULTS, find_checkpoint, whole, write_manif
 from ..data import DataError
 from ..monitor import LayerRateHistory, layerwise
 from ..options import UsageError
-from ..script import SCRIPT, running_script, versions
-from ..training import (
+from ..runs import (
     INTERRUPTED,
     RATES,
     RECORDS,
     VERSIONS,
     Interrupted,
-    _asked_to_stop,
-    _device,
-    _finite,
+    asked_to_stop,
+    device_name,
+    finite,
 )
+from ..script import SCRIPT, running_script, versions
 from .arguments import parse_arguments
 from .trainer import ModelOptimizer, register, trainer_kwargs
 
@@ -229,6 +229,9 @@ def _check(chosen: argparse.Namespace) -> None:
     for name in ("learning_rate", "num_train_epochs"):
         if not 0 < (value := getattr(chosen, name)) < math.inf:
             raise UsageError(f"--{name} must be a positive number, got {value}")
+    for name in ("hub_token", "push_to_hub_token"):
+        if getattr(chosen, name, None) is not None:  # it would be written into the results
+            raise UsageError(f"--{name}: a token is not taken here; set HF_TOKEN instead")
     names = [member.value for member in OptimizerNames]
     if chosen.optim not in names:
         near = [name for name in names if name.startswith(chosen.optim)]
@@ -344,7 +347,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         _clean(folder, checkpoint, args.overwrite_output_dir)
     trainer.add_callback(watch)
-    with _asked_to_stop(cast("Any", watch)):
+    with asked_to_stop(watch):
         seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
     if not watch.stopped and not _evaluated(trainer):
         trainer.evaluate()
@@ -369,7 +372,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
             watch.rates.plot(folder / f"{RATES}.png", title)
         if script:
             whole(folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
-        text = json.dumps(_finite(results), indent=2, allow_nan=False)
+        text = json.dumps(finite(results), indent=2, allow_nan=False)
         whole(folder / RESULTS, lambda path: path.write_text(text + "\n"))
     if watch.stopped:
         raise Interrupted(
@@ -474,7 +477,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "eval_samples": len(trainer.eval_dataset),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "trainable_parameters": trainer.get_num_trainable_parameters(),
-        "device": _device(trainer.args.device),
+        "device": device_name(trainer.args.device),
         "versions": versions(*VERSIONS, *_LIBRARIES) | {"torch": torch.__version__},
         "nonfinite_steps": max((rate.nonfinite_steps for rate in rates.values()), default=0),
     }
