@@ -11,6 +11,7 @@ for bit, and the all-reduces of a step of the optimizer (null where the step is 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import sys
 from contextlib import nullcontext
@@ -381,6 +382,7 @@ def finish(path, found):
     """Writes what was found, and ends the processes together."""
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(found))
+    gc.collect()  # models in reference cycles hold the group: they must not outlive it
     dist.barrier()
     dist.destroy_process_group()
 
