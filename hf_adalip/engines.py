@@ -36,7 +36,7 @@ def make_accelerator(args: TrainingArguments, folder: Path) -> Accelerator:
         UsageError: if the device cannot do the mixed precision, or accelerate would not train with
             the engine that its configuration asks for, or not as the options say.
     """
-    deepspeed = asked_for("DEEPSPEED")
+    deepspeed = _asked_for("DEEPSPEED")
     if deepspeed and args.cpu:
         raise UsageError(
             "--cpu: accelerate would leave out the DeepSpeed of its configuration; leave out --cpu "
@@ -65,7 +65,7 @@ def make_accelerator(args: TrainingArguments, folder: Path) -> Accelerator:
     return accelerator
 
 
-def asked_for(engine: str) -> bool:
+def _asked_for(engine: str) -> bool:
     """Whether `accelerate launch` was given a configuration with an engine."""
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
 
@@ -73,7 +73,7 @@ def asked_for(engine: str) -> bool:
 def check_engine(accelerator: Accelerator, args: TrainingArguments) -> None:
     """Where accelerate would go on with something else than it was asked for, without a word."""
     found = accelerator.distributed_type
-    if asked_for("FSDP") and found != DistributedType.FSDP:
+    if _asked_for("FSDP") and found != DistributedType.FSDP:
         raise UsageError(
             f"accelerate's configuration has FSDP, but it would train with {found.value}: it has "
             "FSDP on GPUs only; without one, start the recipe with multi_gpu.yaml"

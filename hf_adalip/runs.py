@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
+
+from .checkpoints import RESULTS, whole
+from .options import UsageError
 
 RECORDS = 500
 """How often in a run the loss and the layers' learning rates are copied from the device."""
@@ -52,12 +57,36 @@ def asked_to_stop(run: Stoppable) -> Iterator[None]:
             signal.signal(key, handler)
 
 
-def finite(value: Any) -> Any:
+def any_asked_to_stop(run: Stoppable, accelerator: Any) -> bool:
+    """Whether any process was asked: what is asked of one must be done by all at the same step."""
+    if accelerator.num_processes == 1:
+        return run.stop_asked
+    asked = torch.tensor(float(run.stop_asked), device=accelerator.device)
+    return bool(accelerator.reduce(asked, reduction="sum").item())
+
+
+def check_same_run(path: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises UsageError, naming them, if a checkpoint's settings are others than the run's."""
+    changed = [
+        f"{name} was {saved.get(name)!r}, is {value!r}"
+        for name, value in settings.items()
+        if saved.get(name) != value
+    ]
+    if changed:
+        raise UsageError(f"{path} is of a different run: {'; '.join(changed)}")
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    text = json.dumps(_finite(dict(results)), indent=2, allow_nan=False)
+    whole(folder / RESULTS, lambda path: path.write_text(text + "\n"))
+
+
+def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity; a diverged run has null there."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [finite(item) for item in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

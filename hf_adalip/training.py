@@ -55,9 +55,11 @@ from .runs import (
     RECORDS,
     VERSIONS,
     Interrupted,
+    any_asked_to_stop,
     asked_to_stop,
+    check_same_run,
     device_name,
-    finite,
+    write_results,
 )
 from .script import SCRIPT, running_script, versions
 
@@ -329,7 +331,9 @@ class Training:
         every = self.args.checkpointing_steps
         if every and every != "epoch" and progress.step % int(every) == 0:
             self.save(f"step_{progress.step}")
-        if not self.done and self._all_asked_to_stop():
+        # processes ask one another now and then only
+        ask = self.accelerator.num_processes == 1 or progress.step % 20 == 0
+        if not self.done and ask and any_asked_to_stop(self, self.accelerator):
             self._stop()
 
     def _record(self, loss: Tensor) -> None:
@@ -371,7 +375,7 @@ class Training:
             logger.info(f"epoch {entry['epoch']:g}: {', '.join(shown)} ({progress.seconds:.0f} s)")
         if self.args.checkpointing_steps == "epoch" and not progress.batch:
             self.save(f"epoch_{progress.epoch - 1}")
-        if not self.done and self._all_asked_to_stop(always=True):
+        if not self.done and any_asked_to_stop(self, self.accelerator):
             self._stop()
 
     @torch.no_grad()
@@ -402,15 +406,6 @@ class Training:
         for buffer in model.buffers():
             broadcast(buffer)
         return model
-
-    # What is asked of one process must be done by all at the same step.
-    def _all_asked_to_stop(self, always: bool = False) -> bool:
-        if self.accelerator.num_processes == 1:
-            return self.stop_asked
-        if not always and self.progress.step % 20:
-            return False
-        asked = torch.tensor(float(self.stop_asked), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, reduction="sum").item())
 
     def _stop(self) -> None:
         path = self.save(f"step_{self.progress.step}")
@@ -449,14 +444,7 @@ class Training:
             UsageError: if it was made with other settings, naming them, or has more than tensors
                 and numbers in it.
         """
-        saved = manifest["settings"]
-        changed = [
-            f"{name} was {saved.get(name)!r}, is {value!r}"
-            for name, value in self.settings.items()
-            if saved.get(name) != value
-        ]
-        if changed:
-            raise UsageError(f"{path} is of a different run: {'; '.join(changed)}")
+        check_same_run(path, manifest["settings"], self.settings)
         _refuse_code(path)
         self.accelerator.load_state(str(path))
         self.rates = LayerRateHistory.load(path / f"{RATES}.json")
@@ -524,8 +512,7 @@ class Training:
                 self.rates.plot(self.folder / f"{RATES}.png", title)
             if script := self.script:
                 whole(self.folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
-            shown = json.dumps(finite(results), indent=2, allow_nan=False)
-            whole(self.folder / RESULTS, lambda path: path.write_text(shown + "\n"))
+            write_results(self.folder, results)
         self.accelerator.wait_for_everyone()
         return results
 

@@ -108,58 +108,6 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def without_dropout(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("without") / "dropout"
-    shutil.copytree(encoder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.mark.parametrize("how", ["accumulated", "two processes"])
-def test_a_batch_is_the_same_however_it_is_split(
-    how: str, without_dropout: Path, films: Path, tmp_path: Path
-) -> None:
-    """Trainer would multiply the loss by the processes, and add the accumulated ones up."""
-    argv = options(without_dropout, films, tmp_path / "whole", "--save_strategy=no")
-    once = ["--num_train_epochs=1", "--optim_args=scale_bounds=none"]
-    assert recipe([*argv, *once, "--per_device_train_batch_size=16"]) == 0
-    split = options(without_dropout, films, tmp_path / "split", "--save_strategy=no", *once)
-    if how == "accumulated":
-        assert recipe([*split, "--gradient_accumulation_steps=2"]) == 0
-    else:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-        done = subprocess.run(
-            [*launcher, "--standalone", str(SCRIPT), *split],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    expected, found = results(tmp_path / "whole"), results(tmp_path / "split")
-    for key in ("step", "eval_accuracy"):
-        assert found[key] == expected[key]
-    for key in ("train_loss", "eval_loss"):
-        assert found[key] == pytest.approx(expected[key], rel=1e-5), key
-    weights = [load_file(tmp_path / run / "model.safetensors") for run in ("whole", "split")]
-    for key, value in weights[0].items():
-        torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
-
-
-def test_a_token_is_refused_as_an_option(
-    encoder: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert recipe(options(encoder, films, tmp_path / "run", "--hub_token=hf_secret")) == 2
-    error = capsys.readouterr().err
-    assert "set HF_TOKEN instead" in error
-    assert "hf_secret" not in error
-    assert not (tmp_path / "run").exists()
-
-
 def load(data: Path, **arguments: Any) -> Any:
     return recipe_module.load_texts(recipe_module.Arguments(dataset_name=str(data), **arguments))
 
@@ -369,3 +317,55 @@ def test_the_optimizer_sees_what_lora_trains_and_resumes(
     rates = [json.loads((folder / "layer_learning_rates.json").read_text()) for folder in (a, b)]
     assert rates[0] == rates[1]
     assert any("lora_A" in name for name in rates[0]["scale"])
+
+
+@pytest.fixture(scope="module")
+def without_dropout(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("without") / "dropout"
+    shutil.copytree(encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("how", ["accumulated", "two processes"])
+def test_a_batch_is_the_same_however_it_is_split(
+    how: str, without_dropout: Path, films: Path, tmp_path: Path
+) -> None:
+    """Trainer would multiply the loss by the processes, and add the accumulated ones up."""
+    argv = options(without_dropout, films, tmp_path / "whole", "--save_strategy=no")
+    once = ["--num_train_epochs=1", "--optim_args=scale_bounds=none"]
+    assert recipe([*argv, *once, "--per_device_train_batch_size=16"]) == 0
+    split = options(without_dropout, films, tmp_path / "split", "--save_strategy=no", *once)
+    if how == "accumulated":
+        assert recipe([*split, "--gradient_accumulation_steps=2"]) == 0
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+        done = subprocess.run(
+            [*launcher, "--standalone", str(SCRIPT), *split],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = results(tmp_path / "whole"), results(tmp_path / "split")
+    for key in ("step", "eval_accuracy"):
+        assert found[key] == expected[key]
+    for key in ("train_loss", "eval_loss"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+    weights = [load_file(tmp_path / run / "model.safetensors") for run in ("whole", "split")]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_a_token_is_refused_as_an_option(
+    encoder: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe(options(encoder, films, tmp_path / "run", "--hub_token=hf_secret")) == 2
+    error = capsys.readouterr().err
+    assert "set HF_TOKEN instead" in error
+    assert "hf_secret" not in error
+    assert not (tmp_path / "run").exists()

@@ -42,9 +42,11 @@ from ..runs import (
     RECORDS,
     VERSIONS,
     Interrupted,
+    any_asked_to_stop,
     asked_to_stop,
+    check_same_run,
     device_name,
-    finite,
+    write_results,
 )
 from ..script import SCRIPT, running_script, versions
 from .arguments import parse_arguments
@@ -229,9 +231,8 @@ def _check(chosen: argparse.Namespace) -> None:
     for name in ("learning_rate", "num_train_epochs"):
         if not 0 < (value := getattr(chosen, name)) < math.inf:
             raise UsageError(f"--{name} must be a positive number, got {value}")
-    for name in ("hub_token", "push_to_hub_token"):
-        if getattr(chosen, name, None) is not None:  # it would be written into the results
-            raise UsageError(f"--{name}: a token is not taken here; set HF_TOKEN instead")
+    if chosen.hub_token is not None:  # it would be written into the results
+        raise UsageError("--hub_token: a token is not taken here; set HF_TOKEN instead")
     names = [member.value for member in OptimizerNames]
     if chosen.optim not in names:
         near = [name for name in names if name.startswith(chosen.optim)]
@@ -282,7 +283,10 @@ class _Run(TrainerCallback):  # type: ignore[misc]
             optimizer = layerwise(kwargs["optimizer"])
             if optimizer and state.is_world_process_zero:
                 self.rates.record(step, optimizer.layer_learning_rates())
-        if self._all_asked_to_stop(step) and step < state.max_steps:
+        # processes ask one another now and then only
+        accelerator = self.trainer.accelerator
+        ask = accelerator.num_processes == 1 or step % 20 == 0
+        if ask and any_asked_to_stop(self, accelerator) and step < state.max_steps:
             self.stopped = control.should_training_stop = control.should_save = True
         if state.epoch == int(state.epoch):  # a run resumed from here would not evaluate
             self.save_after_evaluation, control.should_save = control.should_save, False
@@ -304,16 +308,6 @@ class _Run(TrainerCallback):  # type: ignore[misc]
             self.rates.save(folder / f"{RATES}.json")
             (folder / MANIFEST).unlink(missing_ok=True)
             write_manifest(folder, state.global_step, self.settings)
-
-    def _all_asked_to_stop(self, step: int) -> bool:
-        """What is asked of one process must be done by all at the same step."""
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes == 1:
-            return self.stop_asked
-        if step % 20:
-            return False
-        asked = torch.tensor(float(self.stop_asked), device=accelerator.device)
-        return bool(accelerator.reduce(asked, reduction="sum").item())
 
 
 def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,7 +335,8 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     script = running_script()
     watch = _Run(trainer, settings)
     if checkpoint:
-        _check_same_run(Path(checkpoint), settings)
+        saved = json.loads(Path(checkpoint, MANIFEST).read_text())["settings"]
+        check_same_run(Path(checkpoint), saved, settings)
         watch.rates = LayerRateHistory.load(Path(checkpoint) / f"{RATES}.json")
     if args.should_save:
         folder.mkdir(parents=True, exist_ok=True)
@@ -372,8 +367,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
             watch.rates.plot(folder / f"{RATES}.png", title)
         if script:
             whole(folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
-        text = json.dumps(finite(results), indent=2, allow_nan=False)
-        whole(folder / RESULTS, lambda path: path.write_text(text + "\n"))
+        write_results(folder, results)
     if watch.stopped:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} and saved "
@@ -407,17 +401,6 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
         "num_processes": args.world_size,
         "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
     }
-
-
-def _check_same_run(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    saved = json.loads((checkpoint / MANIFEST).read_text())["settings"]
-    changed = [
-        f"{name} was {saved.get(name)!r}, is {value!r}"
-        for name, value in settings.items()
-        if saved.get(name) != value
-    ]
-    if changed:
-        raise UsageError(f"{checkpoint} is of a different run: {'; '.join(changed)}")
 
 
 def _own_files(folder: Path) -> list[Path]:
