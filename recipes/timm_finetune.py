@@ -12,7 +12,8 @@
     python recipes/timm_finetune.py --head_only            # trains the classifier alone
     python recipes/timm_finetune.py --model vit_tiny_patch16_224 --dataset_name /path/to/images \\
         --image_size 224 --layer_decay 0.7 --mixup 0.2 --model_ema_decay 0.999
-    python recipes/timm_finetune.py --no-pretrained --dataset_name uoft-cs/cifar100 --output_dir a
+    python recipes/timm_finetune.py --no-pretrained --dataset_name uoft-cs/cifar100 \\
+        --label_column_name fine_label --output_dir a
     python recipes/timm_finetune.py --checkpoint a         # goes on from what that has trained
 
 Layers are modules and S stays between 0.1 and 10. The model normalises images itself, by the mean
