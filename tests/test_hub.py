@@ -62,7 +62,7 @@ def recipes() -> Iterator[Callable[..., int]]:
         GradientState._reset_state()
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "running_script", RECIPE.read_text)
+        patched.setattr(sys.modules["__main__"], "__file__", str(RECIPE), raising=False)
         reset()
         yield lambda *options: training.main(module.RECIPE, options)
         reset()

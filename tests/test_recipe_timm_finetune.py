@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 from torch import nn
 
-from hf_adalip import AdamLip, training
+from hf_adalip import AdamLip, loop, training
 from hf_adalip.checkpoints import MANIFEST, write_manifest
 from hf_adalip.data import DataError, load_image_dataset
 from hf_adalip.options import optimizer_arguments, parse
@@ -347,7 +347,7 @@ def test_the_average_is_timms_and_is_what_is_evaluated(
 def test_no_average_of_weights_that_are_spread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(training, "WHOLE_ON_EVERY_PROCESS", ())
+    monkeypatch.setattr(loop, "WHOLE_ON_EVERY_PROCESS", ())
     assert recipe(*SHORT, "--model_ema_decay=0.9", f"--output_dir={tmp_path / 'out'}") == 2
     assert "no moving average of the weights can be kept under" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
