@@ -101,19 +101,25 @@ def refused_by_fsdp(error: Exception) -> Finding | None:
 
 
 def other_optimizer(trainer: Trainer) -> Finding | None:
-    """Neither `optimizers=`, nor `trainer_kwargs`, nor a name of the registry as `--optim`."""
-    optim = trainer.args.optim.value
+    """None of ours, whether in `optimizers=`, as a class or factory, or by name as `--optim`."""
+    optim, given = trainer.args.optim.value, trainer.optimizer
     from transformers import Trainer
 
-    made = trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None
-    own = type(trainer).create_optimizer is not Trainer.create_optimizer
-    if not made or own or optim in list_optimizers():
+    if given is not None:
+        name = type(getattr(given, "optimizer", given)).__name__  # accelerate's wrapper
+        what, ours = f"the {name} of optimizers=(...)", layerwise(given) is not None
+    else:
+        made = trainer.optimizer_cls_and_kwargs is None
+        own = type(trainer).create_optimizer is not Trainer.create_optimizer
+        what, ours = f"optim={optim}", not made or own or optim in list_optimizers()
+    if ours:
         return None
     return Finding(
-        f"Trainer trains with optim={optim}",
+        f"Trainer trains with {what}",
         "that has no learning rate per layer",
-        f"{INSTEAD}, or leave the script as it is and run it as "
-        "python -m hf_adalip.run SCRIPT --optim adamlip",
+        f"{INSTEAD}, or leave the script as it is"
+        + (", without optimizers=(...)," if given is not None else "")
+        + " and run it as python -m hf_adalip.run SCRIPT --optim adamlip",
     )
 
 
@@ -203,6 +209,7 @@ class Watch:
     def __init__(self) -> None:
         self.norms: list[tuple[float, float]] = []  # of the gradient, and what it is clipped to
         self.silent: Counter[str] = Counter()  # looks at a layer without a gradient, in a row
+        self.left_out: Counter[str] = Counter()  # steps of a layer whose gradient was not finite
 
     def clip(self, norm: float, max_norm: float) -> None:
         """A gradient of this norm was clipped to `max_norm`, if that is less."""
@@ -215,9 +222,12 @@ class Watch:
             # at lr = 0, the updates of the -U forms are 0; what is not finite is told elsewhere
             heard = rate is not None and (rate.norm or not rate.lr or rate.nonfinite_steps)
             self.silent[name] = 0 if heard else self.silent[name] + 1
+            if rate is not None and rate.nonfinite_steps:
+                self.left_out[name] = rate.nonfinite_steps
 
     def findings(self) -> list[Finding]:
-        return [found for found in (self._clip(), self._dead()) if found is not None]
+        looked = (self._clip(), self._dead(), self._nonfinite())
+        return [found for found in looked if found is not None]
 
     def _clip(self) -> Finding | None:
         factors = [min(1.0, most / norm) if norm else 1.0 for norm, most in self.norms]
@@ -243,10 +253,21 @@ class Watch:
             f"no gradient reaches {shown}",
             "the loss does not depend on it, or what follows it has died (a ReLU that is 0 for all "
             "inputs): S has nothing to go by",
-            "look for what cuts the loss off from the parameters (detach, no_grad)"
+            "give the optimizer the parameters of the model that is trained, and look for what "
+            "cuts the loss off from them (detach, no_grad)"
             if all_of_them
             else "freeze it before the optimizer is made (requires_grad_(False)), take it out of "
             "the model, or, if it did learn before, start again with a lower learning rate",
+        )
+
+    def _nonfinite(self) -> Finding | None:
+        if not self.left_out:
+            return None
+        ((name, steps),) = self.left_out.most_common(1)
+        return Finding(
+            f"the gradient of {name} was inf or NaN in {steps} steps",
+            "a layer is not trained in such a step",
+            "lower the learning rate, or look for what overflows (fp16 without a GradScaler)",
         )
 
 

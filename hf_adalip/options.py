@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,22 +217,32 @@ def expand_config(argv: Sequence[str], recipe: Recipe) -> list[str]:
     return [*(_config_options(found.config, recipe) if found.config else ()), *rest]
 
 
-def _config_options(path: str, recipe: Recipe) -> list[str]:
-    """A YAML file as command-line options, so that both are read by the same rules."""
+def read_config(path: str, known: Collection[str]) -> dict[str, Any]:
+    """What a --config file says, by option.
+
+    Raises:
+        UsageError: if the file cannot be read, or has what is not among the known options.
+    """
     try:
         found = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise UsageError(f"--config {path} must have lines of `option: value`")
-    names = {entry.name: entry.metadata["type"] for entry in dataclasses.fields(recipe.arguments)}
-    options = []
-    for key, value in found.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(f"--config {path}: unknown option {key!r}{hint}")
-        if names[key] is bool and not isinstance(value, bool):
+    return found
+
+
+def _config_options(path: str, recipe: Recipe) -> list[str]:
+    """A YAML file as command-line options, so that both are read by the same rules."""
+    kinds = {entry.name: entry.metadata["type"] for entry in dataclasses.fields(recipe.arguments)}
+    options = []
+    for key, value in read_config(path, kinds).items():
+        if kinds[key] is bool and not isinstance(value, bool):
             raise UsageError(f"--config {path}: {key} must be true or false, got {value!r}")
         if isinstance(value, bool):
             options.append(f"--{key}" if value else f"--no-{key}")

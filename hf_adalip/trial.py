@@ -37,9 +37,11 @@ class Trial:
         self.findings: list[Finding | str] = []
         self.watch = Watch()
         self.steps, self.all_steps = 0, 0  # of our optimizers, and of any
+        self.stepped_last = ""  # the name of its class
 
     def stepped(self, optimizer: Optimizer, *_: Any) -> None:
         self.all_steps += 1
+        self.stepped_last = type(optimizer).__name__
         if not self.steps and self.all_steps > STEPS + 1:  # the base of one of ours steps before it
             raise Reached
         if isinstance(optimizer, LayerwiseOptimizer):
@@ -145,9 +147,14 @@ def doctor(script: str, arguments: list[str]) -> int:
         if finding is None:
             raise
         trial.findings.append(finding)
-    findings = [*trial.findings, *trial.watch.findings()]
+    findings = [*trial.findings, *(trial.watch.findings() if trial.steps else ())]
     if not trial.steps and not findings:
-        print(f"{script} ended without a step of our optimizers: nothing to see", file=sys.stderr)
+        instead = f"{trial.stepped_last} took some, and has" if trial.all_steps else "there is"
+        print(
+            f"{script}: no step of an optimizer with a learning rate per layer was seen; "
+            f"{instead} none",
+            file=sys.stderr,
+        )
         return 2
     if os.environ.get("RANK", "0") == "0":
         for found in findings:

@@ -258,6 +258,8 @@ net = Net()
 Trainer(net, arguments("out"), train_dataset=rows(), OPTIMIZER).train()
 """
 
+ON_ONE_DEVICE = TRAINER.replace("_enabled = True", "_enabled = False")
+
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
@@ -288,8 +290,19 @@ def test_the_doctor_watches_any_loop(script, capsys):
 def test_the_doctor_stops_at_another_optimizer(script, capsys):
     assert doctor(script(LOOP, "torch.optim.Adam(net.parameters())"), []) == 2
     found = capsys.readouterr()
-    assert "without a step of our optimizers" in found.err
+    assert "Adam took some, and has none" in found.err
     assert "ENDED" not in found.out
+    given = "optimizers=(torch.optim.AdamW(net.parameters()), None)"
+    assert doctor(script(ON_ONE_DEVICE, given), []) == 1
+    found = capsys.readouterr()
+    assert "- Trainer trains with the AdamW of optimizers=(...): " in found.out
+    assert "1 thing wrong" in found.out
+
+
+def test_gradients_that_are_not_finite_are_told(script, capsys):
+    text = LOOP.replace("x.sum(1)", "1e30 * step")
+    assert doctor(script(text), []) == 1
+    assert "was inf or NaN in 19 steps: " in capsys.readouterr().out
 
 
 def test_the_doctor_tells_what_our_optimizers_refuse(script, capsys):
@@ -306,7 +319,7 @@ def test_the_doctor_explains_optimizers_under_fsdp(script, capsys):
     assert "- Trainer refuses optimizers=(...) under FSDP: " in out
     assert "Pass Trainer(..., **trainer_kwargs(" in out
     given = '**trainer_kwargs("adamlip", lr=1e-3)'
-    assert doctor(script(TRAINER.replace("_enabled = True", "_enabled = False"), given), []) == 0
+    assert doctor(script(ON_ONE_DEVICE, given), []) == 0
 
 
 def test_the_doctor_finds_nothing_in_the_mnist_recipe(script, capsys, tmp_path):

@@ -25,7 +25,7 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -35,7 +35,7 @@ import torch
 from ..checkpoints import MANIFEST, RESULTS, find_checkpoint, whole, write_manifest
 from ..data import DataError
 from ..monitor import LayerRateHistory, layerwise
-from ..options import UsageError
+from ..options import UsageError, read_config
 from ..runs import (
     INTERRUPTED,
     RATES,
@@ -53,13 +53,12 @@ from .arguments import parse_arguments
 from .trainer import ModelOptimizer, register, trainer_kwargs
 
 try:
-    import yaml  # type: ignore[import-untyped]
     from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
     from transformers.integrations import get_reporting_integration_callbacks
     from transformers.training_args import OptimizerNames
 except ImportError as error:
     raise ImportError(
-        "hf_adalip.integrations.recipes needs transformers and pyyaml: "
+        "hf_adalip.integrations.recipes needs transformers: "
         "pip install 'hf-adalip[recipes,trainer]'"
     ) from error
 
@@ -187,20 +186,10 @@ def parse(
     return own, training
 
 
-def _config_options(path: str, known: Iterable[str]) -> list[str]:
+def _config_options(path: str, known: Collection[str]) -> list[str]:
     """A YAML file as command-line options, so that both are read by the same rules."""
-    try:
-        found = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"--config {path} must have lines of `option: value`")
     options: list[str] = []
-    for key, value in found.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f"--config {path}: unknown option {key!r}{hint}")
+    for key, value in read_config(path, known).items():
         if isinstance(value, list):
             options += [f"--{key}", *map(str, value)]
         elif value is not None:

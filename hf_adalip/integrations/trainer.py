@@ -158,9 +158,9 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
             optimizer = kwargs.get("optimizer")
             found = layerwise(optimizer)
             if found is None:
+                name = type(getattr(optimizer, "optimizer", optimizer)).__name__
                 raise RuntimeError(
-                    f"Trainer trains with {type(optimizer).__name__}, which has no learning rate "
-                    f"per layer (DeepSpeed drops `optimizers=`): {INSTEAD}"
+                    f"Trainer trains with {name}, which has no learning rate per layer: {INSTEAD}"
                 )
             if state.global_step and not any("lipschitz_scale" in s for s in found.state.values()):
                 warnings.warn(

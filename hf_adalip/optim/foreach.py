@@ -3,21 +3,35 @@
 Everything that does not depend on the layer is one `_foreach` call for a whole batch. What does
 (A_t, and leaving a non-finite layer alone) has a scalar on the device for each tensor.
 Low-precision tensors are widened first and rounded once, as in the loop form.
+
+A batch is worked through in pieces, which bounds the temporaries, and on a CPU keeps them in its
+cache: each of the many operations of a step would otherwise go through memory.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import rules
-from .norms import norms
+from .norms import layer_norms, norms
 from .rules import Batch, Group, bias_correction, wide, widened
 
 Tensors = list[Tensor]
 Moments = dict[str, Tensors]
+
+_PIECE, _CACHED_PIECE = 2**22, 2**18
+"""Elements that are worked on together, and the same on a CPU."""
+
+
+class Piece(NamedTuple):
+    """A part of a batch: some of its tensors, or a part of one."""
+
+    batch: Batch
+    tensors: slice  # of the batch's
 
 
 class Form(Protocol):
@@ -112,6 +126,16 @@ def _scalars(values: Tensor, like: Tensors) -> Tensors:
 
 def measure(batch: Batch) -> Tensor:
     """As `rules.measure`."""
+    pieces = _pieces(batch)
+    rows = torch.cat([_measure(piece) for piece, _ in pieces])
+    count = len(batch.params)
+    if len(rows) == count:
+        return rows
+    owners = tuple(i for _, tensors in pieces for i in range(count)[tensors])
+    return layer_norms(rows, owners, count)  # of the parts of a tensor, as of those of a layer
+
+
+def _measure(batch: Batch) -> Tensor:
     form, group = FORMS[type(batch.rule)], batch.group
     grads = _gradients(batch)
     old = _old(batch)
@@ -142,6 +166,11 @@ def measure(batch: Batch) -> Tensor:
 
 def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
     """As `rules.advance`."""
+    for piece, here in _pieces(batch):
+        _advance(piece, rates[here], remembered[here], go[here])
+
+
+def _advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
     form, group = FORMS[type(batch.rule)], batch.group
     grads = _gradients(batch)
     new = form.moments(grads, _old(batch), group)
@@ -176,8 +205,73 @@ def _gradients(batch: Batch) -> Tensors:
 
 
 def _commit(targets: Tensors, values: Tensors, go: Tensor) -> None:
+    moves = go.unbind()
+    if targets[0].dtype == values[0].dtype:
+        for move, value, target in zip(moves, values, targets, strict=True):
+            torch.where(move, value, target, out=target)
+        return
     kept = [
-        torch.where(moves, value, wide(target))
-        for moves, value, target in zip(go.unbind(), values, targets, strict=True)
+        torch.where(move, value, wide(target))
+        for move, value, target in zip(moves, values, targets, strict=True)
     ]
     torch._foreach_copy_(targets, kept)
+
+
+# Pieces
+
+
+def _pieces(batch: Batch) -> list[Piece]:
+    """What is worked on together, in the order of the batch; made once a step."""
+    if batch.prepared is None:
+        batch.prepared = _cut(batch)
+    pieces: list[Piece] = batch.prepared
+    return pieces
+
+
+def _cut(batch: Batch) -> list[Piece]:
+    limit = _CACHED_PIECE if batch.params[0].device.type == "cpu" else _PIECE
+    pieces: list[Piece] = []
+    taken: list[int] = []
+    size = 0
+    for i, param in enumerate(batch.params):
+        count = param.numel()
+        if taken and size + count > limit:
+            pieces.append(_some(batch, taken))
+            taken, size = [], 0
+        if count > limit and _can_be_cut(batch, i):
+            pieces += [_part(batch, i, at, limit) for at in range(0, count, limit)]
+            continue
+        taken.append(i)
+        size += count
+    return [*pieces, _some(batch, taken)] if taken else pieces
+
+
+def _can_be_cut(batch: Batch, i: int) -> bool:
+    """Whether one index says which elements of a tensor and its state belong together."""
+    kept = [batch.states[i][name] for name in batch.names]
+    return not batch.sketch and all(
+        x.is_contiguous() for x in (batch.params[i], batch.grads[i], *kept)
+    )
+
+
+def _some(batch: Batch, taken: list[int]) -> Piece:
+    here = slice(taken[0], taken[-1] + 1)
+    part = replace(
+        batch,
+        members=batch.members[here],
+        params=batch.params[here],
+        grads=batch.grads[here],
+        states=batch.states[here],
+        steps=batch.steps[here],
+    )
+    return Piece(part, here)
+
+
+def _part(batch: Batch, i: int, at: int, count: int) -> Piece:
+    def part(x: Tensor) -> Tensor:
+        return x.view(-1)[at : at + count]
+
+    whole, state = _some(batch, [i]), batch.states[i]
+    whole.batch.params, whole.batch.grads = [part(batch.params[i])], [part(batch.grads[i])]
+    whole.batch.states = [state | {name: part(state[name]) for name in batch.names}]
+    return whole

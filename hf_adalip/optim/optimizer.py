@@ -32,11 +32,6 @@ from .signals import Signal, Updates, remembered_rates
 if TYPE_CHECKING:
     from .release import GradientRelease
 
-_BUCKET = 2**22
-"""Elements that a foreach batch takes together, unless a single tensor has more: temporaries stay
-below the size of the largest tensor, or 16 MiB."""
-
-
 _BOTH = ("foreach", "fused")
 
 FORMS = (rules, foreach, fused)
@@ -354,7 +349,7 @@ class LipOptimizer(LayerwiseOptimizer):
     def _runs(self, census: Census) -> list[Run]:
         """Puts the members in the order in which they are worked through.
 
-        Tensors of one group, device and dtype go together, in buckets for the foreach form.
+        Tensors of one group, device and dtype go together.
         """
         alike: dict[Any, list[tuple[int, Member]]] = {}
         for group in self.param_groups:
@@ -373,19 +368,16 @@ class LipOptimizer(LayerwiseOptimizer):
                 kind = (member.decays, member.sketch, param.device, param.dtype)
                 key = (absent, FORMS.index(form), id(member.group), *kind)
                 alike.setdefault(key, []).append((i, member))
-        parts: list[tuple[ModuleType | None, list[tuple[int, Member]]]] = []
-        for absent, index, *kind in sorted(alike, key=lambda key: key[0]):
-            run = alike[(absent, index, *kind)]
-            taken = None if absent else FORMS[index]
-            parts += [(taken, part) for part in (_buckets(run) if taken is foreach else [run])]
-        census.arrange([entry for _, part in parts for entry in part])
+        kinds = sorted(alike, key=lambda kind: kind[0])
+        census.arrange([entry for kind in kinds for entry in alike[kind]])
         runs, start, sketched = [], 0, 0
-        for taken, part in parts:
-            here = slice(start, start := start + len(part))
-            members = [m for _, m in part]
+        for absent, form, *kind in kinds:
+            members = [member for _, member in alike[(absent, form, *kind)]]
+            here = slice(start, start := start + len(members))
             size = members[0].sketch
-            rows = slice(sketched, sketched := sketched + (len(part) if size else 0))
+            rows = slice(sketched, sketched := sketched + (len(members) if size else 0))
             plain = all(_is_plain(m) for m in members)
+            taken = None if absent else FORMS[form]
             runs.append(Run(taken, size, members, here, rows, plain))
         return runs
 
@@ -475,19 +467,6 @@ def _fits(member: Member) -> bool:
     if grad is not None and grad.dtype != param.dtype:
         return False
     return fused.fits(param) and (not member.sketch or start_in_whole(member.param) is not None)
-
-
-def _buckets(run: list[tuple[int, Member]]) -> list[list[tuple[int, Member]]]:
-    limit = max(_BUCKET, *(member.param.numel() for _, member in run))
-    parts: list[list[tuple[int, Member]]] = [[]]
-    size = 0
-    for entry in run:
-        size += entry[1].param.numel()
-        if size > limit:
-            parts.append([])
-            size = entry[1].param.numel()
-        parts[-1].append(entry)
-    return parts
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

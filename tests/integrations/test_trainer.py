@@ -387,7 +387,7 @@ def test_the_doctor_finds_another_optimizer(script, capsys):
 def test_the_doctor_says_that_a_script_does_not_train(script, capsys):
     Path("train.py").write_text("print('done')")
     assert doctor("train.py", script) == 2
-    assert "train.py ended without a step of our optimizers" in capsys.readouterr().err
+    assert "train.py: no step of an optimizer with a learning rate per" in capsys.readouterr().err
 
 
 def test_the_doctor_finds_an_optimizer_that_deepspeed_drops(tmp_path):

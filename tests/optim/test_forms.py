@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import hf_adalip.optim.optimizer as optimizer_module
+import hf_adalip.optim.foreach as foreach_module
 from hf_adalip import AdaLip, AdamLip, RMSLip
 from hf_adalip.optim import LipOptimizer
 from tests.optim.cases import (
@@ -113,21 +113,38 @@ def test_loop_equals_foreach_for_any_shapes(
 
 
 @pytest.mark.parametrize(("name", "option"), ALL)
-@pytest.mark.parametrize("bucket", [1, 13])
-def test_buckets_change_nothing(
-    name: str, option: int, bucket: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [1, 13])
+def test_pieces_change_nothing(
+    name: str, option: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the batches of the foreach form are cut is not seen in the numbers."""
+    """Where the foreach form cuts batches and tensors is not seen in the numbers."""
     results = []
-    for size in (2**22, bucket):
-        monkeypatch.setattr(optimizer_module, "_BUCKET", size)
-        params = named_params()
+    for limit in (2**18, size):
+        monkeypatch.setattr(foreach_module, "_CACHED_PIECE", limit)
+        params = named_params(dtype=torch.float64)
         optimizer = CLASSES[name](
             list(params.items()), lr=0.05, foreach=True, **options_of(name)[option]
         )
         train(optimizer, params, range(4))
-        results.append(snapshot(optimizer, params))
-    assert_same(*results)
+        results.append([*params.values(), *optimizer.state_dict()["state"].values()])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("history", ["exact", "bfloat16", "sketch"])
+def test_pieces_of_tensors_that_cannot_be_cut(
+    history: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are not contiguous, or sketched, are taken whole."""
+    results = []
+    for limit in (2**18, 5):
+        monkeypatch.setattr(foreach_module, "_CACHED_PIECE", limit)
+        weight = torch.linspace(-1, 1, 60, dtype=torch.float64).view(6, 10).t()
+        params = {"a": weight.requires_grad_(), "b": torch.ones(33, dtype=torch.float64)}
+        params["b"].requires_grad_()
+        optimizer = AdamLip(params.items(), lr=0.05, foreach=True, history=history, sketch_size=32)
+        train(optimizer, params, range(4))
+        results.append([*params.values(), *optimizer.state_dict()["state"].values()])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 @six
