@@ -116,6 +116,8 @@ class Census:
         self.runs: list[Any] = []  # an optimizer's, of members that are stepped together
         self.kept = False  # whether the optimizer has the members' state
         self._vectors: dict[str, Tensor] = {}
+        self._packed: list[Tensor] = []  # the members' views of those and of packed sketches
+        self._places: list[int] = []  # where these were
         self._noted: tuple[list[State], list[Any]] = [], []
         self.arrange([(i, m) for i, layer in enumerate(layers) for m in layer.all])
 
@@ -147,8 +149,10 @@ class Census:
                 self._vectors[key] = vector
                 for i, member in enumerate(self.members):
                     member.stored[key] = vector[i]
+                self._packed += [member.stored[key] for member in self.members]
         for run in self.runs:
-            run.pack()
+            self._packed += run.pack()
+        self._places = list(map(Tensor.data_ptr, self._packed))
         self.note()
 
     def note(self) -> None:
@@ -162,14 +166,7 @@ class Census:
         states, values = self._noted
         same = same_objects(list(chain.from_iterable(map(dict.values, states))), values)
         # `x.data = ...`, with which state is moved to another device and back, keeps the tensor.
-        return same and all(
-            self.members[0].stored[k].data_ptr() == v.data_ptr() for k, v in self._packed
-        )
-
-    @property
-    def _packed(self) -> list[tuple[str, Tensor]]:
-        first = self.members[0].stored if self.members else {}
-        return [(key, vector) for key, vector in self._vectors.items() if key in first]
+        return same and list(map(Tensor.data_ptr, self._packed)) == self._places
 
     def read(self, key: str, here: slice, home: torch.device) -> Tensor:
         """A number of some of the members."""

@@ -21,10 +21,10 @@ from .shards import start_in_whole
 
 Copies = list[tuple[Tensor, Tensor]]
 
-_dtype = attrgetter("dtype")
+_dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 
 _WORTH = 2**20
-"""Elements of a group from which on."""
+"""Elements of an optimizer from which on."""
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _RULES: dict[type[Rule], Literal["SGD", "RMSprop", "Adam"]] = {
@@ -60,10 +60,10 @@ def fits(param: Tensor) -> bool:
     return param.dtype in _DTYPES and param.layout == torch.strided and _dense(param)
 
 
-def pays(params: list[Tensor]) -> bool:
-    """Whether the fused form is the default: for tensors on the CPU whose step costs more than
-    finding the compiler does."""
-    return sum(p.numel() for p in params) >= _WORTH and missing(torch.device("cpu")) is None
+def pays(size: int) -> bool:
+    """Whether the fused form is the default on a CPU for so many elements: where their step costs
+    more than finding the compiler does."""
+    return size >= _WORTH and missing(torch.device("cpu")) is None
 
 
 def measure(batch: Batch) -> Tensor:
@@ -107,6 +107,16 @@ def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, go: Tenso
     tensors = Tensors(params, alike, (), [], [])
     _backend(params[0]).advance(spec, tensors, numbers, Constants(0.0, 0.0, 0.0, 0.0, 0.0), go)
     increment_version(params)
+
+
+def compile_for(device: torch.device, dtype: torch.dtype) -> None:
+    """Compiles on a CPU what `Lipschitz` measures and blends parameters of a dtype with.
+
+    Raises:
+        KernelError: if they cannot be compiled.
+    """
+    for history in (dtype, None) if device.type == "cpu" else ():
+        cpu.library(Spec(rule="SGD", signal="gradient", dtype=dtype, history=history))
 
 
 def _backend(param: Tensor) -> Any:
@@ -190,9 +200,11 @@ def _corrections(group: Any, steps: Tensor, prefix: str = "") -> dict[str, Tenso
 
 
 def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
-    strides = list(map(Tensor.stride, batch.params))
+    strides, shapes = list(map(Tensor.stride, batch.params)), list(map(_shape, batch.params))
 
     def alike(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        if list(map(_shape, tensors)) != shapes:  # a kernel would go over the end of them
+            raise ValueError("gradients or state of a parameter have another shape than it has")
         if set(map(_dtype, tensors)) == {dtype} and list(map(Tensor.stride, tensors)) == strides:
             return tensors
         return [_like(p, x, dtype) for p, x in zip(batch.params, tensors, strict=True)]
@@ -209,6 +221,9 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
     count = len(batch.rule.kept(batch.group))
     rows = [[state[name] for state in batch.states] for name in batch.names]
     dtypes = [spec.dtype] * count + [spec.history or spec.dtype]
+    if batch.states[0] is batch.members[0].state:  # and no view of it
+        for row, dtype in zip(rows, dtypes, strict=False):
+            _lay_out(batch.params, row, dtype)
     used = [alike(row, dtype) for row, dtype in zip(rows, dtypes, strict=False)]
     tensors = Tensors(
         params=batch.params,
@@ -223,6 +238,14 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
         kept.places = tensors.places
     pairs = [pair for row, other in changed for pair in zip(row, other, strict=True)]
     return tensors, [(original, copy) for original, copy in pairs if original is not copy]
+
+
+def _lay_out(params: list[Tensor], state: list[Tensor], dtype: torch.dtype) -> None:
+    """Gives state the memory order of its parameters for good, rather than a copy at each step:
+    it may have been saved before `to(memory_format=channels_last)`."""
+    for param, x in zip(params, state, strict=True):
+        if x.dtype == dtype and _strides(x) != _strides(param):
+            x.data = _like(param, x, dtype)
 
 
 def _like(param: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -77,6 +77,10 @@ class Exact(NamedTuple):
     def key(self, name: str) -> str:
         return name
 
+    def shape(self, param: Tensor) -> tuple[int, ...]:
+        """Of what is kept for a parameter."""
+        return tuple((param if self.dtype is None else real(param)).shape)
+
     def empty(self, param: Tensor) -> Tensor:
         """As it is before a first step."""
         like = param if self.dtype is None else real(param)
@@ -101,6 +105,10 @@ class Sketch(NamedTuple):
     def key(self, name: str) -> str:
         return name + SKETCH
 
+    def shape(self, param: Tensor) -> tuple[int, ...]:
+        """Of what is kept for a parameter."""
+        return (self.size,)
+
     def empty(self, param: Tensor) -> Tensor:
         """As it is before a first step."""
         return torch.zeros(self.size, dtype=self._dtype(param), device=param.device)
@@ -109,6 +117,9 @@ class Sketch(NamedTuple):
         """A history of that key as one of this kind; None where it cannot be."""
         return kept.to(self._dtype(param)) if kept.shape == (self.size,) else None
 
+    def nbytes(self, param: Tensor) -> int:
+        return self.size * self._dtype(param).itemsize
+
     def _dtype(self, param: Tensor) -> torch.dtype:
         return wide_dtype(param.dtype.to_real() if param.is_complex() else param.dtype)
 
@@ -116,14 +127,16 @@ class Sketch(NamedTuple):
 def history_of(group: dict[str, Any], param: Tensor) -> Exact | Sketch:
     """How a group keeps the history of one of its parameters.
 
-    With "sketch", a parameter that has no more elements than a sketch keeps them all.
+    With "sketch", a parameter that takes no more memory than a sketch is kept exactly.
 
     Raises:
         ValueError: for a value that is none; options may be changed by hand.
     """
     how = str(group.get("history", "exact")).removeprefix("torch.")
-    if how == "sketch" and whole_shape(param).numel() > group["sketch_size"]:
-        return Sketch(group["sketch_size"])
+    if how == "sketch":
+        sketch = Sketch(group["sketch_size"])
+        if whole_shape(param).numel() * param.element_size() > sketch.nbytes(param):
+            return sketch
     if how in ("exact", "sketch"):
         return Exact()
     if how not in DTYPES:

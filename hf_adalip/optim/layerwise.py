@@ -214,6 +214,7 @@ class LayerwiseOptimizer(Optimizer):
         for name in moments:
             if state.get(name) is None:
                 state[name] = Exact().empty(param)
+            _check_shape(name, state[name], Exact().shape(param))
         keys = [keeps.key(name) for name in histories]
         previous = [n for n in numbers if n.startswith("prev_")]
         for name in [n for n in state if n.startswith((*HISTORIES, "prev_lr"))]:
@@ -228,6 +229,7 @@ class LayerwiseOptimizer(Optimizer):
         for key in keys:
             if state.get(key) is None:
                 state[key] = keeps.empty(param)
+            _check_shape(key, state[key], keeps.shape(param))
         initial = {"lipschitz_scale": 1.0, "prev_norm": NO_PREDECESSOR}
         if estimator.theoretical:
             initial["lipschitz_c"] = estimator.initial_c
@@ -524,7 +526,8 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             RuntimeError: with nonfinite="raise", naming the layers. Nothing has been changed.
         """
-        layers, finite = census.layers, norms.isfinite().all(dim=1)
+        # Not of ‖x_t - x_{t-1}‖, in which a history may show that overflowed.
+        layers, finite = census.layers, norms[:, :2].isfinite().all(dim=1)
         if any(estimator.nonfinite == "raise" for (estimator, _), _ in census.kinds):
             bad = [
                 layer.name
@@ -639,6 +642,16 @@ class LayerwiseOptimizer(Optimizer):
                 if name in SCALARS or (loaded is not None and loaded.dtype != value.dtype):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        """Refuses the state of other parameters before any of it is loaded."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            moments, histories, _ = self._state_keys(group)
+            for param, key in zip(group["params"], saved["params"], strict=False):
+                state = state_dict["state"].get(key, {})
+                for name in (*moments, *(histories if not param.is_complex() else ())):
+                    if isinstance(state.get(name), Tensor):
+                        _check_shape(name, state[name], param.shape)
+
     @contextmanager
     def _loading(self) -> Iterator[None]:
         """Within it, load_state_dict keeps our numbers exactly as they were saved.
@@ -652,6 +665,7 @@ class LayerwiseOptimizer(Optimizer):
         def see(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             # The last hook: it sees what the user's hooks made of it.
             loaded.update(by_name(state_dict, self.param_groups))
+            self._check_shapes(loaded)
             return loaded
 
         def restore(_: Optimizer) -> None:
@@ -671,6 +685,15 @@ class LayerwiseOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _check_shape(name: str, kept: Tensor, shape: tuple[int, ...]) -> None:
+    if kept.shape != shape:
+        raise ValueError(
+            f"state {name!r} has shape {tuple(kept.shape)} where {tuple(shape)} is needed: it "
+            "belongs to another parameter; leave the state of such a parameter out, and it starts "
+            "anew"
+        )
 
 
 def _name_of(function: Callable[[str], str]) -> str:

@@ -124,7 +124,9 @@ class Estimator:
         Args:
             layer: the state after step t-1.
             norm: ‖x_t‖.
-            change: ‖x_t - x_{t-1}‖; where there is no predecessor, x_{t-1} = 0.
+            change: ‖x_t - x_{t-1}‖; where there is no predecessor, x_{t-1} = 0. Where it is
+                not finite and ‖x_t‖ is, x_{t-1} was not (it overflowed when it was stored): it is
+                forgotten, and S keeps its value.
             step: t, the scheduler's, of which α_t is a function; for c="theoretical".
 
         Returns:
@@ -134,7 +136,8 @@ class Estimator:
         """
         before = layer.prev_norm.clamp(min=0.0)
         # Both signals zero: 0/0 says nothing, and S keeps its value. A NaN is no silence.
-        signal = (norm > 0) | (before > 0) | norm.isnan()
+        lost = norm.isfinite() & ~change.isfinite()
+        signal = ((norm > 0) | (before > 0) | norm.isnan()) & ~lost
         first = signal & (layer.prev_norm < 0)
 
         c = layer.c
@@ -146,7 +149,7 @@ class Estimator:
         if self.scale_bounds is not None:
             scale = scale.clamp(*self.scale_bounds)
         scale = torch.where(signal, scale, layer.scale)
-        prev_norm = torch.where(signal, norm, layer.prev_norm)
+        prev_norm = torch.where(signal | lost, norm, layer.prev_norm)
         factor = torch.where(first, torch.ones_like(scale), scale)
         return LayerState(scale, prev_norm, c), factor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,16 +96,19 @@ def index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 _TENSORS: dict[tuple[object, torch.device], Tensor] = {}
+_LOCK = threading.Lock()  # for models that are trained in threads side by side
 
 
 def _kept(key: object, device: torch.device, values: Callable[[], Any]) -> Tensor:
     """torch.tensor(values()), made once; the oldest of 256 goes when another one comes."""
     place = (key, device)
-    if place in _TENSORS:
-        return _TENSORS[place]
+    found = _TENSORS.get(place)
+    if found is not None:
+        return found
     made = torch.tensor(values(), dtype=torch.int64, device=device)
     if type(made) is Tensor:  # not what a tracing mode makes, which would outlive it
-        if len(_TENSORS) >= 256:
-            _TENSORS.pop(next(iter(_TENSORS)))
-        _TENSORS[place] = made
+        with _LOCK:
+            if len(_TENSORS) >= 256:
+                _TENSORS.pop(next(iter(_TENSORS)))
+            _TENSORS[place] = made
     return made

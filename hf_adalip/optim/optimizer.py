@@ -22,6 +22,7 @@ from . import foreach, fused, rules
 from .census import Census, Member, Options, as_scalar, real, store
 from .groups import Layers
 from .history import DEFAULT_SKETCH_SIZE, DTYPES, SKETCH
+from .kernels import KernelError
 from .layerwise import Keys, LayerwiseOptimizer, may_change
 from .lipschitz import Estimator, is_number
 from .norms import wide_dtype
@@ -68,14 +69,16 @@ class Run:
         if self.kept is None:
             store([_sketch_of(member.state) for member in self.members], kept)
 
-    def pack(self) -> None:
-        """Makes the members' sketches the rows of one matrix."""
+    def pack(self) -> list[Tensor]:
+        """Makes the members' sketches the rows of one matrix, which it returns."""
         if not self.sketch:
-            return
+            return []
         self.kept = self.kept_sketches()
-        for member, row in zip(self.members, self.kept, strict=True):
+        rows = list(self.kept)
+        for member, row in zip(self.members, rows, strict=True):
             key = next(key for key in member.stored if key.endswith(SKETCH))
             member.stored[key] = row
+        return rows
 
 
 class LipOptimizer(LayerwiseOptimizer):
@@ -106,9 +109,9 @@ class LipOptimizer(LayerwiseOptimizer):
         foreach: use the multi-tensor form.
         fused: use the compiled form, two passes over memory; tensors that it cannot take (complex
             ones, views with gaps) are stepped in the multi-tensor form. With foreach and fused
-            both None, it is taken on a CPU with a C++ compiler for groups from a million
-            elements on, and otherwise the multi-tensor form where torch's own optimizers do, and
-            on a CPU. False for both is the loop.
+            both None, it is taken on a CPU with a C++ compiler from a million elements in all on,
+            and otherwise the multi-tensor form where torch's own optimizers do, and on a CPU.
+            False for both is the loop.
         maximize: ascend instead of descend.
         capturable: safe to capture in a CUDA graph: excludes nonfinite="raise" and, for a lr
             that changes, needs a lr tensor on the parameters' device. State is always there.
@@ -279,10 +282,7 @@ class LipOptimizer(LayerwiseOptimizer):
         batches = [self._batch(run, census) for run in runs]
 
         # Measure. Nothing is changed here.
-        rows = [
-            (run.form.measure if run.form else rules.measure_absent)(batch).to(home)
-            for run, batch in zip(runs, batches, strict=True)
-        ]
+        rows = [_measure(run, batch).to(home) for run, batch in zip(runs, batches, strict=True)]
         rows = rows or [torch.zeros(0, 3, device=home)]  # other ranks may have gradients
         norms = torch.cat([x[:, :3] for x in rows])
         sketches, changes = self._sketches(census, rows) if census.width else (None, None)
@@ -339,8 +339,8 @@ class LipOptimizer(LayerwiseOptimizer):
         now, before = [], []
         for run, row in zip(census.runs, rows, strict=False):
             if run.sketch:
-                now.append(pad(row[:, 3:], (0, width - run.sketch)))
-                before.append(pad(run.kept_sketches().to(home), (0, width - run.sketch)))
+                now.append(_wide_enough(row[:, 3:], width))
+                before.append(_wide_enough(run.kept_sketches().to(home), width))
         if not now:
             now = before = [torch.zeros(0, width, device=home)]
         sketches = self._whole_sketches(_joined(now), census)
@@ -355,7 +355,8 @@ class LipOptimizer(LayerwiseOptimizer):
         for group in self.param_groups:
             if group["fused"] and group["params"]:  # set by hand, loaded, or moved since
                 fused.refuse_unless_possible(group["params"])
-        chosen = {id(group): _form(group) for group in self.param_groups}
+        size = sum(local(p).numel() for group in self.param_groups for p in group["params"])
+        chosen = {id(group): _form(group, size) for group in self.param_groups}
         for i, layer in enumerate(census.layers):
             for member, absent in [
                 *((m, False) for m in layer.members),
@@ -405,7 +406,7 @@ class LipOptimizer(LayerwiseOptimizer):
             steps=steps + 1 if run.form else steps,
             lr=as_scalar(lr, device) if isinstance(lr, Tensor) else lr,
             sketch=run.sketch,
-            memo=run.memo,
+            memo=run.memo if run.plain else {},  # an engine may give a shard other memory
         )
 
     def _capture_check(self) -> None:
@@ -426,6 +427,20 @@ class LipOptimizer(LayerwiseOptimizer):
                 )
 
 
+def _measure(run: Run, batch: Batch) -> Tensor:
+    """What the run's form measures; where nobody asked for it and it does not compile, foreach."""
+    if run.form is None:
+        return rules.measure_absent(batch)
+    try:
+        found: Tensor = run.form.measure(batch)
+        return found
+    except KernelError:
+        if batch.group["fused"]:
+            raise
+    run.form, batch.prepared = foreach, None
+    return foreach.measure(batch)
+
+
 def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
@@ -435,8 +450,8 @@ def _estimator(gamma: Any, c: Any, bounds: Any, nonfinite: Any) -> Estimator:
     return Estimator(gamma, c, bounds, nonfinite)
 
 
-def _form(group: dict[str, Any]) -> ModuleType:
-    """The form in which a group is stepped."""
+def _form(group: dict[str, Any], size: int) -> ModuleType:
+    """The form in which a group is stepped, of an optimizer with `size` elements in all."""
     compiling = torch.compiler.is_compiling()  # which makes kernels of the loop itself
     if group["differentiable"]:
         return rules
@@ -447,7 +462,7 @@ def _form(group: dict[str, Any]) -> ModuleType:
     params = [local(p) for p in group["params"]]
     if any(p.device.type != "cpu" for p in params):
         return foreach if _default_to_fused_or_foreach(params, False)[1] else rules
-    if group["fused"] is None and not compiling and fused.pays(params):
+    if group["fused"] is None and not compiling and fused.pays(size):
         return fused
     return foreach
 
@@ -471,6 +486,11 @@ def _fits(member: Member) -> bool:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _wide_enough(rows: Tensor, width: int) -> Tensor:
+    more = width - rows.shape[1]
+    return pad(rows, (0, more)) if more else rows
 
 
 def _sketch_of(state: dict[str, Tensor]) -> Tensor:

@@ -205,7 +205,7 @@ class _Plan:
     def _facts(self, optimizer: LipOptimizer) -> tuple[object, ...]:
         param, group = self._member.tensor, self._member.group
         sparse = param.grad is not None and param.grad.is_sparse
-        kind = (param.device, param.dtype, param.shape, sparse)
+        kind = (param.device, param.dtype, param.shape, param.stride(), sparse)
         return optimizer._manner(group), group["capturable"], kind
 
     def holds(self, optimizer: LipOptimizer) -> bool:

@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from . import fused as fused_form
 from .census import SCALARS, Census, Layer, Member, Options, State, as_scalar, pick, real, store
 from .groups import Layers, name_layers, restore_structure, structure_of
+from .kernels import KernelError
 from .layerwise import Keys, LayerwiseOptimizer, may_change
 from .lipschitz import Estimator
 from .names import by_name
@@ -194,6 +195,7 @@ class Lipschitz(LayerwiseOptimizer):
                     del based[key]
             else:  # of the base as a whole
                 based[key] = saved
+        self._check_shapes({**state_dict, "state": own})
         self.optimizer.load_state_dict({**state_dict, "state": based})
         for group, own_structure in zip(self.param_groups, structure, strict=True):
             restore_structure(group, own_structure)
@@ -363,13 +365,23 @@ class Lipschitz(LayerwiseOptimizer):
         """Which parameters are measured and scaled in the fused form, those of a kind together."""
         wanted = self._fused
         if wanted is None and all(p.device.type == "cpu" for p in params):
-            wanted = fused_form.pays(params)
+            wanted = fused_form.pays(sum(p.numel() for p in params))
         kinds: dict[Any, list[int]] = {}
         if wanted and isinstance(self._signal, Gradients) and not torch.compiler.is_compiling():
             for i, param in enumerate(params):
                 if fused_form.fits(param):
                     kinds.setdefault((param.device, param.dtype), []).append(i)
-        return list(kinds.values())
+        return [here for kind, here in kinds.items() if self._compiles(*kind)]
+
+    def _compiles(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether there are kernels, which is found out before the base has stepped."""
+        try:
+            fused_form.compile_for(device, dtype)
+        except KernelError:
+            if self._fused:
+                raise
+            return False
+        return True
 
     def _scale_alike(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
+from hf_adalip import AdamLip, Lipschitz
 from hf_adalip.optim import LipOptimizer, fused, rules
-from hf_adalip.optim.kernels import Constants, Spec, Tensors, cpu
+from hf_adalip.optim.kernels import Constants, KernelError, Spec, Tensors, cpu
 from hf_adalip.optim.rules import Batch
-from tests.optim.cases import CLASSES, Named, momentum_only, named_params, random_grads, set_grads
+from tests.optim.cases import (
+    CLASSES,
+    Named,
+    assert_same,
+    momentum_only,
+    named_params,
+    random_grads,
+    set_grads,
+    snapshot,
+)
 
 pytestmark = pytest.mark.skipif(bool(cpu.missing()), reason=f"needs {cpu.missing()}")
 
@@ -379,7 +392,7 @@ def test_what_a_schedule_changes_does_not_recompile() -> None:
             group |= {"weight_decay": 0.1 * step, "eps": 10.0**-step}
         with compared():
             optimizer.step()
-        compiled.add(cpu.library.cache_info().misses)
+        compiled.add(cpu._library.cache_info().misses)
     assert len(compiled) == 1
 
 
@@ -388,7 +401,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no such file: g++")
 
     monkeypatch.setattr(cpu, "_compile", fails)
-    for cached in (cpu.missing, cpu.library):
+    for cached in (cpu.missing, cpu._library):
         monkeypatch.setattr(cpu, cached.__name__, cached.__wrapped__)
     lack = cpu.missing()
     assert lack is not None
@@ -396,6 +409,75 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no such file: g++" in lack
     with pytest.raises(RuntimeError, match=r"fused=True .* needs .* CXX"):
         cpu.library(Spec("SGD", "gradient", torch.float32, torch.float32))
+
+
+@pytest.mark.parametrize("size", [7, 2**20])
+def test_kernels_that_do_not_compile(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a compiler too old for them, or on a full disk. It is an error where the fused form was
+    asked for, before anything has changed; else the step is that of the foreach form."""
+    monkeypatch.setattr(cpu, "_library", lambda spec: KernelError("too old"))
+
+    def stepped(make: Any, steps: int = 3) -> Any:
+        params = {"a": torch.ones(size, requires_grad=True)}
+        optimizer = make(params)
+        for seed in range(steps):
+            params["a"].grad = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        return snapshot(optimizer, params)["params"], optimizer.layer_learning_rates()
+
+    def adamlip(**form: Any) -> Any:
+        return lambda params: AdamLip(params.items(), lr=0.1, **form)
+
+    def lipschitz(**form: Any) -> Any:
+        return lambda params: Lipschitz(torch.optim.Adam(params.values(), lr=0.1), **form)
+
+    for make, plain in ((adamlip, {"foreach": True}), (lipschitz, {"fused": False})):
+        assert_same(stepped(make()), stepped(make(**plain)))
+        params = {"a": torch.ones(size, requires_grad=True)}
+        params["a"].grad = torch.ones(size)
+        with pytest.raises(KernelError, match="too old"):
+            make(fused=True)(params).step()
+        assert (params["a"] == 1).all()
+
+
+def test_state_that_was_saved_in_another_memory_order_is_laid_out_once() -> None:
+    params = [torch.randn(8, 3, 3, 3).requires_grad_() for _ in range(2)]
+    saved = AdamLip(params, fused=True)
+    set_grads(dict(enumerate(params)), dict(enumerate(map(torch.randn_like, params))))
+    saved.step()
+    last = [p.detach().to(memory_format=torch.channels_last).requires_grad_() for p in params]
+    optimizer = AdamLip(last, fused=True)
+    optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+    for p, q in zip(params, last, strict=True):
+        p.grad, q.grad = p.detach() / 3, q.detach() / 3
+    saved.step()
+    optimizer.step()
+    for p, q in zip(params, last, strict=True):
+        close(q.detach(), p.detach())
+        for name in ("exp_avg", "exp_avg_sq", "prev_grad"):
+            assert optimizer.state[q][name].stride() == q.stride()
+            close(optimizer.state[q][name], saved.state[p][name])
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_shard_whose_memory_was_replaced() -> None:
+    """As engines do that move state out of the way between steps."""
+    mesh = init_device_mesh("cpu", (1,))
+    sums = []
+    for moved in (False, True):
+        param = torch.nn.Parameter(DTensor.from_local(torch.ones(40), mesh))
+        optimizer = AdamLip([param], lr=0.1, fused=True)
+        for seed in range(6):
+            grad = torch.randn(40, generator=torch.Generator().manual_seed(seed))
+            param.grad = DTensor.from_local(grad, mesh)
+            if moved and seed == 4:
+                for x in optimizer.state[param].values():
+                    if isinstance(x, DTensor):
+                        x._local_tensor = x._local_tensor.clone()
+            optimizer.step()
+        state = optimizer.state[param]
+        sums.append([x.to_local() if isinstance(x, DTensor) else x for x in state.values()])
+    assert_same(*sums)
 
 
 def test_autograd_sees_the_change() -> None:

@@ -223,7 +223,7 @@ def test_kernels_are_compiled_once() -> None:
     for p in params.values():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    cpu.library.cache_clear()
+    cpu._library.cache_clear()
     with mock.patch.object(cpu, "_compile", wraps=cpu._compile) as compile_:
         optimizer.step()
         assert compile_.call_count == 1
@@ -418,6 +418,17 @@ def test_bytes_of_a_sketch() -> None:
     assert sizes["sketch"] < 1.03 * sizes["adam"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_sketch_takes_less_memory_than_what_it_stands_for(dtype: torch.dtype) -> None:
+    """It is of float32 at least, so that of a bfloat16 tensor has twice its bytes."""
+    for elements in (32, 33, 64, 65):
+        param = torch.ones(elements, dtype=dtype, requires_grad=True)
+        optimizer = build("adamlip", {"a": param}, history="sketch", sketch_size=32)
+        train(optimizer, {"a": param}, [0])
+        (kept,) = (x for key, x in optimizer.state[param].items() if key.startswith("prev_grad"))
+        assert kept.nbytes == min(param.nbytes, 32 * max(4, dtype.itemsize))
+
+
 # Saving, loading, changing
 
 
@@ -608,6 +619,17 @@ def _data(make: Callable[[Tensor], Tensor]) -> Change:
     return change
 
 
+def _moved(name: str, numbers: bool) -> Change:
+    """What offloading does to state: the same tensors, elsewhere in memory."""
+
+    def change(optimizer: LipOptimizer, params: Named, step: int) -> None:
+        for x in optimizer.state[params[name]].values():
+            if (x.dim() == 0) == numbers:
+                x.data = x.data.clone()
+
+    return change
+
+
 def _add(optimizer: LipOptimizer, params: Named, step: int) -> None:
     params[f"late{step}.w"] = late = torch.full((40,), 0.5, requires_grad=True)
     optimizer.add_param_group({"params": [(f"late{step}.w", late)]})
@@ -641,6 +663,8 @@ CHANGED: dict[str, Change] = {
     "history deleted": _delete("prev_grad"),
     "norm deleted": _delete("prev_norm"),
     "S deleted": _delete("lipschitz_scale"),
+    "tensors moved": _moved("a.weight", numbers=False),
+    "numbers moved": _moved("a.bias", numbers=True),
     "state cleared": lambda o, p, s: o.state.clear(),
     "a state removed": lambda o, p, s: o.state.pop(p["a.bias"], None),
     "a state copied": lambda o, p, s: o.state.update(

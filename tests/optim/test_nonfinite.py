@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
+from hf_adalip import AdamLip
 from tests.optim.cases import (
     CLASSES,
     SHAPES,
@@ -201,6 +202,29 @@ def test_low_precision_gradients_do_not_overflow_the_norm(
     (rate,) = optimizer.layer_learning_rates().values()
     assert rate.nonfinite_steps == 0
     assert p.all()
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise", "propagate"])
+@forms
+def test_a_history_that_overflows_is_forgotten(foreach: bool, nonfinite: str) -> None:
+    """1e5 is no float16: the step after it has nothing to compare with, and the next one has."""
+    params = {"a": torch.ones(8, requires_grad=True)}
+    optimizer = AdamLip(
+        params.values(), lr=0.1, history="float16", nonfinite=nonfinite, foreach=foreach
+    )
+    scales = []
+    for value in (1.0, 2.0, 1e5, 3.0, 4.0):
+        before = params["a"].detach().clone()
+        set_grads(params, {"a": torch.full((8,), value)})
+        optimizer.step()
+        assert params["a"].isfinite().all()
+        assert (params["a"] != before).all()
+        ((_, (scale, _, norm, skipped)),) = optimizer.layer_learning_rates().items()
+        scales.append(scale)
+        assert norm == pytest.approx(value * math.sqrt(8))
+        assert skipped == 0
+    assert scales[3] == scales[2]
+    assert scales[4] == pytest.approx(0.8 * scales[3] + 0.2 * 3)
 
 
 # raise

@@ -6,13 +6,12 @@ import copy
 import gc
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -21,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hf_adalip import AdamLip, Lipschitz, release_gradients
 from hf_adalip.optim import LipOptimizer
+from hf_adalip.optim.kernels import cpu
 from tests.optim.cases import CLASSES, assert_same, forms, momentum_only, six, snapshot
 from tests.optim.test_nonfinite import NoLookingAtNumbers, no_looking  # noqa: F401
 
@@ -193,6 +193,35 @@ def test_options_that_change_between_steps() -> None:
         return train(net, optimizer, range(4, 6))
 
     assert_same(*both(maker("adamlip"), run))
+
+
+def test_a_parameter_that_gets_other_strides() -> None:
+    """As by `to(memory_format=...)`, or as a view of something larger, which must stay as it is."""
+
+    def run(net: nn.Module, optimizer: LipOptimizer) -> Any:
+        around = torch.full((6, 8), 7.0)
+        for step in range(6):
+            if step == 3:
+                around[:, :5] = net[1].weight.data
+                net[1].weight.data = around[:, :5]
+                net[0].to(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            images = torch.full((2, 4, 3, 3), step + 1.0)
+            net[1](net[0](images).mean((2, 3))).square().sum().backward()
+            optimizer.step()
+        assert (around[:, 5:] == 7).all()
+        return result(net, optimizer)
+
+    fused = [] if cpu.missing() else [{"fused": True}]
+    for form in [*fused, {"foreach": True}]:
+        results = []
+        for released in (False, True):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Conv2d(4, 5, 3, padding=1, bias=False), nn.Linear(5, 6))
+            optimizer = AdamLip(net.parameters(), lr=0.01, **form)
+            with release_gradients(optimizer) if released else nullcontext():
+                results.append(run(net, optimizer))
+        assert_same(*results)
 
 
 def test_a_step_without_a_rate_or_a_gradient_counts_as_the_ordinary_one_does() -> None:
@@ -399,13 +428,6 @@ def test_a_group_added_for_a_released_layer_is_refused() -> None:
     layer(torch.ones(1, 3)).sum().backward()
     with pytest.raises(ValueError, match="layer 'fc' of 2 parameters"):
         optimizer.step()
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_one_parameter_per_layer_is_enough() -> None:

@@ -541,6 +541,28 @@ def test_a_state_of_another_model_is_refused(kind: str, how: str) -> None:
     assert_same(snapshot(optimizer, params), before)
 
 
+@pytest.mark.parametrize("kind", ["adamlip", "rmslipu", "lip-nadam"])
+def test_a_state_of_other_shapes_is_refused(kind: str) -> None:
+    """As of a classifier that was replaced; nothing of it is loaded then."""
+    small, large = (named_params({"a": (n, 6), "b": (n,)}) for n in (2, 5))
+    saved, optimizer = (
+        create_optimizer(list(p.items()), kind, lr=0.1, layers="tensor") for p in (small, large)
+    )
+    train(saved, small, [0])
+    train(optimizer, large, [0])
+    before = snapshot(optimizer, large)
+    with pytest.raises(ValueError, match=r"has shape \(2, 6\) where \(5, 6\) is needed"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert_same(snapshot(optimizer, large), before)
+    if kind != "lip-nadam":
+        moment = "square_avg" if kind == "rmslipu" else "exp_avg"
+        optimizer.state[large["a"]][moment] = torch.ones(6)
+        before = snapshot(optimizer, large)
+        with pytest.raises(ValueError, match=r"has shape \(6,\) where \(5, 6\) is needed"):
+            train(optimizer, large, [1])
+        assert_same(snapshot(optimizer, large), before)
+
+
 def test_groups_with_different_state_round_trip() -> None:
     """A tensor of a group without momentum has no buffer to save."""
 

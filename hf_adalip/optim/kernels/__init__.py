@@ -33,6 +33,10 @@ import torch
 from torch import Tensor
 
 
+class KernelError(RuntimeError):
+    """A kernel that could not be compiled; nothing has been changed then."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a kernel is compiled for."""

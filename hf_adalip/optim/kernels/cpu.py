@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..norms import wide_dtype
-from . import Constants, Spec, Tensors
+from . import Constants, KernelError, Spec, Tensors
 
 _TYPES = {
     torch.float32: "float",
@@ -71,20 +71,29 @@ def missing() -> str | None:
     return None
 
 
-@cache
 def library(spec: Spec) -> ctypes.CDLL:
     """step.cpp for a Spec, compiled when first asked for, and kept on disk by torch.
 
     Raises:
-        RuntimeError: where it cannot be compiled.
+        KernelError: where it cannot be compiled.
     """
+    made = _library(spec)
+    if isinstance(made, KernelError):
+        raise KernelError(*made.args) from made.__cause__
+    return made
+
+
+@cache
+def _library(spec: Spec) -> ctypes.CDLL | KernelError:
     if lack := missing():
-        raise RuntimeError(f"fused=True on a CPU needs {lack}")
+        return KernelError(f"fused=True on a CPU needs {lack}")
     source = "".join(f"#define {name} {value}\n" for name, value in _defined(spec).items())
     try:
         made = _compile(source + Path(__file__).with_name("step.cpp").read_text("utf-8"))
     except Exception as error:
-        raise RuntimeError(f"the C++ of fused=True did not compile for {spec}") from error
+        failed = KernelError(f"the C++ of fused=True did not compile for {spec}")
+        failed.__cause__ = error
+        return failed
     made.measure.argtypes = (ctypes.c_int64, *[_POINTER] * 3, _INT, _POINTER, _POINTER)
     made.advance.argtypes = (ctypes.c_int64, *[_POINTER] * 3, _INT, _POINTER)
     made.measure.restype = made.advance.restype = None

@@ -54,7 +54,11 @@ struct bfloat16 {
   }
 };
 
+#if HALF  // not every compiler that has all the rest has it
 using float16 = _Float16;
+#else
+struct float16 {};
+#endif
 
 enum class Rule { SGD, RMSprop, Adam };
 enum class Signal { gradient, update, retraced };
