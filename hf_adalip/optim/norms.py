@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,7 +95,6 @@ def index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 _TENSORS: dict[tuple[object, torch.device], Tensor] = {}
-_LOCK = threading.Lock()  # for models that are trained in threads side by side
 
 
 def _kept(key: object, device: torch.device, values: Callable[[], Any]) -> Tensor:
@@ -107,8 +105,8 @@ def _kept(key: object, device: torch.device, values: Callable[[], Any]) -> Tenso
         return found
     made = torch.tensor(values(), dtype=torch.int64, device=device)
     if type(made) is Tensor:  # not what a tracing mode makes, which would outlive it
-        with _LOCK:
-            if len(_TENSORS) >= 256:
-                _TENSORS.pop(next(iter(_TENSORS)))
-            _TENSORS[place] = made
+        if len(_TENSORS) >= 256:
+            oldest, *_ = tuple(_TENSORS)  # in one go: models may be trained in threads side by side
+            _TENSORS.pop(oldest, None)
+        _TENSORS[place] = made
     return made
