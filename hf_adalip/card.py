@@ -159,7 +159,9 @@ def model_card(
         f"Trained with `{results['optimizer']}` of hf_adalip. All of the run's numbers are in "
         "`all_results.json`.",
         "## Results",
-        "At the end of the run, not the best of its epochs:",
+        f"Of the checkpoint of step {results['best_step']}, which was the best:"
+        if results.get("best_step")
+        else "At the end of the run, not the best of its epochs:",
         _table(evaluated) if evaluated else "None that is a finite number.",
         "## Training",
         _table({key: value for key, value in training.items() if value is not None}),

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .checkpoints import MANIFEST, RESULTS
-from .script import SCRIPT, ScriptError, build_wheel, is_on_index, pin
+from .script import SCRIPT, ScriptError, build_wheel, is_on_index, pin, running_script
 from .version import __version__
 
 CARD, PICTURE = "README.md", "layer_learning_rates.png"
@@ -201,6 +201,29 @@ def publish(
             f"the upload to {api.endpoint} broke off ({reason}); the same command sends the rest"
         ) from error
     return commit.commit_url
+
+
+def check_run(repo_id: str) -> None:
+    """Raises PublishError when a run starts for what would be wrong at its end."""
+    check_repo_id(repo_id)
+    token()
+    if running_script() is None:
+        raise PublishError("the recipe needs inline script metadata (# /// script)")
+
+
+def publish_run(folder: Path, repo_id: str, private: bool) -> None:
+    """Publishes a recipe's finished run without its checkpoints, and prints where it is.
+
+    Raises:
+        PublishError: as `publish`, and with the command to try again with.
+    """
+    folders = [path.name for path in folder.iterdir() if path.is_dir()]
+    checkpoints = [name for name in folders if _CHECKPOINT.fullmatch(name)]
+    try:
+        url = publish(folder, repo_id, private=private, exclude=checkpoints)
+    except PublishError as error:
+        raise PublishError(f"{error}\nTo try again: hf-adalip publish {folder} ...") from error
+    print(f"published: {url}")
 
 
 def check_repo_id(repo_id: str) -> None:

@@ -282,6 +282,11 @@ def _check_values(args: TrainingArguments) -> None:
         raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
     if args.report_to is not None and not args.with_tracking:
         raise UsageError("--report_to needs --with_tracking")
+    check_hub_options(args)
+
+
+def check_hub_options(args: Any) -> None:
+    """Raises UsageError if one of the options for publishing, of either loop, lacks another."""
     if args.push_to_hub and args.hub_model_id is None:
         raise UsageError("--push_to_hub needs --hub_model_id USER/NAME")
     if not args.push_to_hub and (args.hub_model_id or args.hub_private_repo):

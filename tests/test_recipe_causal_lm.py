@@ -29,6 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_adalip.checkpoints import MANIFEST
 from hf_adalip.integrations import recipes
 
+from .hub import LoopbackHub
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "causal_lm.py"
 spec = importlib.util.spec_from_file_location("recipe_causal_lm", SCRIPT)
@@ -375,6 +377,93 @@ def test_bad_config_files(
     assert recipe([f"--config={tmp_path / 'config.yaml'}", "--train_file=x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.fixture
+def as_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(SCRIPT), raising=False)
+
+
+def test_a_run_is_published_once_and_without_its_checkpoints(
+    as_script: None,
+    text: Path,
+    tmp_path: Path,
+    loopback_hub: LoopbackHub,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, push = tmp_path / "out", ["--push_to_hub", "--hub_model_id=me/lm", "--hub_private_repo"]
+    short = ["--max_steps=2", "--save_strategy=steps", "--save_steps=1", "--optim=adalip"]
+    assert recipe(options(text, folder, *short, *push)) == 0
+    assert f"published: {loopback_hub.url}/me/lm/commit/" in capsys.readouterr().out
+    repo = loopback_hub.repos["me/lm"]
+    assert (repo.private, repo.commits) == (True, 1)
+    assert {"train.py", "README.md", "model.safetensors", "all_results.json"} <= set(repo.files)
+    assert not any("checkpoint" in path for path in repo.files)
+    assert b"adalip" in repo.files["README.md"]
+    assert b"--hub_model_id" not in repo.files["README.md"]
+
+
+def test_what_must_not_be_published_stays_where_it_is(
+    as_script: None,
+    text: Path,
+    tmp_path: Path,
+    loopback_hub: LoopbackHub,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run is there, and the command that publishes it is told of."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / ".env").write_text("PASSWORD=hunter2hunter2")
+    push = ["--push_to_hub", "--hub_model_id=me/lm"]
+    assert recipe(options(text, folder, *SHORT, *push)) == 1
+    message = capsys.readouterr().err
+    assert "  .env: a secret, by its name" in message
+    assert f"To try again: hf-adalip publish {folder} ..." in message
+    assert results(folder)["finished"]
+    assert loopback_hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--push_to_hub", "--push_to_hub needs --hub_model_id USER/NAME"),
+        ("--hub_model_id=me/x", "--hub_model_id and --hub_private_repo need --push_to_hub"),
+        ("--push_to_hub --hub_model_id=x", "--push_to_hub: repo_id must be USER/NAME, got 'x'"),
+        ("--push_to_hub --hub_model_id=me/x", "the environment's HF_TOKEN"),
+        ("--hub_strategy=checkpoint", "--hub_strategy checkpoint: a run is published once"),
+        ("--hub_always_push", "--hub_always_push True: a run is published once"),
+        ("--hub_revision=x", "--hub_revision x: a run is published once"),
+    ],
+)
+def test_what_publishing_would_lack_is_said_at_the_beginning(
+    as_script: None,
+    more: str,
+    message: str,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert recipe([*options(text, tmp_path / "out", *SHORT), *more.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_scores_are_of_the_model_that_is_saved(text: Path, tmp_path: Path) -> None:
+    """The best checkpoint is the first: every later step makes the model worse."""
+    folder = tmp_path / "out"
+    worse = ["--optim=sgd", "--learning_rate=1e2", "--lr_scheduler_type=constant"]
+    every = ["--max_steps=3", "--eval_strategy=steps", "--save_strategy=steps"]
+    every += ["--eval_steps=1", "--save_steps=1", "--load_best_model_at_end"]
+    assert recipe(options(text, folder, *worse, *every)) == 0
+    found = results(folder)
+    losses = {entry["step"]: entry["eval_loss"] for entry in found["epochs"]}
+    assert len(losses) == len(found["epochs"]) == 3
+    assert found["best_step"] == min(losses, key=losses.__getitem__) < 3
+    assert found["eval_loss"] == losses[found["best_step"]] < losses[3]
+    kept = folder / f"checkpoint-{found['best_step']}" / "model.safetensors"
+    assert (folder / "model.safetensors").read_bytes() == kept.read_bytes()
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

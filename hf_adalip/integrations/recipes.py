@@ -32,10 +32,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from .. import hub
 from ..checkpoints import MANIFEST, RESULTS, find_checkpoint, whole, write_manifest
 from ..data import DataError
 from ..monitor import LayerRateHistory, layerwise
-from ..options import UsageError, read_config
+from ..options import UsageError, check_hub_options, read_config
 from ..runs import (
     INTERRUPTED,
     RATES,
@@ -115,7 +116,18 @@ class RecipeArguments(TrainingArguments):  # type: ignore[misc]
             "(from the beginning if there is none yet)."
         },
     )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Publish the finished run, once, with HF_TOKEN's token."},
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "USER/NAME, for --push_to_hub."}
+    )
+    hub_private_repo: bool = field(
+        default=False, metadata={"help": "For those with access only, for --push_to_hub."}
+    )
     command: str = field(init=False, default="")  # as `parse` read it, to be repeated anywhere
+    publish_to: str | None = field(init=False, default=None)  # what --push_to_hub asks for
 
 
 class _Parser(HfArgumentParser):  # type: ignore[misc]
@@ -180,6 +192,9 @@ def parse(
             f"{folder} has results already: choose another --output_dir, or "
             "--overwrite_output_dir, or --resume_from_checkpoint latest"
         )
+    # `run` publishes: Trainer would upload whatever is in the folder, and not what a card needs
+    training.publish_to = training.hub_model_id if training.push_to_hub else None
+    training.push_to_hub = False
     checkpoint = find_checkpoint(cast("Any", training), folder)
     training.resume_from_checkpoint = str(checkpoint[0]) if checkpoint else None
     training.command = shlex.join([sys.argv[0], *given])
@@ -222,6 +237,7 @@ def _check(chosen: argparse.Namespace) -> None:
             raise UsageError(f"--{name} must be a positive number, got {value}")
     if chosen.hub_token is not None:  # it would be written into the results
         raise UsageError("--hub_token: a token is not taken here; set HF_TOKEN instead")
+    _check_publishing(chosen)
     names = [member.value for member in OptimizerNames]
     if chosen.optim not in names:
         near = [name for name in names if name.startswith(chosen.optim)]
@@ -230,6 +246,20 @@ def _check(chosen: argparse.Namespace) -> None:
         raise UsageError(f"--optim: unknown optimizer {chosen.optim!r}; {hint}")
     if chosen.resume_from_checkpoint and chosen.overwrite_output_dir:
         raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
+
+
+def _check_publishing(chosen: argparse.Namespace) -> None:
+    for name in ("hub_strategy", "hub_always_push", "hub_revision"):
+        value, default = getattr(chosen, name), RecipeArguments.__dataclass_fields__[name].default
+        if value != default:
+            raise UsageError(f"--{name} {value}: a run is published once, when it is finished")
+    check_hub_options(chosen)
+    if not chosen.push_to_hub:
+        return
+    try:
+        hub.check_run(chosen.hub_model_id)
+    except hub.PublishError as error:
+        raise UsageError(f"--push_to_hub: {error}") from error
 
 
 _OWN_OPTION = {"lr": "learning_rate", "weight_decay": "weight_decay"}
@@ -317,6 +347,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: if the checkpoint is of a run with other settings.
         Interrupted: if the user stopped it; the run has been saved then.
+        PublishError: if the finished run was not published as asked.
     """
     args = cast("RecipeArguments", trainer.args)
     folder, checkpoint = Path(str(args.output_dir)), args.resume_from_checkpoint
@@ -333,10 +364,15 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     trainer.add_callback(watch)
     with asked_to_stop(watch):
         seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
-    if not watch.stopped and not _evaluated(trainer):
+    epochs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = _best_step(trainer)
+    if not watch.stopped and not _evaluated(trainer, best):
         trainer.evaluate()
+        if best is None:
+            epochs.append(trainer.state.log_history[-1])
     results = {
         **_scores(trainer.state.log_history),
+        **({} if best is None else {"best_step": best}),
         "finished": not watch.stopped,
         "epoch": trainer.state.epoch,
         "step": trainer.state.global_step,
@@ -345,7 +381,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         "resumed_from": checkpoint,
         "seconds_since_then" if checkpoint else "seconds": seconds,
         "command": args.command,
-        "epochs": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+        "epochs": epochs,
     }
     if not watch.stopped:
         trainer.save_model()  # on all processes: where the model is sharded, each has a part of it
@@ -365,6 +401,8 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     if args.should_save:
         print(f"\n{_table(results, watch.rates)}\n\nresults in {folder}")
+        if args.publish_to:
+            hub.publish_run(folder, args.publish_to, args.hub_private_repo)
     return results
 
 
@@ -408,13 +446,18 @@ def _clean(folder: Path, checkpoint: str | None, overwrite: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _evaluated(trainer: Trainer) -> bool:
-    """Whether the model has been evaluated as it is, or cannot be."""
-    done = any(
-        "eval_loss" in entry and entry["step"] == trainer.state.global_step
-        for entry in trainer.state.log_history
-    )
-    return done or trainer.eval_dataset is None
+def _best_step(trainer: Trainer) -> int | None:
+    """The step of the checkpoint that --load_best_model_at_end went back to, if it did."""
+    state = trainer.state
+    found = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    return int(state.best_global_step) if found else None
+
+
+def _evaluated(trainer: Trainer, best: int | None) -> bool:
+    """Whether the last evaluation was of the model as it is now, or there can be none."""
+    steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    now = trainer.state.global_step
+    return trainer.eval_dataset is None or (steps[-1:] == [now] and best in (None, now))
 
 
 _TIMES = ("_runtime", "_per_second")
@@ -482,8 +525,8 @@ def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequenc
     """Runs a recipe's `main(argv)`.
 
     Returns:
-        0 when the run is finished, 2 for bad options or data (one line on stderr says what), 130
-        when the user stopped it.
+        0 when the run is finished, 1 if it was not published then as asked, 2 for bad options or
+        data (one line on stderr says what), 130 when the user stopped it.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -492,6 +535,9 @@ def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequenc
         if first:
             print(f"{recipe}: error: {error}", file=sys.stderr)
         return 2
+    except hub.PublishError as error:  # of the main process, which alone publishes
+        print(error, file=sys.stderr)
+        return 1
     except (Interrupted, KeyboardInterrupt) as stop:
         if first:
             print(f"{recipe}: {stop or 'stopped, nothing saved'}", file=sys.stderr)
