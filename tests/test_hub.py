@@ -242,6 +242,21 @@ REFUSED = {
     "deploy/key.PEM": ("deploy/key.PEM", b"", "a secret, by its name"),
     "id_rsa": ("id_rsa", b"", "a secret, by its name"),
     "credentials.json": ("credentials.json", b"", "a secret, by its name"),
+    **{
+        name: (name, b"x", "a secret, by its name")
+        for name in (
+            *("api_key.txt", "wandb_api_key.txt", "apikey", "hf_token", "access_token.json"),
+            *("secret_key.txt", "service_account-7.json", "kaggle.json", "my.env", "env"),
+            *("passwd", "refresh-token.txt", "aws_credentials", "client_secret_12.json"),
+        )
+    },
+    "checkpoint-100.tar.gz": ("checkpoint-100.tar.gz", b"", "an archive"),
+    "runs.ZIP": ("runs.ZIP", b"", "an archive"),
+    "exp_avg.safetensors": ("exp_avg.safetensors", b"", "the state of an optimizer"),
+    "a.txt": ("a.txt", b"glpat-ABCDEFGHIJKLMNOPQRST", "contains a GitLab token"),
+    "b.txt": ("b.txt", b"sk-" + b"A1b2" * 12, "contains an API key"),
+    "c.txt": ("c.txt", b"https://user:hunter2@host/x", "contains a password in a URL"),
+    "keys_of_wandb": ("keys_of_wandb", b"a1" * 20 + b"\n", "has nothing but what may be a key"),
     ".git/config": (".git", b"", "hidden"),
     "notes.txt": ("notes.txt", b"x hf_" + b"a1B2" * 9, "contains a Hugging Face token"),
     "log/run.out": ("log/run.out", f"token={TOKEN}".encode(), "contains a Hugging Face token"),
@@ -294,9 +309,15 @@ def test_everything_that_is_wrong_is_said_at_once(folder: Path, tmp_path: Path) 
 def test_names_that_only_look_like_secrets(folder: Path) -> None:
     names = ["tokenizer.json", "special_tokens_map.json", "added_tokens.json", "keys.txt"]
     names += ["steps.txt", "training_args.bin", "logs/events.out.tfevents.1.host"]
+    names += ["tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"]
+    names += ["adapter_config.json", "generation_config.json", "chat_template.jinja", "monkey.txt"]
+    names += ["preprocessor_config.json", "key_figures.csv", "environment.yml", "tokens.json"]
     (folder / "logs").mkdir()
     for name in names:
-        (folder / name).write_bytes(b"hf_adalip, hf_hub_download_of_things")
+        (folder / name).write_bytes(
+            b'hf_adalip, hf_hub_download_of_things, risk-free https://host:80/@me {"://": 1, "a:b@c'
+        )
+    (folder / "tokenizer_fingerprint.txt").write_text("0123456789abcdef\n")
     assert {*names} <= {*prepare(folder, REPO)}
 
 
