@@ -206,6 +206,15 @@ def load_splits(name: str, config: str | None = None, instead: str = _ALTERNATIV
     return splits
 
 
+def on_hub(*names: str | None) -> list[str]:
+    """Those that are USER/NAME, the id of something on the Hub, and no folder here.
+
+    For a run's results: where it is published from, there may be another folder or none.
+    """
+    ids = [name for name in names if name and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)]
+    return [name for name in ids if not Path(name).exists()]
+
+
 def _check_hub(name: str, instead: str) -> None:
     """One short request instead of the half minute of retries that load_dataset makes offline.
 

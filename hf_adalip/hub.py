@@ -15,14 +15,15 @@ What has to be in OUTPUT_DIR, and what every recipe leaves there:
       task                             such as image-classification; config.json may say it too
 
   and, for the card, what there is of dataset_config_name, dataset_fingerprint, train_samples,
-  eval_samples, lr_scheduler_type, weight_decay, epoch, step, device, model_name_or_path, ...
+  eval_samples, lr_scheduler_type, weight_decay, epoch, step, device, model_name_or_path,
+  on_hub (which of dataset_name and model_name_or_path are the Hub's), num_processes, ...
   With `finished: false` the run is not published.
 - `layer_learning_rates.png`: if the optimizer has an S per layer.
 
 All of OUTPUT_DIR is uploaded, and with it, made anew, `train.py` with its dependencies pinned, the
-wheel of hf_adalip unless it came from a package index, `.eval_results/` if the data are the Hub's,
-and the card, `README.md`. Optimizer states, checkpoints, archives and what looks like a secret are
-refused: nothing is uploaded as long as there are any.
+wheel of hf_adalip unless it came from a package index, `.eval_results/` if all of a dataset of the
+Hub was used, and the card, `README.md`. Optimizer states, checkpoints, archives and what looks like
+a secret are refused: nothing is uploaded as long as there are any.
 
 Everything goes in one commit, at the end: large files before, each under its hash, so that a
 repeated upload sends only what the Hub has not got yet.

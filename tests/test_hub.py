@@ -447,6 +447,8 @@ def test_a_run_of_trainer_on_data_of_the_hub(folder: Path) -> None:
         dataset_name="nyu-mll/glue",
         dataset_config_name="mrpc",
         model_name_or_path="google/bert",
+        on_hub=["nyu-mll/glue", "google/bert"],
+        max_train_samples=None,
         eval_f1=0.5,
         eval_runtime=1.5,
         eval_samples_per_second=3.0,
@@ -468,6 +470,47 @@ def test_a_run_of_trainer_on_data_of_the_hub(folder: Path) -> None:
         "accuracy": 0.75,
         "f1": 0.5,
     }
+
+
+def card_of(folder: Path) -> ModelCard:
+    text = prepare(folder, REPO)["README.md"]
+    assert isinstance(text, bytes)
+    return ModelCard(text.decode())
+
+
+def test_a_part_of_a_dataset_is_not_taken_for_all_of_it(folder: Path) -> None:
+    change(folder, dataset_name="uoft-cs/cifar10", on_hub=["uoft-cs/cifar10"], max_eval_samples=9)
+    assert not any(path.startswith(".eval_results") for path in prepare(folder, REPO))
+    card = card_of(folder)
+    assert card.data.eval_results is None
+    assert card.data.datasets == ["uoft-cs/cifar10"]
+    assert "On a part of the data: --max_train_samples 300, --max_eval_samples 9." in card.text
+    assert "| images or texts to train on, to evaluate on | 300, 360 |" in card.text
+
+
+def test_what_was_a_folder_when_it_was_trained_on_is_not_the_hubs(folder: Path) -> None:
+    assert results(folder)["on_hub"] == []
+    change(folder, dataset_name="data/pets")  # wherever that is now
+    card = card_of(folder)
+    assert card.data.datasets is None
+    assert {x.dataset_type for x in card.data.eval_results} == {"pets"}
+    assert "Not on the Hub: `data/pets`." in card.text
+
+
+def test_the_way_to_repeat_a_run_has_its_processes_and_precision(folder: Path) -> None:
+    command = f"train.py {' '.join(OPTIONS)}"
+    change(folder, command=command, mixed_precision="bf16", num_processes=1)
+    assert "ACCELERATE_MIXED_PRECISION=bf16 uv run http" in card_of(folder).text
+    for own in ("--bf16", "--mixed_precision=bf16", "--mixed_precision bf16"):
+        change(folder, command=f"{command} {own}")
+        assert "ACCELERATE_MIXED_PRECISION" not in card_of(folder).text
+    change(folder, command=command, num_processes=4)
+    text = card_of(folder).text
+    assert "uv run http" not in text
+    assert (
+        'ACCELERATE_MIXED_PRECISION=bf16 "$(uv python find --script train.py)" -m '
+        f"torch.distributed.run --nproc-per-node 4 {command} --output_dir digits-adamlip\n" in text
+    )
 
 
 def test_pins() -> None:

@@ -34,7 +34,7 @@ import torch
 
 from .. import hub
 from ..checkpoints import MANIFEST, RESULTS, find_checkpoint, whole, write_manifest
-from ..data import DataError
+from ..data import DataError, on_hub
 from ..monitor import LayerRateHistory, layerwise
 from ..options import UsageError, check_hub_options, read_config
 from ..runs import (
@@ -377,6 +377,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         "epoch": trainer.state.epoch,
         "step": trainer.state.global_step,
         **settings,
+        "on_hub": on_hub(settings["dataset_name"], settings.get("model_name_or_path")),
         **_facts(trainer),
         "resumed_from": checkpoint,
         "seconds_since_then" if checkpoint else "seconds": seconds,
@@ -426,7 +427,7 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "num_processes": args.world_size,
-        "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        "mixed_precision": args.mixed_precision,  # --bf16 or --fp16, or accelerate's setting
     }
 
 
