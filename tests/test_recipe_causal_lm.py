@@ -229,6 +229,18 @@ def test_killed_while_it_saves(whole: Path, text: Path, tmp_path: Path) -> None:
     assert (folder / "checkpoint-12" / MANIFEST).exists()
 
 
+def test_killed_in_its_first_save_it_begins_again(
+    whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    (folder / "checkpoint-4").mkdir(parents=True)
+    (folder / "checkpoint-4" / "model.safetensors").write_bytes(b"torn")
+    assert recipe(options(text, folder, *RUN, "--resume_from_checkpoint=latest")) == 0
+    assert "checkpoint-4 is no whole checkpoint" in capsys.readouterr().err
+    assert numbers(folder) == numbers(whole)
+    assert (folder / "checkpoint-4" / MANIFEST).exists()
+
+
 def test_a_damaged_checkpoint_is_passed_over(
     whole: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
