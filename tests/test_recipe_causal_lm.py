@@ -264,6 +264,22 @@ def test_resuming_a_different_run(
     assert "block_size was 16, is 8" in message
 
 
+def test_what_trainer_computes_with_must_be_the_same(
+    whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resumed = f"--resume_from_checkpoint={whole / 'checkpoint-12'}"
+    other = ["--label_smoothing_factor=0.1", '--lr_scheduler_kwargs={"num_cycles": 0.25}']
+    assert recipe(options(text, tmp_path / "out", *RUN, resumed, *other)) == 2
+    message = capsys.readouterr().err
+    assert "label_smoothing_factor was 0.0, is 0.1" in message
+    assert "lr_scheduler_kwargs was None, is {'num_cycles': 0.25}" in message
+    free = ["--logging_steps=1", "--eval_strategy=no", "--per_device_eval_batch_size=3"]
+    free += ["--dataloader_num_workers=1", "--save_strategy=no", "--run_name=x"]
+    assert recipe(options(text, tmp_path / "out", *RUN, resumed, *free)) == 0
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, tmp_path / "out")]
+    assert weights[0] == weights[1]
+
+
 def test_the_latest_checkpoint_of_an_empty_folder_is_the_beginning(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ import difflib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -352,11 +353,12 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     args = cast("RecipeArguments", trainer.args)
     folder, checkpoint = Path(str(args.output_dir)), args.resume_from_checkpoint
     settings = json.loads(json.dumps({**settings, **_settings(trainer)}))
+    same = {**_same_arguments(args), **settings}
     script = running_script()
-    watch = _Run(trainer, settings)
+    watch = _Run(trainer, same)
     if checkpoint:
         saved = json.loads(Path(checkpoint, MANIFEST).read_text())["settings"]
-        check_same_run(Path(checkpoint), saved, settings)
+        check_same_run(Path(checkpoint), saved, same)
         watch.rates = LayerRateHistory.load(Path(checkpoint) / f"{RATES}.json")
     if args.should_save:
         folder.mkdir(parents=True, exist_ok=True)
@@ -407,8 +409,32 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     return results
 
 
-def _settings(trainer: Trainer) -> dict[str, Any]:
+_MAY_CHANGE = re.compile(
+    # where it runs and writes, how fast, and what it says of itself
+    r"(overwrite_)?output_dir|use_cpu|local_rank|ddp_.*|dataloader_(?!drop_last).*|debug"
+    r"|torch_empty_cache_steps|skip_memory_metrics|log(ging)?_.*|include_num_input_tokens_seen"
+    r"|disable_tqdm|report_to|run_name|project|trackio_.*|push_to_hub|hub_.*|publish_to|command"
+    # evaluation and saving
+    r"|do_.*|(batch_)?eval_.*|(bf16|fp16)_full_eval|per_device_eval_batch_size|include_for_metrics"
+    r"|prediction_loss_only|load_best_model_at_end|metric_for_best_model|greater_is_better"
+    r"|save_.*|enable_jit_checkpoint"
+    # how it is resumed, and how far it goes, which a schedule says (`_settings`)
+    r"|resume_from_checkpoint|ignore_data_skip|restore_callback_states_from_checkpoint"
+    r"|num_train_epochs|max_steps"
+    # in `_settings` as what they come to
+    r"|optim|optim_args"
+)
+
+
+def _same_arguments(args: TrainingArguments) -> dict[str, Any]:
     """What a run and the one that it resumes must have in common, of Trainer's arguments."""
+    found = {k: v for k, v in args.to_dict().items() if not _MAY_CHANGE.fullmatch(k)}
+    same: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return same
+
+
+def _settings(trainer: Trainer) -> dict[str, Any]:
+    """What they must have in common besides, and what the results say of Trainer's arguments."""
     args = trainer.args
     constant = args.lr_scheduler_type == "constant"
     names = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "data_seed")
