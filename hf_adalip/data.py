@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -14,7 +16,7 @@ from torch import Tensor
 
 try:
     import datasets
-    import huggingface_hub
+    import huggingface_hub.constants
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
     from PIL import Image, ImageOps
 except ImportError as error:
@@ -184,14 +186,16 @@ def load_splits(name: str, config: str | None = None, instead: str = _ALTERNATIV
         DataError: if it cannot be had.
     """
     folder = Path(name).expanduser()
+    place: AbstractContextManager[None] = nullcontext()
     if folder.exists():
         name = str(folder)
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        _check_hub(name, instead)
-    else:
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise DataError(f"there is no folder {name}")
+    elif not _reached_hub(name, instead):
+        place = _cache_only()
     try:
-        splits = datasets.load_dataset(name, config)
+        with place:
+            splits = datasets.load_dataset(name, config)
     except ConnectionError as error:
         raise DataError(
             f"{name} is neither a folder here nor in the cache, and the Hub cannot be reached; "
@@ -215,7 +219,7 @@ def on_hub(*names: str | None) -> list[str]:
     return [name for name in ids if not Path(name).exists()]
 
 
-def _check_hub(name: str, instead: str) -> None:
+def _reached_hub(name: str, instead: str) -> bool:
     """One short request instead of the half minute of retries that load_dataset makes offline.
 
     Raises:
@@ -231,7 +235,19 @@ def _check_hub(name: str, instead: str) -> None:
     except HfHubHTTPError:
         pass  # the Hub answers; load_dataset knows more
     except Exception:  # httpx or requests, by the version of huggingface_hub
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # from here on only the cache
+        return False
+    return True
+
+
+@contextmanager
+def _cache_only() -> Iterator[None]:
+    """Only here: what follows, publishing above all, may find the Hub again."""
+    constants = huggingface_hub.constants
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _column(features: Any, kind: type, given: str | None, what: str, name: str) -> str:
