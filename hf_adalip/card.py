@@ -148,6 +148,7 @@ def model_card(
         "weight decay": results.get("weight_decay"),
         "seed": results["seed"],
         "data": f"{data}, fingerprint {results.get('dataset_fingerprint', 'not recorded')}",
+        "evaluated on its split": results.get("eval_split"),
         "images or texts to train on, to evaluate on": _joined(
             results, "train_samples", "eval_samples"
         ),

@@ -83,12 +83,14 @@ class ImageData:
         train: the images to train on.
         test: the images to evaluate on.
         num_classes: labels are 0 … num_classes - 1.
+        eval_split: the name of the split that `test` is.
     """
 
     name: str
     train: ImageDataset
     test: ImageDataset
     num_classes: int
+    eval_split: str = "test"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -116,6 +118,8 @@ def load_image_dataset(
 ) -> ImageData:
     """Loads, checks and decodes the `train` and `test` splits of an image classification dataset.
 
+    Where there is no `test`, a split whose name begins with `validation` is evaluated on.
+
     Args:
         name: a Hub id ("ylecun/mnist"), a folder in any layout that `datasets.load_dataset`
             takes, or "digits": scikit-learn's 1797 handwritten digits of 8×8 pixels, of which the
@@ -133,13 +137,16 @@ def load_image_dataset(
         DataError: if there is no such dataset, it cannot be reached, lacks a split or a column,
             or its images have several sizes or modes.
     """
-    limits = {"train": max_train_samples, "test": max_eval_samples}
     if name == DIGITS:
         if image_size is not None:
             raise DataError(f"--image_size {image_size}: the digits are arrays of 8x8 numbers")
-        train, test = (_sample(part, limits[split]) for split, part in _digits().items())
+        train, test = _digits()
+        train, test = _sample(train, max_train_samples), _sample(test, max_eval_samples)
         return ImageData(name, train, test, num_classes=10)
     splits = load_splits(name)
+    validation = [split for split in splits if split.startswith("validation")]
+    held_out = "test" if "test" in splits or not validation else validation[0]
+    limits = {"train": max_train_samples, held_out: max_eval_samples}
     missing = [split for split in limits if split not in splits]
     if missing:
         raise DataError(
@@ -153,12 +160,13 @@ def load_image_dataset(
     )
     if train.images.shape[1:] != test.images.shape[1:]:
         shapes = f"{tuple(train.images.shape[1:])} and {tuple(test.images.shape[1:])}"
-        raise DataError(f"the train and test images of {name} differ in shape: {shapes}")
+        raise DataError(f"the train and {held_out} images of {name} differ in shape: {shapes}")
     highest = int(max(train.labels.max(), test.labels.max()))
-    return ImageData(name, train, test, getattr(features[label], "num_classes", highest + 1))
+    num_classes = getattr(features[label], "num_classes", highest + 1)
+    return ImageData(name, train, test, num_classes, held_out)
 
 
-def _digits() -> dict[str, ImageDataset]:
+def _digits() -> tuple[ImageDataset, ImageDataset]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -168,10 +176,10 @@ def _digits() -> dict[str, ImageDataset]:
     found = load_digits()
     images = torch.from_numpy(found.images).mul(255.0 / 16.0).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(found.target).long()
-    return {
-        "train": ImageDataset(images[:-_DIGITS_TEST], labels[:-_DIGITS_TEST]),
-        "test": ImageDataset(images[-_DIGITS_TEST:], labels[-_DIGITS_TEST:]),
-    }
+    return (
+        ImageDataset(images[:-_DIGITS_TEST], labels[:-_DIGITS_TEST]),
+        ImageDataset(images[-_DIGITS_TEST:], labels[-_DIGITS_TEST:]),
+    )
 
 
 def load_splits(name: str, config: str | None = None, instead: str = _ALTERNATIVES) -> Any:

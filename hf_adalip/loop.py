@@ -445,6 +445,7 @@ class Training:
             "per_device_eval_batch_size": self.args.per_device_eval_batch_size,
             "dataset_name": self.data.name,
             "on_hub": on_hub(self.data.name),
+            "eval_split": self.data.eval_split,
             "max_train_samples": self.args.max_train_samples,
             "max_eval_samples": self.args.max_eval_samples,
             "train_samples": len(self.data.train),

@@ -158,7 +158,8 @@ def _say_what(training: Training) -> None:
     data, settings = training.data, training.settings
     logger.info(
         f"{settings['optimizer']}, lr {settings['learning_rate']:g}, on {data.name} "
-        f"({len(data.train)} images to train on, {len(data.test)} to evaluate on), "
+        f"({len(data.train)} images to train on, {len(data.test)} to evaluate on, "
+        f"of its {data.eval_split} split), "
         f"{training.total_steps} steps of {training.steps_per_epoch} to an epoch, "
         f"{training.accelerator.num_processes} process(es) on {training.accelerator.device.type}"
     )

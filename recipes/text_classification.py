@@ -24,6 +24,7 @@ gradients are not clipped unless asked (--max_grad_norm).
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -131,10 +132,27 @@ def load_texts(args: Arguments) -> TextData:
             "choose one or two with --text_column_names"
         )
     limits = {"train": args.max_train_samples, split: args.max_eval_samples}
-    parts = {key: _part(splits[key], [*texts, label], limits[key]) for key in limits}
+    labelled = {key: _without_unlabelled(splits[key], label, f"{name}, {key}") for key in limits}
+    parts = {key: _part(labelled[key], [*texts, label], limits[key]) for key in limits}
     names = _names(features, label, parts["train"])
     train, validation = (_labelled(parts[s], label, names, f"{name}, {s}") for s in limits)
     return TextData(train, validation, texts, None if names is None else list(map(str, names)))
+
+
+def _without_unlabelled(split: Dataset, label: str, where: str) -> Dataset:
+    """Without the rows, as SNLI has them, whose -1 says that there is no class.
+
+    A split that has no others, as GLUE's test splits, is left to be refused.
+    """
+    if not hasattr(split.features[label], "names"):
+        return split
+    kept = [i for i, value in enumerate(split[label]) if value != -1]
+    if len(kept) in (0, len(split)):
+        return split
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        rows = f"{len(split) - len(kept)} of {len(split)} rows"
+        print(f"warning: {where}: {rows} have no label (-1) and are left out", file=sys.stderr)
+    return split.select(kept)
 
 
 def _part(split: Dataset, columns: list[str], limit: int | None) -> Dataset:

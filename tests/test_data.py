@@ -118,6 +118,17 @@ def test_a_split_is_missing(tmp_path: Path, split: str) -> None:
         load_image_dataset(folder)
 
 
+def test_without_a_test_split_the_validation_split_is_evaluated_on(tmp_path: Path) -> None:
+    write(tmp_path / "set", [picture(1)] * 3, "validation")
+    folder = write(tmp_path / "set", [picture(2)] * 9, "train")
+    data = load_image_dataset(folder, max_eval_samples=2)
+    assert (len(data.train), len(data.test), data.eval_split) == (9, 2, "validation")
+    assert data.test.images.unique().tolist() == [1]
+    write(tmp_path / "set", [picture(3)] * 4, "test")
+    data = load_image_dataset(folder)
+    assert (len(data.test), data.eval_split) == (4, "test")
+
+
 @pytest.mark.parametrize(
     ("pictures", "message"),
     [

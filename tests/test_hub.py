@@ -489,7 +489,7 @@ def test_a_part_of_a_dataset_is_not_taken_for_all_of_it(folder: Path) -> None:
 
 
 def test_what_was_a_folder_when_it_was_trained_on_is_not_the_hubs(folder: Path) -> None:
-    assert results(folder)["on_hub"] == []
+    assert (results(folder)["on_hub"], results(folder)["eval_split"]) == ([], "test")
     change(folder, dataset_name="data/pets")  # wherever that is now
     card = card_of(folder)
     assert card.data.datasets is None

@@ -227,6 +227,20 @@ def test_a_label_changes_the_fingerprint(films: Path, tmp_path: Path) -> None:
     assert load(data).fingerprint() != load(films).fingerprint()
 
 
+def test_rows_without_a_label_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SNLI's -1, where its annotators did not agree."""
+    rows = reviews(8).to_dict() | {"label": [-1, 1, 0, 1, -1, 1, 0, 1]}
+    part = Dataset.from_dict(rows, features=REVIEWS)
+    found = load(write(tmp_path / "a", train=part, validation=reviews(4)), max_train_samples=6)
+    assert sorted(found.train["labels"][:]) == [0, 0, 1, 1, 1, 1]
+    assert len(found.validation) == 4
+    message = capsys.readouterr().err
+    assert "train: 2 of 8 rows have no label (-1) and are left out" in message
+    assert "validation: " not in message
+
+
 def test_splits_and_columns_are_found_or_refused(films: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no folder /no/such/folder"):
         load(Path("/no/such/folder"))
