@@ -161,15 +161,26 @@ AT_LEAST = {
     "seed": 0,
 }
 
+_HIGHEST_SEED = 2**32 - 1  # that numpy takes
+
 OWN_OPTION = {"lr": "learning_rate"} | {
     name: name for name in ("weight_decay", "layers", "scale_bounds")
 }
 """Arguments of optimizers that have an option of their own."""
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineErrors(argparse.ArgumentParser):
+    """A parser that raises UsageError, with what an unknown option may have been meant to be."""
+
     def error(self, message: str) -> Any:
-        raise UsageError(message)
+        unknown = message.partition("unrecognized arguments: ")[2]
+        name = unknown.split()[0].partition("=")[0] if unknown else ""
+        raise UsageError(message + (_near(name, self._option_string_actions) if name else ""))
+
+
+def _near(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse(recipe: Recipe, argv: Sequence[str]) -> TrainingArguments:
@@ -178,7 +189,7 @@ def parse(recipe: Recipe, argv: Sequence[str]) -> TrainingArguments:
     Raises:
         UsageError: for an unknown option or a bad value. Optimizer and folders are not looked at.
     """
-    parser = _Parser(
+    parser = OneLineErrors(
         description=recipe.description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -211,7 +222,7 @@ def expand_config(argv: Sequence[str], recipe: Recipe) -> list[str]:
     Raises:
         UsageError: if the file cannot be read, or has what is no option.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = OneLineErrors(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     found, rest = parser.parse_known_args(argv)
     return [*(_config_options(found.config, recipe) if found.config else ()), *rest]
@@ -231,8 +242,7 @@ def read_config(path: str, known: Collection[str]) -> dict[str, Any]:
         raise UsageError(f"--config {path} must have lines of `option: value`")
     for key in found:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = _near(str(key), known)
             raise UsageError(f"--config {path}: unknown option {key!r}{hint}")
     return found
 
@@ -254,10 +264,7 @@ def _config_options(path: str, recipe: Recipe) -> list[str]:
 
 
 def _check_values(args: TrainingArguments) -> None:
-    for name, least in AT_LEAST.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name} must be at least {least}, got {value}")
+    check_bounds(args, AT_LEAST)
     for name in ("learning_rate", "max_grad_norm"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -283,6 +290,16 @@ def _check_values(args: TrainingArguments) -> None:
     if args.report_to is not None and not args.with_tracking:
         raise UsageError("--report_to needs --with_tracking")
     check_hub_options(args)
+
+
+def check_bounds(args: Any, at_least: Mapping[str, int]) -> None:
+    """Raises UsageError for a number that is too small or not finite, or too large for a seed."""
+    for name, least in at_least.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value < math.inf:
+            raise UsageError(f"--{name} must be at least {least}, got {value}")
+        if value is not None and name.endswith("seed") and value > _HIGHEST_SEED:
+            raise UsageError(f"--{name} must be at most {_HIGHEST_SEED}, got {value}")
 
 
 def check_hub_options(args: Any) -> None:
@@ -339,10 +356,47 @@ def optimizer_arguments(args: TrainingArguments, recipe: Recipe) -> dict[str, An
                 f"{' and '.join(unused)} cannot be used: "
                 f"{args.optim} has no learning rate per layer"
             )
-        create_optimizer(nn.Linear(2, 2, bias=False), args.optim, **arguments)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{error}") from error
+    written = in_optim_args(given)
+    if args.scale_bounds is not None:
+        written["scale_bounds"] = f"--scale_bounds {args.scale_bounds}"
+    check_optimizer(args.optim, arguments, written)
     return arguments
+
+
+def in_optim_args(given: Mapping[str, Any]) -> dict[str, str]:
+    """How `check_optimizer` is to call arguments that were in --optim_args."""
+    return {name: f"--optim_args {name}={value}" for name, value in given.items()}
+
+
+def check_optimizer(name: str, arguments: Mapping[str, Any], written: Mapping[str, str]) -> None:
+    """Raises UsageError if no such optimizer can be made, with the option whose value is why.
+
+    Args:
+        name: of the optimizer.
+        arguments: of the optimizer.
+        written: of those that the user gave, the option and the value.
+    """
+
+    def error_of(some: Mapping[str, Any]) -> Exception | None:
+        try:
+            create_optimizer(nn.Linear(2, 2, bias=False), name, **some)
+        except (ValueError, TypeError) as error:
+            return error
+        return None
+
+    error = error_of(arguments)
+    if error is None:
+        return
+    reason = str(error)
+    for key, text in written.items():
+        if error_of({k: v for k, v in arguments.items() if k != key}) is None:
+            if " not supported between " in reason:  # a word where a number is compared
+                reason = "it must be a number"
+            form = " (LOW:HIGH, as in 0.1:10, or none)" if key == "scale_bounds" else ""
+            raise UsageError(f"{text}{form}: {reason}") from error
+    raise UsageError(reason) from error
 
 
 def scheduler_factory() -> Any:

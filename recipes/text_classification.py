@@ -47,7 +47,13 @@ from transformers import (
 
 from hf_adalip import attach
 from hf_adalip.data import DataError, load_splits
-from hf_adalip.integrations.recipes import exit_status, optimizer_kwargs, parse, run
+from hf_adalip.integrations.recipes import (
+    check_pretrained,
+    exit_status,
+    optimizer_kwargs,
+    parse,
+    run,
+)
 from hf_adalip.options import UsageError
 
 NAME = "text_classification"
@@ -235,6 +241,7 @@ def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def check(args: Arguments) -> None:
+    check_pretrained("model_name_or_path", args.model_name_or_path)
     if args.max_seq_length < 1:
         raise UsageError(f"--max_seq_length must be at least 1, got {args.max_seq_length}")
     if args.lora_alpha is not None and args.lora_r is None:

@@ -269,6 +269,7 @@ def test_splits_and_columns_are_found_or_refused(films: Path, tmp_path: Path) ->
         ("--max_seq_length=0", "--max_seq_length must be at least 1, got 0"),
         ("--max_train_samples=0", "--max_train_samples must be at least 1, got 0"),
         ("--model_name_or_path=/no/such/model", "--model_name_or_path: "),
+        ("--model_name_or_path=no/such/model", "there is no folder no/such/model"),
     ],
 )
 def test_bad_options_are_one_line(

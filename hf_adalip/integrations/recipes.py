@@ -37,7 +37,15 @@ from .. import hub
 from ..checkpoints import MANIFEST, RESULTS, find_checkpoint, whole, write_manifest
 from ..data import DataError, on_hub
 from ..monitor import LayerRateHistory, layerwise
-from ..options import UsageError, check_hub_options, read_config
+from ..options import (
+    OneLineErrors,
+    UsageError,
+    check_bounds,
+    check_hub_options,
+    check_optimizer,
+    in_optim_args,
+    read_config,
+)
 from ..runs import (
     INTERRUPTED,
     RATES,
@@ -131,9 +139,8 @@ class RecipeArguments(TrainingArguments):  # type: ignore[misc]
     publish_to: str | None = field(init=False, default=None)  # what --push_to_hub asks for
 
 
-class _Parser(HfArgumentParser):  # type: ignore[misc]
-    def error(self, message: str) -> Any:
-        raise UsageError(message)
+class _Parser(OneLineErrors, HfArgumentParser):  # type: ignore[misc]
+    pass
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -220,6 +227,7 @@ _AT_LEAST = {
     "max_train_samples": 1,
     "max_eval_samples": 1,
     "seed": 0,
+    "data_seed": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
     # the one before must outlive a save that is interrupted
@@ -229,13 +237,13 @@ _AT_LEAST = {
 
 def _check(chosen: argparse.Namespace) -> None:
     """What TrainingArguments would take, and Trainer fail with later or not do."""
-    for name, least in _AT_LEAST.items():
-        value = getattr(chosen, name, None)
-        if value is not None and not least <= value < math.inf:
-            raise UsageError(f"--{name} must be at least {least}, got {value}")
+    check_bounds(chosen, _AT_LEAST)
     for name in ("learning_rate", "num_train_epochs"):
         if not 0 < (value := getattr(chosen, name)) < math.inf:
             raise UsageError(f"--{name} must be a positive number, got {value}")
+    for name in ("do_train", "do_eval", "do_predict"):
+        if getattr(chosen, name):
+            raise UsageError(f"--{name}: leave it out; a recipe trains and evaluates, always")
     if chosen.hub_token is not None:  # it would be written into the results
         raise UsageError("--hub_token: a token is not taken here; set HF_TOKEN instead")
     _check_publishing(chosen)
@@ -270,13 +278,16 @@ def optimizer_kwargs(training: TrainingArguments) -> dict[str, Any]:
     """What Trainer takes for --optim: `trainer_kwargs`, or nothing for an optimizer of its own.
 
     Raises:
-        ValueError, TypeError: for an argument that the optimizer does not take, or ignores.
+        ValueError, TypeError: for an argument that the optimizer does not take, or ignores
+            (UsageError, which is one, if it is one of ours).
     """
     given = parse_arguments(training.optim_args or "")
     for key in set(given) & set(_OWN_OPTION):
         raise ValueError(f"--optim_args: give {key} as --{_OWN_OPTION[key]}")
     factory, arguments = Trainer.get_optimizer_cls_and_kwargs(training)
     if factory is ModelOptimizer:
+        own = {key: value for key, value in arguments.items() if key != "name"}
+        check_optimizer(arguments["name"], own, in_optim_args(given))
         return trainer_kwargs(**arguments)
     if given:
         without = dataclasses.replace(training, optim_args=None)
@@ -546,6 +557,12 @@ def _table(results: Mapping[str, Any], rates: LayerRateHistory) -> str:
             "a layer was inf or NaN, and it was not trained; is the learning rate too large?",
         ]
     return "\n".join(lines)
+
+
+def check_pretrained(option: str, name: str | None) -> None:
+    """Raises UsageError if the option's value is neither a folder nor may be an id of the Hub."""
+    if name and not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        raise UsageError(f"--{option}: there is no folder {name}")
 
 
 def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
