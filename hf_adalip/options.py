@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
@@ -169,13 +169,19 @@ OWN_OPTION = {"lr": "learning_rate"} | {
 """Arguments of optimizers that have an option of their own."""
 
 
-class OneLineErrors(argparse.ArgumentParser):
-    """A parser that raises UsageError, with what an unknown option may have been meant to be."""
+class OneLineErrors:
+    """Of a parser: it raises UsageError, with what an unknown option may have been meant to be."""
 
-    def error(self, message: str) -> Any:
+    _option_string_actions: dict[str, Any]  # argparse's, by option
+
+    def error(self, message: str) -> NoReturn:
         unknown = message.partition("unrecognized arguments: ")[2]
         name = unknown.split()[0].partition("=")[0] if unknown else ""
         raise UsageError(message + (_near(name, self._option_string_actions) if name else ""))
+
+
+class _Parser(OneLineErrors, argparse.ArgumentParser):
+    pass
 
 
 def _near(word: str, known: Collection[str]) -> str:
@@ -189,7 +195,7 @@ def parse(recipe: Recipe, argv: Sequence[str]) -> TrainingArguments:
     Raises:
         UsageError: for an unknown option or a bad value. Optimizer and folders are not looked at.
     """
-    parser = OneLineErrors(
+    parser = _Parser(
         description=recipe.description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -222,7 +228,7 @@ def expand_config(argv: Sequence[str], recipe: Recipe) -> list[str]:
     Raises:
         UsageError: if the file cannot be read, or has what is no option.
     """
-    parser = OneLineErrors(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     found, rest = parser.parse_known_args(argv)
     return [*(_config_options(found.config, recipe) if found.config else ()), *rest]
@@ -289,7 +295,7 @@ def _check_values(args: TrainingArguments) -> None:
         raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
     if args.report_to is not None and not args.with_tracking:
         raise UsageError("--report_to needs --with_tracking")
-    check_hub_options(args)
+    check_hub_options(args.push_to_hub, args.hub_model_id, args.hub_private_repo)
 
 
 def check_bounds(args: Any, at_least: Mapping[str, int]) -> None:
@@ -302,11 +308,11 @@ def check_bounds(args: Any, at_least: Mapping[str, int]) -> None:
             raise UsageError(f"--{name} must be at most {_HIGHEST_SEED}, got {value}")
 
 
-def check_hub_options(args: Any) -> None:
+def check_hub_options(push: bool, model_id: str | None, private: bool) -> None:
     """Raises UsageError if one of the options for publishing, of either loop, lacks another."""
-    if args.push_to_hub and args.hub_model_id is None:
+    if push and model_id is None:
         raise UsageError("--push_to_hub needs --hub_model_id USER/NAME")
-    if not args.push_to_hub and (args.hub_model_id or args.hub_private_repo):
+    if not push and (model_id or private):
         raise UsageError("--hub_model_id and --hub_private_repo need --push_to_hub")
 
 

@@ -133,7 +133,8 @@ class RecipeArguments(TrainingArguments):  # type: ignore[misc]
         default=None, metadata={"help": "USER/NAME, for --push_to_hub."}
     )
     hub_private_repo: bool = field(
-        default=False, metadata={"help": "For those with access only, for --push_to_hub."}
+        default=False,
+        metadata={"help": "For those with access only, for --push_to_hub and trackio."},
     )
     command: str = field(init=False, default="")  # as `parse` read it, to be repeated anywhere
     publish_to: str | None = field(init=False, default=None)  # what --push_to_hub asks for
@@ -203,6 +204,7 @@ def parse(
     # `run` publishes: Trainer would upload whatever is in the folder, and not what a card needs
     training.publish_to = training.hub_model_id if training.push_to_hub else None
     training.push_to_hub = False
+    training.hub_private_repo = training.hub_private_repo or None  # trackio's False is public
     checkpoint = find_checkpoint(cast("Any", training), folder)
     training.resume_from_checkpoint = str(checkpoint[0]) if checkpoint else None
     training.command = shlex.join([sys.argv[0], *given])
@@ -262,7 +264,8 @@ def _check_publishing(chosen: argparse.Namespace) -> None:
         value, default = getattr(chosen, name), RecipeArguments.__dataclass_fields__[name].default
         if value != default:
             raise UsageError(f"--{name} {value}: a run is published once, when it is finished")
-    check_hub_options(chosen)
+    private = chosen.hub_private_repo and "trackio" not in str(chosen.report_to)
+    check_hub_options(chosen.push_to_hub, chosen.hub_model_id, private)
     if not chosen.push_to_hub:
         return
     try:
@@ -378,7 +381,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     with asked_to_stop(watch):
         seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
     epochs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    best = _best_step(trainer)
+    best = None if watch.stopped else _best_step(trainer)
     if not watch.stopped and not _evaluated(trainer, best):
         trainer.evaluate()
         if best is None:
@@ -416,7 +419,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     if args.should_save:
         print(f"\n{_table(results, watch.rates)}\n\nresults in {folder}")
         if args.publish_to:
-            hub.publish_run(folder, args.publish_to, args.hub_private_repo)
+            hub.publish_run(folder, args.publish_to, bool(args.hub_private_repo))
     return results
 
 
@@ -464,7 +467,7 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "num_processes": args.world_size,
-        "mixed_precision": args.mixed_precision,  # --bf16 or --fp16, or accelerate's setting
+        "mixed_precision": trainer.accelerator.mixed_precision,
     }
 
 
