@@ -157,7 +157,7 @@ def model_card(
         ),
         "epochs, optimizer steps": _joined(results, "epoch", "step"),
         "precision": results.get("mixed_precision"),
-        "engine": results.get("engine"),
+        "engine": _engine(results),
         "device": results.get("device"),
     }
     evaluated = {f"eval_{key}": f"{value:.6g}" for key, value in found.items()}
@@ -196,12 +196,20 @@ def _repeat(results: Mapping[str, Any], name: str, url: str) -> list[str]:
     if (processes := results.get("num_processes", 1)) == 1:
         also = [] if setting else ["`hf jobs uv run` takes the same."]
         return [f"```bash\n{setting}uv run {url} {command}\n```", *also]
+    engine = _engine(results)
+    under = f" under {engine}, which needs its configuration file of accelerate," if engine else ""
     return [
         f"```bash\ncurl -LO {url}\nuv sync --script train.py\n"
         f'{setting}"$(uv python find --script train.py)" -m torch.distributed.run '
         f"--nproc-per-node {processes} train.py {command}\n```",
-        f"It ran in {processes} processes, with `torchrun` as here or `accelerate launch`.",
+        f"It ran in {processes} processes{under} with `torchrun` as here or `accelerate launch`.",
     ]
+
+
+def _engine(results: Mapping[str, Any]) -> str | None:
+    """What spread the model over processes, if anything did."""
+    engine = results.get("engine")
+    return None if engine in ("none", "DDP") else engine
 
 
 def _joined(results: Mapping[str, Any], *keys: str) -> str | None:

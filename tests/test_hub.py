@@ -511,6 +511,9 @@ def test_the_way_to_repeat_a_run_has_its_processes_and_precision(folder: Path) -
         'ACCELERATE_MIXED_PRECISION=bf16 "$(uv python find --script train.py)" -m '
         f"torch.distributed.run --nproc-per-node 4 {command} --output_dir digits-adamlip\n" in text
     )
+    assert "It ran in 4 processes with" in text
+    change(folder, engine="FSDP2")
+    assert "It ran in 4 processes under FSDP2, which needs its conf" in card_of(folder).text
 
 
 def test_pins() -> None:
