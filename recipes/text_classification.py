@@ -100,13 +100,15 @@ class Arguments:
 class TextData:
     """Texts with labels: the columns `texts` of both parts, and `labels`.
 
-    `names` are the classes' names, None for numbers to regress on.
+    `names` are the classes' names, None for numbers to regress on; `validation` is the dataset's
+    `eval_split`.
     """
 
     train: Dataset
     validation: Dataset
     texts: list[str]
     names: list[str] | None
+    eval_split: str
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits of a sha256 over texts and labels of both parts."""
@@ -142,7 +144,8 @@ def load_texts(args: Arguments) -> TextData:
     parts = {key: _part(labelled[key], [*texts, label], limits[key]) for key in limits}
     names = _names(features, label, parts["train"])
     train, validation = (_labelled(parts[s], label, names, f"{name}, {s}") for s in limits)
-    return TextData(train, validation, texts, None if names is None else list(map(str, names)))
+    classes = None if names is None else list(map(str, names))
+    return TextData(train, validation, texts, classes, split)
 
 
 def _without_unlabelled(split: Dataset, label: str, where: str) -> Dataset:
@@ -296,7 +299,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if optimizer:
         attach(trainer)
     settings = {"recipe": NAME, "task": "text-classification", **dataclasses.asdict(args)}
-    return run(trainer, settings | {"dataset_fingerprint": data.fingerprint()})
+    settings |= {"eval_split": data.eval_split, "dataset_fingerprint": data.fingerprint()}
+    return run(trainer, settings)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,7 @@ def test_sentences_are_learned(
     assert found["eval_accuracy"] == found["eval_f1"] == found["eval_matthews_correlation"] == 1.0
     assert [entry["step"] for entry in found["epochs"]] == [8, 16, 24, 32]
     assert (found["train_samples"], found["eval_samples"]) == (64, 16)  # of validation, not test
+    assert found["eval_split"] == "validation"
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.config.id2label == {0: "neg", 1: "pos"}
     good, bad = torch.tensor([[6, 2, 4]]), torch.tensor([[6, 3, 4]])
