@@ -46,9 +46,10 @@ def metrics(results: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def on_hub(name: str) -> bool:
-    """Whether it is USER/NAME, the id of something on the Hub, and not a folder here."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
+def _limits(results: Mapping[str, Any]) -> list[str]:
+    """The options that left a part of the dataset out."""
+    names = ("max_train_samples", "max_eval_samples")
+    return [f"--{name} {results[name]}" for name in names if results.get(name) is not None]
 
 
 def repeat_arguments(command: str) -> list[str]:
@@ -71,15 +72,16 @@ def repeat_arguments(command: str) -> list[str]:
 def eval_results(results: Mapping[str, Any], url: str) -> str | None:
     """The run's first metric that is no loss as `.eval_results/*.yaml`.
 
-    That format has one number for a task of a dataset, which must be one of the Hub: None if it
-    is not, or if there is no such metric.
+    That format has one number for a task of a dataset, which must be one of the Hub, and all of
+    it: None if it is not, or if there is no such metric.
     """
     scores = [(name, value) for name, value in metrics(results).items() if name != "loss"]
-    if not scores or not on_hub(results["dataset_name"]):
+    data = results["dataset_name"]
+    if not scores or data not in results.get("on_hub", ()) or _limits(results):
         return None
     (name, value), *_ = scores
     entry = EvalResultEntry(
-        dataset_id=results["dataset_name"],
+        dataset_id=data,
         task_id=results.get("dataset_config_name") or "default",
         value=value,
         source_url=url,
@@ -109,19 +111,23 @@ def model_card(
     optimizer = create_optimizer(
         nn.Linear(2, 2, bias=False), results["optimizer"], **results["optimizer_arguments"]
     )
-    base = results.get("model_name_or_path") or ""
+    base, on_hub = results.get("model_name_or_path"), results.get("on_hub", ())
+    limits = _limits(results)
     meta = ModelCardData(
-        base_model=base if on_hub(base) else None,
-        datasets=[data] if on_hub(data) else None,
+        base_model=base if base in on_hub else None,
+        datasets=[data] if data in on_hub else None,
         library_name=library,
         pipeline_tag=task,
         metrics=[key for key in found if key != "loss"] or None,
         tags=["hf_adalip", results["optimizer"]],
         model_name=name,
-        eval_results=[
+        # the Hub compares those of one dataset, which here a part of it would be taken for
+        eval_results=None
+        if limits and data in on_hub
+        else [
             EvalResult(
                 task_type=task,
-                dataset_type=data if on_hub(data) else Path(data).name,
+                dataset_type=data if data in on_hub else Path(data).name,
                 dataset_name=Path(data).name,
                 dataset_config=results.get("dataset_config_name"),
                 metric_type=key,
@@ -142,6 +148,7 @@ def model_card(
         "weight decay": results.get("weight_decay"),
         "seed": results["seed"],
         "data": f"{data}, fingerprint {results.get('dataset_fingerprint', 'not recorded')}",
+        "evaluated on its split": results.get("eval_split"),
         "images or texts to train on, to evaluate on": _joined(
             results, "train_samples", "eval_samples"
         ),
@@ -150,31 +157,59 @@ def model_card(
         ),
         "epochs, optimizer steps": _joined(results, "epoch", "step"),
         "precision": results.get("mixed_precision"),
+        "engine": _engine(results),
         "device": results.get("device"),
     }
     evaluated = {f"eval_{key}": f"{value:.6g}" for key, value in found.items()}
-    command = shlex.join([*repeat_arguments(results["command"]), "--output_dir", name])
     sections = [
         f"# {name}",
         f"Trained with `{results['optimizer']}` of hf_adalip. All of the run's numbers are in "
         "`all_results.json`.",
         "## Results",
-        "At the end of the run, not the best of its epochs:",
+        f"Of the checkpoint of step {results['best_step']}, which was the best:"
+        if results.get("best_step")
+        else "At the end of the run, not the best of its epochs:",
         _table(evaluated) if evaluated else "None that is a finite number.",
+        *([f"On a part of the data: {', '.join(limits)}."] if limits else []),
         "## Training",
         _table({key: value for key, value in training.items() if value is not None}),
         "## Versions",
         _table(results["versions"]),
         "## Repeat this run",
         "`train.py` is the script that ran, with its dependencies at the versions above:",
-        f"```bash\nuv run {url} {command}\n```",
-        "`hf jobs uv run` takes the same.",
+        *_repeat(results, name, url),
     ]
-    if elsewhere := [f"`{name}`" for name in (data, base) if name and not on_hub(name)]:
+    if elsewhere := [f"`{name}`" for name in (data, base) if name and name not in on_hub]:
         sections.append(f"Not on the Hub: {', '.join(elsewhere)}.")
     if picture:
         sections += ["## Learning rates of the layers", f"![A = lr × S of each layer]({picture})"]
     return str(ModelCard(f"---\n{meta.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+
+
+def _repeat(results: Mapping[str, Any], name: str, url: str) -> list[str]:
+    arguments = repeat_arguments(results["command"])
+    command = shlex.join([*arguments, "--output_dir", name])
+    precision, setting = results.get("mixed_precision") or "no", ""
+    said = ("--mixed_precision", f"--{precision}")
+    if precision != "no" and not any(word.partition("=")[0] in said for word in arguments):
+        setting = f"ACCELERATE_MIXED_PRECISION={precision} "  # it was accelerate's
+    if (processes := results.get("num_processes", 1)) == 1:
+        also = [] if setting else ["`hf jobs uv run` takes the same."]
+        return [f"```bash\n{setting}uv run {url} {command}\n```", *also]
+    engine = _engine(results)
+    under = f" under {engine}, which needs its configuration file of accelerate," if engine else ""
+    return [
+        f"```bash\ncurl -LO {url}\nuv sync --script train.py\n"
+        f'{setting}"$(uv python find --script train.py)" -m torch.distributed.run '
+        f"--nproc-per-node {processes} train.py {command}\n```",
+        f"It ran in {processes} processes{under} with `torchrun` as here or `accelerate launch`.",
+    ]
+
+
+def _engine(results: Mapping[str, Any]) -> str | None:
+    """What spread the model over processes, if anything did."""
+    engine = results.get("engine")
+    return None if engine in ("none", "DDP") else engine
 
 
 def _joined(results: Mapping[str, Any], *keys: str) -> str | None:

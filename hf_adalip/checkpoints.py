@@ -36,17 +36,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UsageError: saying what is wrong.
     """
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        manifest = _read_manifest(path)
         for name, digest in manifest["files"].items():
             if _sha256(path / name) != digest:
                 raise UsageError(f"{path / name} is damaged")
     except FileNotFoundError as error:
         raise UsageError(f"{path} is no whole checkpoint: {error.filename} is missing") from error
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{path / MANIFEST} cannot be read") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
     return manifest
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    kinds = {"step": int, "settings": dict, "files": dict}
+    try:
+        found: Any = json.loads((path / MANIFEST).read_text())
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and all(isinstance(found.get(k), kinds[k]) for k in kinds):
+        return found
+    raise UsageError(f"{path / MANIFEST} cannot be read")
 
 
 def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -54,6 +63,8 @@ def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[s
 
     That is if none was asked for, or the latest of a folder without checkpoints and results:
     a run that is restarted by itself (by torchrun, by a queue) has the same arguments each time.
+    A run of Trainer that was killed in its first save has left a folder without a manifest, which
+    is none either.
 
     Raises:
         UsageError: if there is no whole one.
@@ -65,21 +76,29 @@ def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[s
         if not Path(wanted).is_dir():
             raise UsageError(f"--resume_from_checkpoint: there is no folder {wanted}")
         return Path(wanted), read_checkpoint(Path(wanted))
-    sound, problems = [], []
-    for path in [p for names in ("step_*", "epoch_*", "checkpoint-*") for p in folder.glob(names)]:
-        if path.suffix != ".partial":
-            try:
-                sound.append((path, read_checkpoint(path)))
-            except UsageError as error:
-                problems.append(str(error))
-    if not sound and not problems and not (folder / RESULTS).exists():
-        return None
-    if not sound:
-        why = "; ".join(problems) or "there is no checkpoint"
+    names = ("step_*", "epoch_*", "checkpoint-*")
+    paths = [path for name in names for path in folder.glob(name) if path.suffix != ".partial"]
+    steps, unfinished, damaged = {}, [], []
+    for path in paths:
+        try:
+            steps[path] = _read_manifest(path)["step"]
+        except FileNotFoundError:
+            unfinished.append(f"{path} is no whole checkpoint: {path / MANIFEST} is missing")
+        except UsageError as error:
+            damaged.append(str(error))
+    chosen = None
+    for path in sorted(steps, key=steps.__getitem__, reverse=True):  # to hash no more than needed
+        try:
+            chosen = path, read_checkpoint(path)
+            break
+        except UsageError as error:
+            damaged.append(str(error))
+    if chosen is None and (damaged or (folder / RESULTS).exists()):
+        why = "; ".join(damaged + unfinished) or "there is no checkpoint"
         raise UsageError(f"--resume_from_checkpoint latest: nothing to resume in {folder}: {why}")
-    chosen = max(sound, key=lambda found: found[1]["step"])
-    for problem in problems:
-        print(f"warning: {problem}; going on from {chosen[0]}", file=sys.stderr)
+    how = f"going on from {chosen[0]}" if chosen else "starting from the beginning"
+    for problem in damaged + unfinished:
+        print(f"warning: {problem}; {how}", file=sys.stderr)
     return chosen
 
 
@@ -112,7 +131,11 @@ def check_distributed(folder: str | os.PathLike[str]) -> None:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def whole(path: Path, write: Callable[[Path], Any]) -> None:

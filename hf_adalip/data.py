@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -14,7 +16,7 @@ from torch import Tensor
 
 try:
     import datasets
-    import huggingface_hub
+    import huggingface_hub.constants
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
     from PIL import Image, ImageOps
 except ImportError as error:
@@ -81,12 +83,14 @@ class ImageData:
         train: the images to train on.
         test: the images to evaluate on.
         num_classes: labels are 0 … num_classes - 1.
+        eval_split: the name of the split that `test` is.
     """
 
     name: str
     train: ImageDataset
     test: ImageDataset
     num_classes: int
+    eval_split: str = "test"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -114,6 +118,8 @@ def load_image_dataset(
 ) -> ImageData:
     """Loads, checks and decodes the `train` and `test` splits of an image classification dataset.
 
+    Where there is no `test`, a split whose name begins with `validation` is evaluated on.
+
     Args:
         name: a Hub id ("ylecun/mnist"), a folder in any layout that `datasets.load_dataset`
             takes, or "digits": scikit-learn's 1797 handwritten digits of 8×8 pixels, of which the
@@ -131,13 +137,16 @@ def load_image_dataset(
         DataError: if there is no such dataset, it cannot be reached, lacks a split or a column,
             or its images have several sizes or modes.
     """
-    limits = {"train": max_train_samples, "test": max_eval_samples}
     if name == DIGITS:
         if image_size is not None:
             raise DataError(f"--image_size {image_size}: the digits are arrays of 8x8 numbers")
-        train, test = (_sample(part, limits[split]) for split, part in _digits().items())
+        train, test = _digits()
+        train, test = _sample(train, max_train_samples), _sample(test, max_eval_samples)
         return ImageData(name, train, test, num_classes=10)
     splits = load_splits(name)
+    validation = [split for split in splits if split.startswith("validation")]
+    held_out = "test" if "test" in splits or not validation else validation[0]
+    limits = {"train": max_train_samples, held_out: max_eval_samples}
     missing = [split for split in limits if split not in splits]
     if missing:
         raise DataError(
@@ -151,12 +160,13 @@ def load_image_dataset(
     )
     if train.images.shape[1:] != test.images.shape[1:]:
         shapes = f"{tuple(train.images.shape[1:])} and {tuple(test.images.shape[1:])}"
-        raise DataError(f"the train and test images of {name} differ in shape: {shapes}")
+        raise DataError(f"the train and {held_out} images of {name} differ in shape: {shapes}")
     highest = int(max(train.labels.max(), test.labels.max()))
-    return ImageData(name, train, test, getattr(features[label], "num_classes", highest + 1))
+    num_classes = getattr(features[label], "num_classes", highest + 1)
+    return ImageData(name, train, test, num_classes, held_out)
 
 
-def _digits() -> dict[str, ImageDataset]:
+def _digits() -> tuple[ImageDataset, ImageDataset]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -166,10 +176,10 @@ def _digits() -> dict[str, ImageDataset]:
     found = load_digits()
     images = torch.from_numpy(found.images).mul(255.0 / 16.0).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(found.target).long()
-    return {
-        "train": ImageDataset(images[:-_DIGITS_TEST], labels[:-_DIGITS_TEST]),
-        "test": ImageDataset(images[-_DIGITS_TEST:], labels[-_DIGITS_TEST:]),
-    }
+    return (
+        ImageDataset(images[:-_DIGITS_TEST], labels[:-_DIGITS_TEST]),
+        ImageDataset(images[-_DIGITS_TEST:], labels[-_DIGITS_TEST:]),
+    )
 
 
 def load_splits(name: str, config: str | None = None, instead: str = _ALTERNATIVES) -> Any:
@@ -184,14 +194,16 @@ def load_splits(name: str, config: str | None = None, instead: str = _ALTERNATIV
         DataError: if it cannot be had.
     """
     folder = Path(name).expanduser()
+    place: AbstractContextManager[None] = nullcontext()
     if folder.exists():
         name = str(folder)
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        _check_hub(name, instead)
-    else:
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise DataError(f"there is no folder {name}")
+    elif not _reached_hub(name, instead):
+        place = _cache_only()
     try:
-        splits = datasets.load_dataset(name, config)
+        with place:
+            splits = datasets.load_dataset(name, config)
     except ConnectionError as error:
         raise DataError(
             f"{name} is neither a folder here nor in the cache, and the Hub cannot be reached; "
@@ -206,7 +218,16 @@ def load_splits(name: str, config: str | None = None, instead: str = _ALTERNATIV
     return splits
 
 
-def _check_hub(name: str, instead: str) -> None:
+def on_hub(*names: str | None) -> list[str]:
+    """Those that are USER/NAME, the id of something on the Hub, and no folder here.
+
+    For a run's results: where it is published from, there may be another folder or none.
+    """
+    ids = [name for name in names if name and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)]
+    return [name for name in ids if not Path(name).exists()]
+
+
+def _reached_hub(name: str, instead: str) -> bool:
     """One short request instead of the half minute of retries that load_dataset makes offline.
 
     Raises:
@@ -222,7 +243,19 @@ def _check_hub(name: str, instead: str) -> None:
     except HfHubHTTPError:
         pass  # the Hub answers; load_dataset knows more
     except Exception:  # httpx or requests, by the version of huggingface_hub
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # from here on only the cache
+        return False
+    return True
+
+
+@contextmanager
+def _cache_only() -> Iterator[None]:
+    """Only here: what follows, publishing above all, may find the Hub again."""
+    constants = huggingface_hub.constants
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _column(features: Any, kind: type, given: str | None, what: str, name: str) -> str:

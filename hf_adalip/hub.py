@@ -15,14 +15,15 @@ What has to be in OUTPUT_DIR, and what every recipe leaves there:
       task                             such as image-classification; config.json may say it too
 
   and, for the card, what there is of dataset_config_name, dataset_fingerprint, train_samples,
-  eval_samples, lr_scheduler_type, weight_decay, epoch, step, device, model_name_or_path, ...
+  eval_samples, lr_scheduler_type, weight_decay, epoch, step, device, model_name_or_path,
+  on_hub (which of dataset_name and model_name_or_path are the Hub's), num_processes, ...
   With `finished: false` the run is not published.
 - `layer_learning_rates.png`: if the optimizer has an S per layer.
 
 All of OUTPUT_DIR is uploaded, and with it, made anew, `train.py` with its dependencies pinned, the
-wheel of hf_adalip unless it came from a package index, `.eval_results/` if the data are the Hub's,
-and the card, `README.md`. Optimizer states, checkpoints and what looks like a secret are refused:
-nothing is uploaded as long as there are any.
+wheel of hf_adalip unless it came from a package index, `.eval_results/` if all of a dataset of the
+Hub was used, and the card, `README.md`. Optimizer states, checkpoints, archives and what looks like
+a secret are refused: nothing is uploaded as long as there are any.
 
 Everything goes in one commit, at the end: large files before, each under its hash, so that a
 repeated upload sends only what the Hub has not got yet.
@@ -42,7 +43,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .checkpoints import MANIFEST, RESULTS
-from .script import SCRIPT, ScriptError, build_wheel, is_on_index, pin
+from .script import SCRIPT, ScriptError, build_wheel, is_on_index, pin, running_script
 from .version import __version__
 
 CARD, PICTURE = "README.md", "layer_learning_rates.png"
@@ -56,23 +57,37 @@ _NEEDED = (
 )
 
 _CHECKPOINT = re.compile(r"(step|epoch)_\d+(\..*)?|checkpoint-\d+|global_step\d+|.*\.partial")
-_STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states|sampler).*\..*")
+_STATE = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state|random_states|sampler).*\..*"
+    r"|.*(exp_avg|momentum_buffer|optim(izer)?_states?).*"
+)
 _PICKLE = re.compile(r".*\.(pt|pth|bin|pkl|pickle|ckpt|distcp|npz|joblib)")
+_ARCHIVE = re.compile(r".*\.(tar|tgz|tbz2?|txz|gz|bz2|xz|zst|zip|7z|rar)", re.IGNORECASE)
 _SECRET = re.compile(
-    r"\.env(\..*)?|.*\.(pem|key|p12|pfx|jks|ppk|kdbx)|id_(rsa|dsa|ecdsa|ed25519)([._].*)?"
-    r"|[._]?netrc|(.*[._-])?(credentials?|secrets?|passwords?)(\..*)?|(stored_)?tokens?(\.txt)?",
+    r"env|.*\.env(\..*)?"
+    r"|.*\.(pem|key|p12|pfx|jks|keystore|ppk|kdbx)|id_(rsa|dsa|ecdsa|ed25519)([._].*)?"
+    r"|[._]?(netrc|pypirc|pgpass)|kaggle\.json|(.*[._-])?service[._-]?account.*\.json"
+    r"|(.*[._-])?(credentials?|secrets?|passwords?|[hs]?passwd|passphrase)([._-].*)?"
+    r"|(.*[._-])?(api|access|auth|private|ssh)[._-]?(keys?|tokens?)(\..*)?"
+    # one of them; of several, as in keys.txt and added_tokens.json, a vocabulary may be made
+    r"|(.*[._-])?(key|token)(\.(txt|json|ya?ml|toml|ini|cfg))?|tokens(\.txt)?",
     re.IGNORECASE,
 )
+_MAY_BE_A_KEY = re.compile(r".*(key|token|secret|auth|wandb).*", re.IGNORECASE)
+_KEY_ALONE = re.compile(rb"\s*[0-9A-Za-z_./+=-]{20,200}\s*")
 # each begins with fixed letters, which makes re many times faster
 _TOKENS = {
     "a Hugging Face token": rb"hf_[A-Za-z0-9]{30,}",
     "a token of a Hugging Face organization": rb"api_org_[A-Za-z0-9]{30,}",
     "a GitHub token": rb"gh[pousr]_[A-Za-z0-9]{36}",
     "a fine-grained GitHub token": rb"github_pat_[A-Za-z0-9_]{40}",
-    "an AWS key": rb"AKIA[0-9A-Z]{16}",
+    "an AWS key": rb"A(KI|SI)A[0-9A-Z]{16}",
     "a Google key": rb"AIza[0-9A-Za-z_-]{35}",
     "a Slack token": rb"xox[abeprs]-[0-9A-Za-z-]{20,}",
-    "an API key": rb"sk-(proj|ant|svcacct|admin)-[0-9A-Za-z_-]{20,}",
+    "a GitLab token": rb"glpat-[0-9A-Za-z_-]{20}",
+    "a PyPI token": rb"pypi-AgE[0-9A-Za-z_-]{50}",
+    "an API key": rb"sk-([0-9A-Za-z]{32}|(proj|ant|svcacct|admin)-[0-9A-Za-z_-]{20,})",
+    "a password in a URL": rb"://[\w.%+~-]{1,64}:[\w.%+~!$&*=-]{3,200}@[\w-]",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
 _SECRET_VARIABLE = re.compile(r".*(TOKEN|API_KEY|ACCESS_KEY|SECRET|PASSWORD)")
@@ -203,6 +218,29 @@ def publish(
     return commit.commit_url
 
 
+def check_run(repo_id: str) -> None:
+    """Raises PublishError when a run starts for what would be wrong at its end."""
+    check_repo_id(repo_id)
+    token()
+    if running_script() is None:
+        raise PublishError("the recipe needs inline script metadata (# /// script)")
+
+
+def publish_run(folder: Path, repo_id: str, private: bool) -> None:
+    """Publishes a recipe's finished run without its checkpoints, and prints where it is.
+
+    Raises:
+        PublishError: as `publish`, and with the command to try again with.
+    """
+    folders = [path.name for path in folder.iterdir() if path.is_dir()]
+    checkpoints = [name for name in folders if _CHECKPOINT.fullmatch(name)]
+    try:
+        url = publish(folder, repo_id, private=private, exclude=checkpoints)
+    except PublishError as error:
+        raise PublishError(f"{error}\nTo try again: hf-adalip publish {folder} ...") from error
+    print(f"published: {url}")
+
+
 def check_repo_id(repo_id: str) -> None:
     """Raises PublishError unless it is USER/NAME, as the Hub takes it."""
     from huggingface_hub import hf_hub_url
@@ -260,6 +298,8 @@ def _unfit(path: Path) -> str | None:
         return "hidden, as settings and credentials are"
     if _CHECKPOINT.fullmatch(name) or (path / MANIFEST).exists():
         return "a checkpoint"
+    if path.is_file() and _ARCHIVE.fullmatch(name):
+        return "an archive, in which there may be anything"
     if path.is_file() and _STATE.fullmatch(name):
         return "the state of an optimizer or of another part of the training"
     # Trainer's training_args.bin is a pickle too, but without a state; its content is looked at
@@ -274,12 +314,20 @@ def _secrets(files: Files) -> list[tuple[str, str]]:
     for variable, value in os.environ.items():
         if _SECRET_VARIABLE.fullmatch(variable) and len(value) >= 12:
             patterns[f"the value of ${variable}"] = re.compile(re.escape(value.encode()))
-    return [
+    found = [
         (path, f"contains {what}")
         for path, content in files.items()
         for what, pattern in patterns.items()
         if _contains(content, pattern)
     ]
+    alone = "has nothing but what may be a key"
+    return found + [(path, alone) for path, content in files.items() if _is_key(content)]
+
+
+def _is_key(content: bytes | Path) -> bool:
+    if isinstance(content, bytes) or not _MAY_BE_A_KEY.fullmatch(content.name):
+        return False
+    return content.stat().st_size < 300 and bool(_KEY_ALONE.fullmatch(content.read_bytes()))
 
 
 def _contains(content: bytes | Path, pattern: re.Pattern[bytes]) -> bool:

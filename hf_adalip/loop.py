@@ -34,7 +34,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
 from .checkpoints import whole, write_manifest
-from .data import Batch, ImageData, ImageDataset
+from .data import Batch, ImageData, ImageDataset, on_hub
 from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
 from .monitor import LayerRateHistory, layerwise, summary
 from .options import Recipe, TrainingArguments, UsageError, scheduler_factory
@@ -444,6 +444,10 @@ class Training:
             **self.settings,
             "per_device_eval_batch_size": self.args.per_device_eval_batch_size,
             "dataset_name": self.data.name,
+            "on_hub": on_hub(self.data.name),
+            "eval_split": self.data.eval_split,
+            "max_train_samples": self.args.max_train_samples,
+            "max_eval_samples": self.args.max_eval_samples,
             "train_samples": len(self.data.train),
             "eval_samples": len(self.data.test),
             "parameters": self.parameters,

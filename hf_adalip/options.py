@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
@@ -161,15 +161,32 @@ AT_LEAST = {
     "seed": 0,
 }
 
+_HIGHEST_SEED = 2**32 - 1  # that numpy takes
+
 OWN_OPTION = {"lr": "learning_rate"} | {
     name: name for name in ("weight_decay", "layers", "scale_bounds")
 }
 """Arguments of optimizers that have an option of their own."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message)
+class OneLineErrors:
+    """Of a parser: it raises UsageError, with what an unknown option may have been meant to be."""
+
+    _option_string_actions: dict[str, Any]  # argparse's, by option
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2]
+        name = unknown.split()[0].partition("=")[0] if unknown else ""
+        raise UsageError(message + (_near(name, self._option_string_actions) if name else ""))
+
+
+class _Parser(OneLineErrors, argparse.ArgumentParser):
+    pass
+
+
+def _near(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse(recipe: Recipe, argv: Sequence[str]) -> TrainingArguments:
@@ -231,8 +248,7 @@ def read_config(path: str, known: Collection[str]) -> dict[str, Any]:
         raise UsageError(f"--config {path} must have lines of `option: value`")
     for key in found:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = _near(str(key), known)
             raise UsageError(f"--config {path}: unknown option {key!r}{hint}")
     return found
 
@@ -254,10 +270,7 @@ def _config_options(path: str, recipe: Recipe) -> list[str]:
 
 
 def _check_values(args: TrainingArguments) -> None:
-    for name, least in AT_LEAST.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name} must be at least {least}, got {value}")
+    check_bounds(args, AT_LEAST)
     for name in ("learning_rate", "max_grad_norm"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -282,9 +295,24 @@ def _check_values(args: TrainingArguments) -> None:
         raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
     if args.report_to is not None and not args.with_tracking:
         raise UsageError("--report_to needs --with_tracking")
-    if args.push_to_hub and args.hub_model_id is None:
+    check_hub_options(args.push_to_hub, args.hub_model_id, args.hub_private_repo)
+
+
+def check_bounds(args: Any, at_least: Mapping[str, int]) -> None:
+    """Raises UsageError for a number that is too small or not finite, or too large for a seed."""
+    for name, least in at_least.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value < math.inf:
+            raise UsageError(f"--{name} must be at least {least}, got {value}")
+        if value is not None and name.endswith("seed") and value > _HIGHEST_SEED:
+            raise UsageError(f"--{name} must be at most {_HIGHEST_SEED}, got {value}")
+
+
+def check_hub_options(push: bool, model_id: str | None, private: bool) -> None:
+    """Raises UsageError if one of the options for publishing, of either loop, lacks another."""
+    if push and model_id is None:
         raise UsageError("--push_to_hub needs --hub_model_id USER/NAME")
-    if not args.push_to_hub and (args.hub_model_id or args.hub_private_repo):
+    if not push and (model_id or private):
         raise UsageError("--hub_model_id and --hub_private_repo need --push_to_hub")
 
 
@@ -334,10 +362,47 @@ def optimizer_arguments(args: TrainingArguments, recipe: Recipe) -> dict[str, An
                 f"{' and '.join(unused)} cannot be used: "
                 f"{args.optim} has no learning rate per layer"
             )
-        create_optimizer(nn.Linear(2, 2, bias=False), args.optim, **arguments)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{error}") from error
+    written = in_optim_args(given)
+    if args.scale_bounds is not None:
+        written["scale_bounds"] = f"--scale_bounds {args.scale_bounds}"
+    check_optimizer(args.optim, arguments, written)
     return arguments
+
+
+def in_optim_args(given: Mapping[str, Any]) -> dict[str, str]:
+    """How `check_optimizer` is to call arguments that were in --optim_args."""
+    return {name: f"--optim_args {name}={value}" for name, value in given.items()}
+
+
+def check_optimizer(name: str, arguments: Mapping[str, Any], written: Mapping[str, str]) -> None:
+    """Raises UsageError if no such optimizer can be made, with the option whose value is why.
+
+    Args:
+        name: of the optimizer.
+        arguments: of the optimizer.
+        written: of those that the user gave, the option and the value.
+    """
+
+    def error_of(some: Mapping[str, Any]) -> Exception | None:
+        try:
+            create_optimizer(nn.Linear(2, 2, bias=False), name, **some)
+        except (ValueError, TypeError) as error:
+            return error
+        return None
+
+    error = error_of(arguments)
+    if error is None:
+        return
+    reason = str(error)
+    for key, text in written.items():
+        if error_of({k: v for k, v in arguments.items() if k != key}) is None:
+            if " not supported between " in reason:  # a word where a number is compared
+                reason = "it must be a number"
+            form = " (LOW:HIGH, as in 0.1:10, or none)" if key == "scale_bounds" else ""
+            raise UsageError(f"{text}{form}: {reason}") from error
+    raise UsageError(reason) from error
 
 
 def scheduler_factory() -> Any:

@@ -30,7 +30,7 @@ from .options import (
     trackers,
 )
 from .runs import INTERRUPTED, RATES, Interrupted
-from .script import SCRIPT, running_script
+from .script import SCRIPT
 
 try:
     from .engines import make_accelerator
@@ -82,7 +82,10 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
         scheduler_factory()
     trackers(args)
     if args.push_to_hub:
-        _check_publishing(str(args.hub_model_id))
+        try:
+            hub.check_run(str(args.hub_model_id))
+        except hub.PublishError as error:
+            raise UsageError(f"--push_to_hub: {error}") from error
     folder = output_dir(args, recipe)
     checkpoint = find_checkpoint(args, folder)
 
@@ -141,33 +144,13 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     if training.accelerator.is_main_process:
         print(f"\n{training.table()}\n\nresults in {training.folder}")
-        if training.args.push_to_hub:
-            return _publish(training)
-    return 0
-
-
-def _check_publishing(repo_id: str) -> None:
-    """Raises UsageError now for what would be wrong at the end of the run."""
-    try:
-        hub.check_repo_id(repo_id)
-        hub.token()
-    except hub.PublishError as error:
-        raise UsageError(f"--push_to_hub: {error}") from error
-    if running_script() is None:
-        raise UsageError("--push_to_hub: the recipe needs inline script metadata (# /// script)")
-
-
-def _publish(training: Training) -> int:
-    args, folder = training.args, training.folder
-    checkpoints = [path.name for path in _own_files(folder) if path.is_dir()]
-    try:
-        url = hub.publish(
-            folder, str(args.hub_model_id), private=args.hub_private_repo, exclude=checkpoints
-        )
-    except hub.PublishError as error:
-        print(f"{error}\nTo try again: hf-adalip publish {folder} ...", file=sys.stderr)
-        return 1
-    print(f"published: {url}")
+        args = training.args
+        if args.push_to_hub:
+            try:
+                hub.publish_run(training.folder, str(args.hub_model_id), args.hub_private_repo)
+            except hub.PublishError as error:
+                print(error, file=sys.stderr)
+                return 1
     return 0
 
 
@@ -175,7 +158,8 @@ def _say_what(training: Training) -> None:
     data, settings = training.data, training.settings
     logger.info(
         f"{settings['optimizer']}, lr {settings['learning_rate']:g}, on {data.name} "
-        f"({len(data.train)} images to train on, {len(data.test)} to evaluate on), "
+        f"({len(data.train)} images to train on, {len(data.test)} to evaluate on, "
+        f"of its {data.eval_split} split), "
         f"{training.total_steps} steps of {training.steps_per_epoch} to an epoch, "
         f"{training.accelerator.num_processes} process(es) on {training.accelerator.device.type}"
     )

@@ -35,6 +35,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -44,7 +45,13 @@ from transformers import (
 
 from hf_adalip import attach
 from hf_adalip.data import DataError
-from hf_adalip.integrations.recipes import exit_status, optimizer_kwargs, parse, run
+from hf_adalip.integrations.recipes import (
+    check_pretrained,
+    exit_status,
+    optimizer_kwargs,
+    parse,
+    run,
+)
 from hf_adalip.options import UsageError
 
 NAME = "causal_lm"
@@ -136,16 +143,29 @@ def build_model(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         if hasattr(config, "intermediate_size"):  # a default for billions of parameters
             config.intermediate_size = 4 * args.hidden_size
         if args.config_overrides:
-            config.update_from_string(args.config_overrides)
+            override(config, args.config_overrides)
         return AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError) as error:
         raise UsageError(f"no such model: {' '.join(str(error).split())}") from error
 
 
+def override(config: PretrainedConfig, text: str) -> None:
+    try:
+        if bare := [part for part in text.split(",") if "=" not in part]:
+            raise ValueError(f"{bare[0]!r} has no value")
+        config.update_from_string(text)
+    except (ValueError, TypeError) as error:
+        takes = f"NAME=VALUE,NAME=VALUE with names of {type(config).__name__}"
+        raise ValueError(f"{error} (--config_overrides takes {takes}, got {text})") from error
+
+
 def check(args: Arguments) -> None:
-    for name in ("block_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if (value := getattr(args, name)) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}")
+    check_pretrained("tokenizer_name", args.tokenizer_name)
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    # the first token of a block is not predicted
+    for name, least in {"block_size": 2, **dict.fromkeys(sizes, 1)}.items():
+        if (value := getattr(args, name)) < least:
+            raise UsageError(f"--{name} must be at least {least}, got {value}")
     if not 0 < args.validation_split_percentage < 100:
         value = args.validation_split_percentage
         raise UsageError(f"--validation_split_percentage must be between 0 and 100, got {value}")

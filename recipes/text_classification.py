@@ -24,6 +24,7 @@ gradients are not clipped unless asked (--max_grad_norm).
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,13 @@ from transformers import (
 
 from hf_adalip import attach
 from hf_adalip.data import DataError, load_splits
-from hf_adalip.integrations.recipes import exit_status, optimizer_kwargs, parse, run
+from hf_adalip.integrations.recipes import (
+    check_pretrained,
+    exit_status,
+    optimizer_kwargs,
+    parse,
+    run,
+)
 from hf_adalip.options import UsageError
 
 NAME = "text_classification"
@@ -93,13 +100,15 @@ class Arguments:
 class TextData:
     """Texts with labels: the columns `texts` of both parts, and `labels`.
 
-    `names` are the classes' names, None for numbers to regress on.
+    `names` are the classes' names, None for numbers to regress on; `validation` is the dataset's
+    `eval_split`.
     """
 
     train: Dataset
     validation: Dataset
     texts: list[str]
     names: list[str] | None
+    eval_split: str
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits of a sha256 over texts and labels of both parts."""
@@ -131,10 +140,28 @@ def load_texts(args: Arguments) -> TextData:
             "choose one or two with --text_column_names"
         )
     limits = {"train": args.max_train_samples, split: args.max_eval_samples}
-    parts = {key: _part(splits[key], [*texts, label], limits[key]) for key in limits}
+    labelled = {key: _without_unlabelled(splits[key], label, f"{name}, {key}") for key in limits}
+    parts = {key: _part(labelled[key], [*texts, label], limits[key]) for key in limits}
     names = _names(features, label, parts["train"])
     train, validation = (_labelled(parts[s], label, names, f"{name}, {s}") for s in limits)
-    return TextData(train, validation, texts, None if names is None else list(map(str, names)))
+    classes = None if names is None else list(map(str, names))
+    return TextData(train, validation, texts, classes, split)
+
+
+def _without_unlabelled(split: Dataset, label: str, where: str) -> Dataset:
+    """Without the rows, as SNLI has them, whose -1 says that there is no class.
+
+    A split that has no others, as GLUE's test splits, is left to be refused.
+    """
+    if not hasattr(split.features[label], "names"):
+        return split
+    kept = [i for i, value in enumerate(split[label]) if value != -1]
+    if len(kept) in (0, len(split)):
+        return split
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        rows = f"{len(split) - len(kept)} of {len(split)} rows"
+        print(f"warning: {where}: {rows} have no label (-1) and are left out", file=sys.stderr)
+    return split.select(kept)
 
 
 def _part(split: Dataset, columns: list[str], limit: int | None) -> Dataset:
@@ -217,6 +244,7 @@ def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def check(args: Arguments) -> None:
+    check_pretrained("model_name_or_path", args.model_name_or_path)
     if args.max_seq_length < 1:
         raise UsageError(f"--max_seq_length must be at least 1, got {args.max_seq_length}")
     if args.lora_alpha is not None and args.lora_r is None:
@@ -271,7 +299,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if optimizer:
         attach(trainer)
     settings = {"recipe": NAME, "task": "text-classification", **dataclasses.asdict(args)}
-    return run(trainer, settings | {"dataset_fingerprint": data.fingerprint()})
+    settings |= {"eval_split": data.eval_split, "dataset_fingerprint": data.fingerprint()}
+    return run(trainer, settings)
 
 
 if __name__ == "__main__":

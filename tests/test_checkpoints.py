@@ -6,7 +6,50 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from hf_adalip.checkpoints import check_distributed
+from hf_adalip import checkpoints
+from hf_adalip.checkpoints import check_distributed, find_checkpoint, write_manifest
+from hf_adalip.options import TrainingArguments, UsageError
+
+LATEST = TrainingArguments(resume_from_checkpoint="latest")
+
+
+def save(folder, name, step):
+    (folder / name).mkdir()
+    (folder / name / "model.bin").write_bytes(b"x" * (3 << 20))
+    write_manifest(folder / name, step, {})
+    return folder / name
+
+
+def test_the_newest_that_is_whole_is_resumed_from_and_older_ones_are_not_read(
+    tmp_path, monkeypatch, capsys
+):
+    for name, step in (("step_9", 9), ("epoch_0", 8), ("step_10", 10)):
+        save(tmp_path, name, step)
+    (tmp_path / "step_10" / "model.bin").write_bytes(b"y" * (3 << 20))
+    hashed, sha256 = [], checkpoints._sha256
+    monkeypatch.setattr(checkpoints, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    path, manifest = find_checkpoint(LATEST, tmp_path)
+    assert (path.name, manifest["step"]) == ("step_9", 9)
+    assert [path.parent.name for path in hashed] == ["step_10", "step_9"]
+    warning = f"warning: {tmp_path / 'step_10' / 'model.bin'} is damaged; going on from {path}"
+    assert capsys.readouterr().err.strip() == warning
+
+
+def test_killed_in_the_first_save_it_begins_again(tmp_path, capsys):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"x")
+    assert find_checkpoint(LATEST, tmp_path) is None
+    assert "checkpoint.json is missing; starting from the beginning" in capsys.readouterr().err
+    (tmp_path / "all_results.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"nothing to resume in .*checkpoint.json is missing"):
+        find_checkpoint(LATEST, tmp_path)
+
+
+@pytest.mark.parametrize("manifest", ["{", "[]", '{"step": 1}', '{"files": 3}'])
+def test_a_damaged_manifest_is_named_and_nothing_begins_anew(tmp_path, manifest):
+    (save(tmp_path, "step_1", 1) / "checkpoint.json").write_text(manifest)
+    with pytest.raises(UsageError, match=r"nothing to resume in .*checkpoint.json cannot be read"):
+        find_checkpoint(LATEST, tmp_path)
 
 
 @pytest.fixture

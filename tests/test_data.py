@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_adalip.data import DataError, ImageData, load_image_dataset
+from hf_adalip.data import DataError, ImageData, load_image_dataset, load_splits
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +118,17 @@ def test_a_split_is_missing(tmp_path: Path, split: str) -> None:
         load_image_dataset(folder)
 
 
+def test_without_a_test_split_the_validation_split_is_evaluated_on(tmp_path: Path) -> None:
+    write(tmp_path / "set", [picture(1)] * 3, "validation")
+    folder = write(tmp_path / "set", [picture(2)] * 9, "train")
+    data = load_image_dataset(folder, max_eval_samples=2)
+    assert (len(data.train), len(data.test), data.eval_split) == (9, 2, "validation")
+    assert data.test.images.unique().tolist() == [1]
+    write(tmp_path / "set", [picture(3)] * 4, "test")
+    data = load_image_dataset(folder)
+    assert (len(data.test), data.eval_split) == (4, "test")
+
+
 @pytest.mark.parametrize(
     ("pictures", "message"),
     [
@@ -153,3 +164,19 @@ def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     message = str(caught.value)
     assert "--dataset_name /path/to/a/copy or --dataset_name digits" in message
     assert "\n" not in message
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE  # of what comes later
+
+
+def test_without_the_hub_the_cache_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hiccup(*_: Any, **__: Any) -> None:
+        raise TimeoutError
+
+    def load(name: str, config: str | None) -> Any:
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
+        return {name: config}
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", hiccup)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_splits("someone/set") == {"someone/set": None}
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE

@@ -242,6 +242,21 @@ REFUSED = {
     "deploy/key.PEM": ("deploy/key.PEM", b"", "a secret, by its name"),
     "id_rsa": ("id_rsa", b"", "a secret, by its name"),
     "credentials.json": ("credentials.json", b"", "a secret, by its name"),
+    **{
+        name: (name, b"x", "a secret, by its name")
+        for name in (
+            *("api_key.txt", "wandb_api_key.txt", "apikey", "hf_token", "access_token.json"),
+            *("secret_key.txt", "service_account-7.json", "kaggle.json", "my.env", "env"),
+            *("passwd", "refresh-token.txt", "aws_credentials", "client_secret_12.json"),
+        )
+    },
+    "checkpoint-100.tar.gz": ("checkpoint-100.tar.gz", b"", "an archive"),
+    "runs.ZIP": ("runs.ZIP", b"", "an archive"),
+    "exp_avg.safetensors": ("exp_avg.safetensors", b"", "the state of an optimizer"),
+    "a.txt": ("a.txt", b"glpat-ABCDEFGHIJKLMNOPQRST", "contains a GitLab token"),
+    "b.txt": ("b.txt", b"sk-" + b"A1b2" * 12, "contains an API key"),
+    "c.txt": ("c.txt", b"https://user:hunter2@host/x", "contains a password in a URL"),
+    "keys_of_wandb": ("keys_of_wandb", b"a1" * 20 + b"\n", "has nothing but what may be a key"),
     ".git/config": (".git", b"", "hidden"),
     "notes.txt": ("notes.txt", b"x hf_" + b"a1B2" * 9, "contains a Hugging Face token"),
     "log/run.out": ("log/run.out", f"token={TOKEN}".encode(), "contains a Hugging Face token"),
@@ -294,9 +309,15 @@ def test_everything_that_is_wrong_is_said_at_once(folder: Path, tmp_path: Path) 
 def test_names_that_only_look_like_secrets(folder: Path) -> None:
     names = ["tokenizer.json", "special_tokens_map.json", "added_tokens.json", "keys.txt"]
     names += ["steps.txt", "training_args.bin", "logs/events.out.tfevents.1.host"]
+    names += ["tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"]
+    names += ["adapter_config.json", "generation_config.json", "chat_template.jinja", "monkey.txt"]
+    names += ["preprocessor_config.json", "key_figures.csv", "environment.yml", "tokens.json"]
     (folder / "logs").mkdir()
     for name in names:
-        (folder / name).write_bytes(b"hf_adalip, hf_hub_download_of_things")
+        (folder / name).write_bytes(
+            b'hf_adalip, hf_hub_download_of_things, risk-free https://host:80/@me {"://": 1, "a:b@c'
+        )
+    (folder / "tokenizer_fingerprint.txt").write_text("0123456789abcdef\n")
     assert {*names} <= {*prepare(folder, REPO)}
 
 
@@ -426,6 +447,8 @@ def test_a_run_of_trainer_on_data_of_the_hub(folder: Path) -> None:
         dataset_name="nyu-mll/glue",
         dataset_config_name="mrpc",
         model_name_or_path="google/bert",
+        on_hub=["nyu-mll/glue", "google/bert"],
+        max_train_samples=None,
         eval_f1=0.5,
         eval_runtime=1.5,
         eval_samples_per_second=3.0,
@@ -447,6 +470,50 @@ def test_a_run_of_trainer_on_data_of_the_hub(folder: Path) -> None:
         "accuracy": 0.75,
         "f1": 0.5,
     }
+
+
+def card_of(folder: Path) -> ModelCard:
+    text = prepare(folder, REPO)["README.md"]
+    assert isinstance(text, bytes)
+    return ModelCard(text.decode())
+
+
+def test_a_part_of_a_dataset_is_not_taken_for_all_of_it(folder: Path) -> None:
+    change(folder, dataset_name="uoft-cs/cifar10", on_hub=["uoft-cs/cifar10"], max_eval_samples=9)
+    assert not any(path.startswith(".eval_results") for path in prepare(folder, REPO))
+    card = card_of(folder)
+    assert card.data.eval_results is None
+    assert card.data.datasets == ["uoft-cs/cifar10"]
+    assert "On a part of the data: --max_train_samples 300, --max_eval_samples 9." in card.text
+    assert "| images or texts to train on, to evaluate on | 300, 360 |" in card.text
+
+
+def test_what_was_a_folder_when_it_was_trained_on_is_not_the_hubs(folder: Path) -> None:
+    assert (results(folder)["on_hub"], results(folder)["eval_split"]) == ([], "test")
+    change(folder, dataset_name="data/pets")  # wherever that is now
+    card = card_of(folder)
+    assert card.data.datasets is None
+    assert {x.dataset_type for x in card.data.eval_results} == {"pets"}
+    assert "Not on the Hub: `data/pets`." in card.text
+
+
+def test_the_way_to_repeat_a_run_has_its_processes_and_precision(folder: Path) -> None:
+    command = f"train.py {' '.join(OPTIONS)}"
+    change(folder, command=command, mixed_precision="bf16", num_processes=1)
+    assert "ACCELERATE_MIXED_PRECISION=bf16 uv run http" in card_of(folder).text
+    for own in ("--bf16", "--mixed_precision=bf16", "--mixed_precision bf16"):
+        change(folder, command=f"{command} {own}")
+        assert "ACCELERATE_MIXED_PRECISION" not in card_of(folder).text
+    change(folder, command=command, num_processes=4)
+    text = card_of(folder).text
+    assert "uv run http" not in text
+    assert (
+        'ACCELERATE_MIXED_PRECISION=bf16 "$(uv python find --script train.py)" -m '
+        f"torch.distributed.run --nproc-per-node 4 {command} --output_dir digits-adamlip\n" in text
+    )
+    assert "It ran in 4 processes with" in text
+    change(folder, engine="FSDP2")
+    assert "It ran in 4 processes under FSDP2, which needs its conf" in card_of(folder).text
 
 
 def test_pins() -> None:

@@ -29,6 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_adalip.checkpoints import MANIFEST
 from hf_adalip.integrations import recipes
 
+from .hub import LoopbackHub
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "causal_lm.py"
 spec = importlib.util.spec_from_file_location("recipe_causal_lm", SCRIPT)
@@ -227,6 +229,18 @@ def test_killed_while_it_saves(whole: Path, text: Path, tmp_path: Path) -> None:
     assert (folder / "checkpoint-12" / MANIFEST).exists()
 
 
+def test_killed_in_its_first_save_it_begins_again(
+    whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    (folder / "checkpoint-4").mkdir(parents=True)
+    (folder / "checkpoint-4" / "model.safetensors").write_bytes(b"torn")
+    assert recipe(options(text, folder, *RUN, "--resume_from_checkpoint=latest")) == 0
+    assert "checkpoint-4 is no whole checkpoint" in capsys.readouterr().err
+    assert numbers(folder) == numbers(whole)
+    assert (folder / "checkpoint-4" / MANIFEST).exists()
+
+
 def test_a_damaged_checkpoint_is_passed_over(
     whole: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +262,22 @@ def test_resuming_a_different_run(
     message = capsys.readouterr().err
     assert "learning_rate was 0.001, is 0.5" in message
     assert "block_size was 16, is 8" in message
+
+
+def test_what_trainer_computes_with_must_be_the_same(
+    whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resumed = f"--resume_from_checkpoint={whole / 'checkpoint-12'}"
+    other = ["--label_smoothing_factor=0.1", '--lr_scheduler_kwargs={"num_cycles": 0.25}']
+    assert recipe(options(text, tmp_path / "out", *RUN, resumed, *other)) == 2
+    message = capsys.readouterr().err
+    assert "label_smoothing_factor was 0.0, is 0.1" in message
+    assert "lr_scheduler_kwargs was None, is {'num_cycles': 0.25}" in message
+    free = ["--logging_steps=1", "--eval_strategy=no", "--per_device_eval_batch_size=3"]
+    free += ["--dataloader_num_workers=1", "--save_strategy=no", "--run_name=x"]
+    assert recipe(options(text, tmp_path / "out", *RUN, resumed, *free)) == 0
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, tmp_path / "out")]
+    assert weights[0] == weights[1]
 
 
 def test_the_latest_checkpoint_of_an_empty_folder_is_the_beginning(
@@ -340,13 +370,27 @@ def test_a_run_that_diverges_says_so(text: Path, tmp_path: Path) -> None:
         ("--resume_from_checkpoint=latest --overwrite_output_dir", "exclude each other"),
         ("--config=/no/such.yaml", "cannot read --config /no/such.yaml"),
         ("--learning_rat=1", "unrecognized arguments: --learning_rat=1"),
+        ("--learning_rat=1", "; did you mean --learning_rate?"),
         ("--train_file=/no/such.txt", "cannot read --train_file /no/such.txt"),
-        ("--block_size=0", "--block_size must be at least 1, got 0"),
+        ("--block_size=1", "--block_size must be at least 2, got 1"),
+        ("--block_size=0", "--block_size must be at least 2, got 0"),
+        ("--num_attention_heads=0", "--num_attention_heads must be at least 1, got 0"),
         ("--block_size=900", "has 1800 tokens to train on and 200 held out; a block has 900"),
         ("--validation_split_percentage=0", "--validation_split_percentage must be between 0"),
         ("--model_type=gtp2", "no such model"),
         ("--hidden_size=15", "no such model"),
         ("--config_overrides=depth=3", "no such model: key depth isn't in"),
+        ("--config_overrides=depth=3", "(--config_overrides takes NAME=VALUE,NAME=VALUE with nam"),
+        ("--config_overrides=depth", "'depth' has no value (--config_overrides takes"),
+        ("--optim=lip-sgd --optim_args=momentum=abc", "--optim_args momentum=abc: it must be a n"),
+        ("--optim_args=scale_bounds=3", "--optim_args scale_bounds=3 (LOW:HIGH, as in 0.1:10, or"),
+        ("--tokenizer_name=/no/such", "--tokenizer_name: there is no folder /no/such"),
+        ("--tokenizer_name=./no/such", "--tokenizer_name: there is no folder ./no/such"),
+        ("--seed=4294967296", "--seed must be at most 4294967295, got 4294967296"),
+        ("--data_seed=4294967296", "--data_seed must be at most 4294967295, got 4294967296"),
+        ("--do_train", "--do_train: leave it out"),
+        ("--do_eval", "--do_eval: leave it out"),
+        ("--do_predict", "--do_predict: leave it out"),
     ],
 )
 def test_bad_options_are_one_line_and_touch_nothing(
@@ -375,6 +419,93 @@ def test_bad_config_files(
     assert recipe([f"--config={tmp_path / 'config.yaml'}", "--train_file=x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.fixture
+def as_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(SCRIPT), raising=False)
+
+
+def test_a_run_is_published_once_and_without_its_checkpoints(
+    as_script: None,
+    text: Path,
+    tmp_path: Path,
+    loopback_hub: LoopbackHub,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, push = tmp_path / "out", ["--push_to_hub", "--hub_model_id=me/lm", "--hub_private_repo"]
+    short = ["--max_steps=2", "--save_strategy=steps", "--save_steps=1", "--optim=adalip"]
+    assert recipe(options(text, folder, *short, *push)) == 0
+    assert f"published: {loopback_hub.url}/me/lm/commit/" in capsys.readouterr().out
+    repo = loopback_hub.repos["me/lm"]
+    assert (repo.private, repo.commits) == (True, 1)
+    assert {"train.py", "README.md", "model.safetensors", "all_results.json"} <= set(repo.files)
+    assert not any("checkpoint" in path for path in repo.files)
+    assert b"adalip" in repo.files["README.md"]
+    assert b"--hub_model_id" not in repo.files["README.md"]
+
+
+def test_what_must_not_be_published_stays_where_it_is(
+    as_script: None,
+    text: Path,
+    tmp_path: Path,
+    loopback_hub: LoopbackHub,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run is there, and the command that publishes it is told of."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / ".env").write_text("PASSWORD=hunter2hunter2")
+    push = ["--push_to_hub", "--hub_model_id=me/lm"]
+    assert recipe(options(text, folder, *SHORT, *push)) == 1
+    message = capsys.readouterr().err
+    assert "  .env: a secret, by its name" in message
+    assert f"To try again: hf-adalip publish {folder} ..." in message
+    assert results(folder)["finished"]
+    assert loopback_hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--push_to_hub", "--push_to_hub needs --hub_model_id USER/NAME"),
+        ("--hub_model_id=me/x", "--hub_model_id and --hub_private_repo need --push_to_hub"),
+        ("--push_to_hub --hub_model_id=x", "--push_to_hub: repo_id must be USER/NAME, got 'x'"),
+        ("--push_to_hub --hub_model_id=me/x", "the environment's HF_TOKEN"),
+        ("--hub_strategy=checkpoint", "--hub_strategy checkpoint: a run is published once"),
+        ("--hub_always_push", "--hub_always_push True: a run is published once"),
+        ("--hub_revision=x", "--hub_revision x: a run is published once"),
+    ],
+)
+def test_what_publishing_would_lack_is_said_at_the_beginning(
+    as_script: None,
+    more: str,
+    message: str,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert recipe([*options(text, tmp_path / "out", *SHORT), *more.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_scores_are_of_the_model_that_is_saved(text: Path, tmp_path: Path) -> None:
+    """The best checkpoint is the first: every later step makes the model worse."""
+    folder = tmp_path / "out"
+    worse = ["--optim=sgd", "--learning_rate=1e2", "--lr_scheduler_type=constant"]
+    every = ["--max_steps=3", "--eval_strategy=steps", "--save_strategy=steps"]
+    every += ["--eval_steps=1", "--save_steps=1", "--load_best_model_at_end"]
+    assert recipe(options(text, folder, *worse, *every)) == 0
+    found = results(folder)
+    losses = {entry["step"]: entry["eval_loss"] for entry in found["epochs"]}
+    assert len(losses) == len(found["epochs"]) == 3
+    assert found["best_step"] == min(losses, key=losses.__getitem__) < 3
+    assert found["eval_loss"] == losses[found["best_step"]] < losses[3]
+    kept = folder / f"checkpoint-{found['best_step']}" / "model.safetensors"
+    assert (folder / "model.safetensors").read_bytes() == kept.read_bytes()
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

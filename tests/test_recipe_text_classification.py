@@ -138,6 +138,7 @@ def test_sentences_are_learned(
     assert found["eval_accuracy"] == found["eval_f1"] == found["eval_matthews_correlation"] == 1.0
     assert [entry["step"] for entry in found["epochs"]] == [8, 16, 24, 32]
     assert (found["train_samples"], found["eval_samples"]) == (64, 16)  # of validation, not test
+    assert found["eval_split"] == "validation"
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.config.id2label == {0: "neg", 1: "pos"}
     good, bad = torch.tensor([[6, 2, 4]]), torch.tensor([[6, 3, 4]])
@@ -227,6 +228,20 @@ def test_a_label_changes_the_fingerprint(films: Path, tmp_path: Path) -> None:
     assert load(data).fingerprint() != load(films).fingerprint()
 
 
+def test_rows_without_a_label_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SNLI's -1, where its annotators did not agree."""
+    rows = reviews(8).to_dict() | {"label": [-1, 1, 0, 1, -1, 1, 0, 1]}
+    part = Dataset.from_dict(rows, features=REVIEWS)
+    found = load(write(tmp_path / "a", train=part, validation=reviews(4)), max_train_samples=6)
+    assert sorted(found.train["labels"][:]) == [0, 0, 1, 1, 1, 1]
+    assert len(found.validation) == 4
+    message = capsys.readouterr().err
+    assert "train: 2 of 8 rows have no label (-1) and are left out" in message
+    assert "validation: " not in message
+
+
 def test_splits_and_columns_are_found_or_refused(films: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no folder /no/such/folder"):
         load(Path("/no/such/folder"))
@@ -255,6 +270,7 @@ def test_splits_and_columns_are_found_or_refused(films: Path, tmp_path: Path) ->
         ("--max_seq_length=0", "--max_seq_length must be at least 1, got 0"),
         ("--max_train_samples=0", "--max_train_samples must be at least 1, got 0"),
         ("--model_name_or_path=/no/such/model", "--model_name_or_path: "),
+        ("--model_name_or_path=no/such/model", "there is no folder no/such/model"),
     ],
 )
 def test_bad_options_are_one_line(

@@ -21,6 +21,7 @@ import difflib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -32,10 +33,19 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from .. import hub
 from ..checkpoints import MANIFEST, RESULTS, find_checkpoint, whole, write_manifest
-from ..data import DataError
+from ..data import DataError, on_hub
 from ..monitor import LayerRateHistory, layerwise
-from ..options import UsageError, read_config
+from ..options import (
+    OneLineErrors,
+    UsageError,
+    check_bounds,
+    check_hub_options,
+    check_optimizer,
+    in_optim_args,
+    read_config,
+)
 from ..runs import (
     INTERRUPTED,
     RATES,
@@ -115,12 +125,23 @@ class RecipeArguments(TrainingArguments):  # type: ignore[misc]
             "(from the beginning if there is none yet)."
         },
     )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Publish the finished run, once, with HF_TOKEN's token."},
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "USER/NAME, for --push_to_hub."}
+    )
+    hub_private_repo: bool = field(
+        default=False,
+        metadata={"help": "For those with access only, for --push_to_hub and trackio."},
+    )
     command: str = field(init=False, default="")  # as `parse` read it, to be repeated anywhere
+    publish_to: str | None = field(init=False, default=None)  # what --push_to_hub asks for
 
 
-class _Parser(HfArgumentParser):  # type: ignore[misc]
-    def error(self, message: str) -> Any:
-        raise UsageError(message)
+class _Parser(OneLineErrors, HfArgumentParser):  # type: ignore[misc]
+    pass
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -180,6 +201,10 @@ def parse(
             f"{folder} has results already: choose another --output_dir, or "
             "--overwrite_output_dir, or --resume_from_checkpoint latest"
         )
+    # `run` publishes: Trainer would upload whatever is in the folder, and not what a card needs
+    training.publish_to = training.hub_model_id if training.push_to_hub else None
+    training.push_to_hub = False
+    training.hub_private_repo = training.hub_private_repo or None  # trackio's False is public
     checkpoint = find_checkpoint(cast("Any", training), folder)
     training.resume_from_checkpoint = str(checkpoint[0]) if checkpoint else None
     training.command = shlex.join([sys.argv[0], *given])
@@ -204,6 +229,7 @@ _AT_LEAST = {
     "max_train_samples": 1,
     "max_eval_samples": 1,
     "seed": 0,
+    "data_seed": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
     # the one before must outlive a save that is interrupted
@@ -213,15 +239,16 @@ _AT_LEAST = {
 
 def _check(chosen: argparse.Namespace) -> None:
     """What TrainingArguments would take, and Trainer fail with later or not do."""
-    for name, least in _AT_LEAST.items():
-        value = getattr(chosen, name, None)
-        if value is not None and not least <= value < math.inf:
-            raise UsageError(f"--{name} must be at least {least}, got {value}")
+    check_bounds(chosen, _AT_LEAST)
     for name in ("learning_rate", "num_train_epochs"):
         if not 0 < (value := getattr(chosen, name)) < math.inf:
             raise UsageError(f"--{name} must be a positive number, got {value}")
+    for name in ("do_train", "do_eval", "do_predict"):
+        if getattr(chosen, name):
+            raise UsageError(f"--{name}: leave it out; a recipe trains and evaluates, always")
     if chosen.hub_token is not None:  # it would be written into the results
         raise UsageError("--hub_token: a token is not taken here; set HF_TOKEN instead")
+    _check_publishing(chosen)
     names = [member.value for member in OptimizerNames]
     if chosen.optim not in names:
         near = [name for name in names if name.startswith(chosen.optim)]
@@ -232,6 +259,21 @@ def _check(chosen: argparse.Namespace) -> None:
         raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
 
 
+def _check_publishing(chosen: argparse.Namespace) -> None:
+    for name in ("hub_strategy", "hub_always_push", "hub_revision"):
+        value, default = getattr(chosen, name), RecipeArguments.__dataclass_fields__[name].default
+        if value != default:
+            raise UsageError(f"--{name} {value}: a run is published once, when it is finished")
+    private = chosen.hub_private_repo and "trackio" not in str(chosen.report_to)
+    check_hub_options(chosen.push_to_hub, chosen.hub_model_id, private)
+    if not chosen.push_to_hub:
+        return
+    try:
+        hub.check_run(chosen.hub_model_id)
+    except hub.PublishError as error:
+        raise UsageError(f"--push_to_hub: {error}") from error
+
+
 _OWN_OPTION = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
 
@@ -239,13 +281,16 @@ def optimizer_kwargs(training: TrainingArguments) -> dict[str, Any]:
     """What Trainer takes for --optim: `trainer_kwargs`, or nothing for an optimizer of its own.
 
     Raises:
-        ValueError, TypeError: for an argument that the optimizer does not take, or ignores.
+        ValueError, TypeError: for an argument that the optimizer does not take, or ignores
+            (UsageError, which is one, if it is one of ours).
     """
     given = parse_arguments(training.optim_args or "")
     for key in set(given) & set(_OWN_OPTION):
         raise ValueError(f"--optim_args: give {key} as --{_OWN_OPTION[key]}")
     factory, arguments = Trainer.get_optimizer_cls_and_kwargs(training)
     if factory is ModelOptimizer:
+        own = {key: value for key, value in arguments.items() if key != "name"}
+        check_optimizer(arguments["name"], own, in_optim_args(given))
         return trainer_kwargs(**arguments)
     if given:
         without = dataclasses.replace(training, optim_args=None)
@@ -317,15 +362,17 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: if the checkpoint is of a run with other settings.
         Interrupted: if the user stopped it; the run has been saved then.
+        PublishError: if the finished run was not published as asked.
     """
     args = cast("RecipeArguments", trainer.args)
     folder, checkpoint = Path(str(args.output_dir)), args.resume_from_checkpoint
     settings = json.loads(json.dumps({**settings, **_settings(trainer)}))
+    same = {**_same_arguments(args), **settings}
     script = running_script()
-    watch = _Run(trainer, settings)
+    watch = _Run(trainer, same)
     if checkpoint:
         saved = json.loads(Path(checkpoint, MANIFEST).read_text())["settings"]
-        check_same_run(Path(checkpoint), saved, settings)
+        check_same_run(Path(checkpoint), saved, same)
         watch.rates = LayerRateHistory.load(Path(checkpoint) / f"{RATES}.json")
     if args.should_save:
         folder.mkdir(parents=True, exist_ok=True)
@@ -333,19 +380,25 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     trainer.add_callback(watch)
     with asked_to_stop(watch):
         seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
-    if not watch.stopped and not _evaluated(trainer):
+    epochs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = None if watch.stopped else _best_step(trainer)
+    if not watch.stopped and not _evaluated(trainer, best):
         trainer.evaluate()
+        if best is None:
+            epochs.append(trainer.state.log_history[-1])
     results = {
         **_scores(trainer.state.log_history),
+        **({} if best is None else {"best_step": best}),
         "finished": not watch.stopped,
         "epoch": trainer.state.epoch,
         "step": trainer.state.global_step,
         **settings,
+        "on_hub": on_hub(settings["dataset_name"], settings.get("model_name_or_path")),
         **_facts(trainer),
         "resumed_from": checkpoint,
         "seconds_since_then" if checkpoint else "seconds": seconds,
         "command": args.command,
-        "epochs": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+        "epochs": epochs,
     }
     if not watch.stopped:
         trainer.save_model()  # on all processes: where the model is sharded, each has a part of it
@@ -365,11 +418,37 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     if args.should_save:
         print(f"\n{_table(results, watch.rates)}\n\nresults in {folder}")
+        if args.publish_to:
+            hub.publish_run(folder, args.publish_to, bool(args.hub_private_repo))
     return results
 
 
-def _settings(trainer: Trainer) -> dict[str, Any]:
+_MAY_CHANGE = re.compile(
+    # where it runs and writes, how fast, and what it says of itself
+    r"(overwrite_)?output_dir|use_cpu|local_rank|ddp_.*|dataloader_(?!drop_last).*|debug"
+    r"|torch_empty_cache_steps|skip_memory_metrics|log(ging)?_.*|include_num_input_tokens_seen"
+    r"|disable_tqdm|report_to|run_name|project|trackio_.*|push_to_hub|hub_.*|publish_to|command"
+    # evaluation and saving
+    r"|do_.*|(batch_)?eval_.*|(bf16|fp16)_full_eval|per_device_eval_batch_size|include_for_metrics"
+    r"|prediction_loss_only|load_best_model_at_end|metric_for_best_model|greater_is_better"
+    r"|save_.*|enable_jit_checkpoint"
+    # how it is resumed, and how far it goes, which a schedule says (`_settings`)
+    r"|resume_from_checkpoint|ignore_data_skip|restore_callback_states_from_checkpoint"
+    r"|num_train_epochs|max_steps"
+    # in `_settings` as what they come to
+    r"|optim|optim_args"
+)
+
+
+def _same_arguments(args: TrainingArguments) -> dict[str, Any]:
     """What a run and the one that it resumes must have in common, of Trainer's arguments."""
+    found = {k: v for k, v in args.to_dict().items() if not _MAY_CHANGE.fullmatch(k)}
+    same: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return same
+
+
+def _settings(trainer: Trainer) -> dict[str, Any]:
+    """What they must have in common besides, and what the results say of Trainer's arguments."""
     args = trainer.args
     constant = args.lr_scheduler_type == "constant"
     names = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "data_seed")
@@ -388,7 +467,7 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "num_processes": args.world_size,
-        "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        "mixed_precision": trainer.accelerator.mixed_precision,
     }
 
 
@@ -408,13 +487,18 @@ def _clean(folder: Path, checkpoint: str | None, overwrite: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _evaluated(trainer: Trainer) -> bool:
-    """Whether the model has been evaluated as it is, or cannot be."""
-    done = any(
-        "eval_loss" in entry and entry["step"] == trainer.state.global_step
-        for entry in trainer.state.log_history
-    )
-    return done or trainer.eval_dataset is None
+def _best_step(trainer: Trainer) -> int | None:
+    """The step of the checkpoint that --load_best_model_at_end went back to, if it did."""
+    state = trainer.state
+    found = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    return int(state.best_global_step) if found else None
+
+
+def _evaluated(trainer: Trainer, best: int | None) -> bool:
+    """Whether the last evaluation was of the model as it is now, or there can be none."""
+    steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    now = trainer.state.global_step
+    return trainer.eval_dataset is None or (steps[-1:] == [now] and best in (None, now))
 
 
 _TIMES = ("_runtime", "_per_second")
@@ -478,12 +562,18 @@ def _table(results: Mapping[str, Any], rates: LayerRateHistory) -> str:
     return "\n".join(lines)
 
 
+def check_pretrained(option: str, name: str | None) -> None:
+    """Raises UsageError if the option's value is neither a folder nor may be an id of the Hub."""
+    if name and not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        raise UsageError(f"--{option}: there is no folder {name}")
+
+
 def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
     """Runs a recipe's `main(argv)`.
 
     Returns:
-        0 when the run is finished, 2 for bad options or data (one line on stderr says what), 130
-        when the user stopped it.
+        0 when the run is finished, 1 if it was not published then as asked, 2 for bad options or
+        data (one line on stderr says what), 130 when the user stopped it.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -492,6 +582,9 @@ def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequenc
         if first:
             print(f"{recipe}: error: {error}", file=sys.stderr)
         return 2
+    except hub.PublishError as error:  # of the main process, which alone publishes
+        print(error, file=sys.stderr)
+        return 1
     except (Interrupted, KeyboardInterrupt) as stop:
         if first:
             print(f"{recipe}: {stop or 'stopped, nothing saved'}", file=sys.stderr)
