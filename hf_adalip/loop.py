@@ -252,20 +252,37 @@ class Training:
                 labels = batch["labels"]
                 images, targets = augment(batch)
                 logits = self.model(images)
-                loss = F.cross_entropy(logits, targets)
-                accelerator.backward(loss)
+                losses = F.cross_entropy(logits, targets, reduction="none")
+                own, share = self._share_of_step(len(labels))
+                accelerator.backward(losses[:own].sum() * share)
                 if accelerator.sync_gradients and self.args.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            correct = (logits.argmax(-1) == labels).sum()
-            sums = [loss.detach() * len(labels), correct, correct.new_tensor(len(labels))]
+            losses, correct = losses.detach()[:own], (logits.argmax(-1) == labels)[:own].sum()
+            sums = [losses.sum(), correct, correct.new_tensor(own)]
             self.totals += torch.stack([x.to(self.totals.dtype) for x in sums])
             progress.batch += 1
             if accelerator.sync_gradients:
-                self._after_step(loss.detach(), started)
+                self._after_step(losses.mean(), started)
                 if self.done:
                     break
+
+    def _share_of_step(self, rows: int) -> tuple[int, float]:
+        """How many rows of a batch are not filled up with images that the epoch has had, which are
+        the last ones; and the factor that makes a step's gradient the mean over its images.
+
+        accelerate divides a loss by the batches of a step and the gradient by the processes,
+        however few of them an epoch has left for its last step.
+        """
+        accelerator, size = self.accelerator, self.args.per_device_train_batch_size
+        together = size * accelerator.num_processes
+        steps, batch = accelerator.gradient_accumulation_steps, self.progress.batch
+        left = self.sampler.size - batch * together
+        own = min(rows, max(left - accelerator.process_index * size, 0))
+        left_of_step = self.sampler.size - batch // steps * steps * together
+        images = min(left_of_step, steps * together)
+        return own, steps * accelerator.num_processes / images
 
     def _augmentation(self) -> Callable[[Batch], tuple[Tensor, Tensor]]:
         """Images and targets of a batch of this epoch, as the recipe wants them."""
@@ -356,7 +373,8 @@ class Training:
         """eval_loss and eval_accuracy on the test set; empty but on the main process."""
         from .metrics import Accuracy  # evaluate takes long to import, also for --help
 
-        model = self.model if self.average is None else self._averaged_model()
+        model = self.model if self.average is None else self.average.module
+        _share_buffers(model)
         model.eval()
         metric, total = Accuracy(keep_in_memory=True), 0.0
         for batch in self.eval_loader:
@@ -373,13 +391,6 @@ class Training:
         accuracy = metric.compute()["accuracy"]
         return {"eval_loss": total / len(self.data.test), "eval_accuracy": accuracy}
 
-    def _averaged_model(self) -> nn.Module:
-        """The moving average, the same on all processes: batch statistics are each one's own."""
-        model: nn.Module = self.average.module
-        for buffer in model.buffers():
-            broadcast(buffer)
-        return model
-
     def _stop(self) -> None:
         path = self.save(f"step_{self.progress.step}")
         self._write_results(finished=False)
@@ -393,6 +404,7 @@ class Training:
         accelerator, path = self.accelerator, self.folder / name
         partial = path.with_name(f"{name}.partial")
         self.progress.totals = accelerator.gather(self.totals[None]).tolist()
+        _share_buffers(self.model)
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -524,6 +536,12 @@ def _train_mode(model: nn.Module) -> None:
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Gives all processes the first one's batch statistics, which are each one's own."""
+    for buffer in model.buffers():
+        broadcast(buffer)
 
 
 def _refuse_code(path: Path) -> None:

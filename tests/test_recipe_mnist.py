@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
 from torch import nn
 
 from hf_adalip import training
@@ -476,6 +477,39 @@ def torchrun(*arguments: str) -> None:
 TEN_STEPS = [*BASE, "--max_train_samples=250", "--max_train_steps=10"]
 
 
+def same_training(folder: Path, other: Path) -> None:
+    """Step by step, but for the order in which numbers are added."""
+    rates = [
+        json.loads((run / "layer_learning_rates.json").read_text()) for run in (folder, other)
+    ]
+    assert rates[0]["steps"] == rates[1]["steps"]
+    for layer, scales in rates[1]["scale"].items():
+        assert rates[0]["scale"][layer] == pytest.approx(scales, rel=1e-3)
+    epochs, others = results(folder)["epochs"], results(other)["epochs"]
+    assert len(epochs) == len(others)
+    for epoch, another in zip(epochs, others, strict=True):
+        assert epoch["train_accuracy"] == another["train_accuracy"]
+        for loss in ("train_loss", "eval_loss"):
+            assert epoch[loss] == pytest.approx(another[loss], rel=1e-4)
+    weights = [load_file(run / "model.safetensors") for run in (folder, other)]
+    for name, x in weights[1].items():
+        assert (weights[0][name] - x).norm() < 1e-4 * x.norm(), name
+
+
+def test_batches_of_a_step_are_one_batch(tmp_path: Path) -> None:
+    """Also at the end of an epoch, with fewer of them, the last of which is smaller."""
+    options = (*BASE, "--max_train_samples=330", "--num_train_epochs=3", "--learning_rate=1e-4")
+    several = ("--per_device_train_batch_size=64", "--gradient_accumulation_steps=4")
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert recipe(*options, "--per_device_train_batch_size=256", f"--output_dir={a}") == 0
+    assert recipe(*options, *several, "--checkpointing_steps=3", f"--output_dir={b}") == 0
+    assert results(a)["step"] == 6
+    same_training(b, a)
+    resumed = f"--resume_from_checkpoint={b / 'step_3'}"
+    assert recipe(*options, *several, resumed, f"--output_dir={tmp_path / 'c'}") == 0
+    assert numbers(tmp_path / "c") == numbers(b)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of ten steps on two ranks, with the rates of each beside it."""
@@ -496,13 +530,8 @@ def test_two_ranks_have_one_s_and_resume(two_ranks: Path, tmp_path: Path) -> Non
     assert numbers(tmp_path / "b") == numbers(two_ranks)
 
     one = tmp_path / "one"
-    same = ("--per_device_train_batch_size=64", "--max_train_steps=3")
-    assert recipe(*TEN_STEPS, *same, f"--output_dir={one}") == 0
-    rates = [
-        json.loads((run / "layer_learning_rates.json").read_text()) for run in (two_ranks, one)
-    ]
-    for layer, scales in rates[1]["scale"].items():
-        assert rates[0]["scale"][layer][:3] == pytest.approx(scales, rel=1e-3)
+    assert recipe(*TEN_STEPS, "--per_device_train_batch_size=64", f"--output_dir={one}") == 0
+    same_training(two_ranks, one)
     assert results(two_ranks)["num_processes"] == 2
 
 
