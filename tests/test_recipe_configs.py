@@ -14,6 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import (
@@ -26,7 +28,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 
 from hf_adalip import engines
-from hf_adalip.options import TrainingArguments, UsageError
+from hf_adalip.data import load_image_dataset
+from hf_adalip.options import TrainingArguments, UsageError, parse
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "configs"
@@ -127,13 +130,13 @@ def found_in(folder):
     return results, rates, load_file(folder / "model.safetensors")
 
 
-def train_and_resume(name, folder):
+def train_and_resume(name, folder, recipe=RECIPE, options=OPTIONS):
     done = launch(
         name,
         str(ROOT / "tests" / "recipe_and_resume.py"),
         str(folder),
-        RECIPE,
-        *OPTIONS,
+        recipe,
+        *options,
         # of several processes in two parts, of which 330 leave the last step one and a bit
         f"--gradient_accumulation_steps={1 if name == 'single' else 2}",
         f"--per_device_train_batch_size={ROWS if name == 'single' else ROWS // 2 // PROCESSES[name]}",
@@ -170,6 +173,27 @@ def test_the_recipe_trains_as_in_one_process_and_resumes(name, single, tmp_path)
     assert weights.keys() == expected_weights.keys()
     for key, value in expected_weights.items():
         assert (weights[key] - value).norm() < 1e-4 * value.norm(), key
+
+
+@pytest.mark.parametrize(
+    "name", ["fsdp2", pytest.param("deepspeed_zero2", marks=needs_deepspeed)]
+)
+def test_batch_statistics_are_those_of_one_process(name, tmp_path):
+    """What is evaluated is what is saved, and what a resumed run goes on from."""
+    pytest.importorskip("timm")
+    recipe = str(ROOT / "recipes" / "timm_finetune.py")
+    options = (*OPTIONS, "--no-pretrained", "--model=test_resnet", "--max_eval_samples=60")
+    results, _, weights = train_and_resume(name, tmp_path, recipe, options)
+    spec = importlib.util.spec_from_file_location("recipe_timm_finetune", recipe)
+    finetune = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(finetune)
+    args = parse(finetune.RECIPE, options)
+    model = finetune.build_model(args, (1, 8, 8), 10).eval()
+    model.load_state_dict(weights)
+    data = load_image_dataset("digits", max_eval_samples=60).test
+    with torch.no_grad():
+        loss = F.cross_entropy(model(data.images / 255.0), data.labels)
+    assert results["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def deepspeed_with(config, **options):
