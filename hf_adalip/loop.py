@@ -10,14 +10,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import operator
 import pickle
+import re
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.logging import get_logger
+from accelerate.logging import MultiProcessAdapter
 from accelerate.utils import DistributedType, broadcast, set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,7 +36,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
-from .checkpoints import whole, write_manifest
+from .checkpoints import read_checkpoint, whole, write_manifest
 from .data import Batch, ImageData, ImageDataset
 from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
 from .monitor import LayerRateHistory, layerwise, summary
@@ -52,7 +55,15 @@ from .runs import (
 )
 from .script import SCRIPT, running_script, versions
 
-logger = get_logger(__name__)
+
+class _OfMainProcess(MultiProcessAdapter):  # type: ignore[misc]
+    """Without accelerate's `[RANK 0]`, which is no news where only the main process speaks."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        return msg, kwargs
+
+
+logger = _OfMainProcess(logging.getLogger(__name__), {})
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -164,6 +175,7 @@ class Training:
         # loss, correct answers and images of this epoch so far, summed over this process's batches
         self.totals = torch.zeros(3, dtype=wide, device=accelerator.device)
         self.stop_asked = False
+        self.saved_last = 0, folder  # step and path
         self.nonfinite_steps = 0  # as of the last results, when there is still a process group
 
     def _average(self, model: nn.Module) -> Any:
@@ -392,7 +404,9 @@ class Training:
         return {"eval_loss": total / len(self.data.test), "eval_accuracy": accuracy}
 
     def _stop(self) -> None:
-        path = self.save(f"step_{self.progress.step}")
+        step, path = self.saved_last
+        if step != self.progress.step:
+            path = self.save(f"step_{self.progress.step}")
         self._write_results(finished=False)
         raise Interrupted(
             f"stopped at step {self.progress.step} of {self.total_steps} and saved {path}; to go "
@@ -400,9 +414,13 @@ class Training:
         )
 
     def save(self, name: str) -> Path:
-        """Saves a checkpoint in the folder; it has its name only when it is whole."""
+        """Saves a checkpoint in the folder; it has its name only when it is whole.
+
+        One that has the name is replaced by two renames; `finish_replacing` is for what was
+        interrupted between them.
+        """
         accelerator, path = self.accelerator, self.folder / name
-        partial = path.with_name(f"{name}.partial")
+        partial = path.with_name(f"{name}{_PARTIAL}")
         self.progress.totals = accelerator.gather(self.totals[None]).tolist()
         _share_buffers(self.model)
         if accelerator.is_main_process:
@@ -414,12 +432,13 @@ class Training:
         if accelerator.is_main_process:
             self.rates.save(partial / f"{RATES}.json")
             write_manifest(partial, self.progress.step, self.settings)
-            replaced = path.with_name(f"{name}.replaced.partial")
+            replaced = path.with_name(f"{name}{_REPLACED}")
             if path.exists():
                 path.rename(replaced)
             partial.rename(path)
             shutil.rmtree(replaced, ignore_errors=True)
         accelerator.wait_for_everyone()
+        self.saved_last = self.progress.step, path
         return path
 
     def load(self, path: Path, manifest: Mapping[str, Any]) -> None:
@@ -524,6 +543,28 @@ class Training:
                 "inf or NaN, and the layer was not trained; is the learning rate too large?",
             ]
         return "\n".join(lines)
+
+
+_PARTIAL, _REPLACED = ".partial", ".replaced.partial"
+_SAVED = re.compile(rf"(step|epoch)_[0-9]+({re.escape(_PARTIAL)}|{re.escape(_REPLACED)})?")
+
+
+def saved_in(folder: Path) -> list[Path]:
+    """The folders of checkpoints, whole or not, or links to some, that saving makes."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if _SAVED.fullmatch(path.name) and path.is_dir())
+
+
+def finish_replacing(folder: Path) -> None:
+    """Gives a whole checkpoint its name, if it was being replaced and neither it nor the new one
+    has the name; for all processes at a time."""
+    for partial in saved_in(folder):  # the new one before the replaced one, by name
+        if partial.name.endswith(_PARTIAL):
+            path = partial.with_name(partial.name.removesuffix(_REPLACED).removesuffix(_PARTIAL))
+            with suppress(UsageError, OSError):  # not whole, or another process was faster
+                if not path.exists():
+                    read_checkpoint(partial)
+                    partial.rename(path)
 
 
 _METRICS = ("train_accuracy", "train_loss", "eval_accuracy", "eval_loss")

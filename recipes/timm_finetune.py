@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_adalip.options import UsageError, option
-from hf_adalip.training import Recipe, TrainingArguments, main
+from hf_adalip.training import Recipe, TrainingArguments, main, output_dir
 
 try:
     import timm
@@ -88,6 +88,13 @@ class Arguments(TrainingArguments):
 
 def configure(recipe: Recipe, args: Arguments, num_classes: int) -> Recipe:
     """The recipe that these arguments stand for."""
+    if args.checkpoint is not None and args.overwrite_output_dir:
+        folder = output_dir(args, recipe).resolve()
+        if Path(args.checkpoint).resolve().is_relative_to(folder):
+            raise UsageError(
+                f"--checkpoint {args.checkpoint} is in the --output_dir that "
+                "--overwrite_output_dir empties; choose another --output_dir"
+            )
     decay, warmup = args.model_ema_decay, args.model_ema_warmup
     return replace(
         recipe,

@@ -131,15 +131,17 @@ def found_in(folder):
 
 
 def train_and_resume(name, folder, recipe=RECIPE, options=OPTIONS):
+    parts = 1 if name == "single" else 2
     done = launch(
         name,
         str(ROOT / "tests" / "recipe_and_resume.py"),
         str(folder),
         recipe,
         *options,
-        # of several processes in two parts, of which 330 leave the last step one and a bit
-        f"--gradient_accumulation_steps={1 if name == 'single' else 2}",
-        f"--per_device_train_batch_size={ROWS if name == 'single' else ROWS // 2 // PROCESSES[name]}",
+        # those of several processes in two parts, of which the last step has the images for one
+        # and a bit
+        f"--gradient_accumulation_steps={parts}",
+        f"--per_device_train_batch_size={ROWS // parts // PROCESSES[name]}",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     whole, resumed = found_in(folder / "whole"), found_in(folder / "resumed")
@@ -175,9 +177,7 @@ def test_the_recipe_trains_as_in_one_process_and_resumes(name, single, tmp_path)
         assert (weights[key] - value).norm() < 1e-4 * value.norm(), key
 
 
-@pytest.mark.parametrize(
-    "name", ["fsdp2", pytest.param("deepspeed_zero2", marks=needs_deepspeed)]
-)
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("deepspeed_zero2", marks=needs_deepspeed)])
 def test_batch_statistics_are_those_of_one_process(name, tmp_path):
     """What is evaluated is what is saved, and what a resumed run goes on from."""
     pytest.importorskip("timm")

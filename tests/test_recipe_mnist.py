@@ -181,6 +181,28 @@ def test_killed_while_saving_and_resumed(whole: Path, tmp_path: Path) -> None:
     assert not list(folder.glob("*.partial"))
 
 
+@pytest.mark.parametrize("names", [(".partial", ".replaced.partial"), (".replaced.partial",)])
+def test_killed_between_the_renames_and_resumed(
+    whole: Path, tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint has its name, but one is whole: it is not made again, nor removed."""
+    folder = tmp_path / "out"
+    for name in names:
+        shutil.copytree(whole / "step_8", folder / f"step_8{name}")
+    (folder / "step_9.partial").mkdir()
+    loaded = []
+    load = training.Training.load
+    monkeypatch.setattr(
+        training.Training,
+        "load",
+        lambda run, path, *args: (loaded.append(path), load(run, path, *args)),
+    )
+    assert resume(folder) == 0
+    assert loaded == [folder / "step_8"]
+    assert numbers(folder) == numbers(whole)
+    assert not list(folder.glob("*.partial"))
+
+
 @pytest.mark.parametrize("step", [1, 4, 10, 24])  # in an epoch, at the end of one, and of all
 def test_resumed_from_any_step(whole: Path, tmp_path: Path, step: int) -> None:
     folder = tmp_path / "out"
@@ -300,7 +322,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    record = training.Training._record
+    record, save = training.Training._record, training.Training.save
+    saved: list[str] = []
+
+    def noted(self: training.Training, name: str) -> Path:
+        saved.append(name)
+        return save(self, name)
 
     def press(self: training.Training, loss: torch.Tensor) -> None:
         record(self, loss)
@@ -309,8 +336,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(training.Training, "_record", press)
+        patched.setattr(training.Training, "save", noted)
         assert recipe(*RUN, f"--output_dir={tmp_path / 'out'}") == 130
     message = capsys.readouterr().err
+    assert saved == [f"step_{step}" for step in range(1, 7)]  # none twice
     assert "stopped at step 6 of 24" in message
     assert "--resume_from_checkpoint latest" in message
     partial = results(tmp_path / "out")
@@ -329,6 +358,38 @@ def test_results_are_not_written_over_by_accident(
     assert recipe(*SHORT, out, "--seed=5", "--overwrite_output_dir") == 0
     assert results(tmp_path / "out")["seed"] == 5
     assert not list((tmp_path / "out").glob("step_*"))
+
+
+def test_what_is_the_users_stays(tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    for folder in (out / "epoch_plans", out / "step_by_step.d", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "mine").touch()
+    for name in ("notes_1.partial", "step_by_step.md", "layer_learning_rates.md", "step_5.md"):
+        (out / name).touch()
+    mine = {path.name for path in out.iterdir()}
+    options = (*SHORT, f"--output_dir={out}", "--checkpointing_steps=2")
+    assert recipe(*options) == 0
+    (out / "step_best").symlink_to(out / "step_2")
+    (out / "step_7").symlink_to(elsewhere)
+    (out / "step_3.partial").mkdir()
+    assert recipe(*options, "--overwrite_output_dir", "--checkpointing_steps=1") == 0
+    found = {path.name for path in out.iterdir()}
+    assert mine | {"step_best", "step_1", "step_2", "step_3"} <= found
+    assert not {"step_7", "step_3.partial"} & found
+    for folder in (out / "epoch_plans", out / "step_by_step.d", elsewhere):
+        assert (folder / "mine").exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/none/out", "/dev/null/out", "x" * 300])
+def test_a_folder_that_cannot_be_made(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipe(*SHORT, f"--output_dir={folder}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mnist: error: --output_dir {folder}")
+    assert "choose another" in line
 
 
 def test_a_config_file_is_under_the_command_line(tmp_path: Path) -> None:
@@ -479,9 +540,7 @@ TEN_STEPS = [*BASE, "--max_train_samples=250", "--max_train_steps=10"]
 
 def same_training(folder: Path, other: Path) -> None:
     """Step by step, but for the order in which numbers are added."""
-    rates = [
-        json.loads((run / "layer_learning_rates.json").read_text()) for run in (folder, other)
-    ]
+    rates = [json.loads((run / "layer_learning_rates.json").read_text()) for run in (folder, other)]
     assert rates[0]["steps"] == rates[1]["steps"]
     for layer, scales in rates[1]["scale"].items():
         assert rates[0]["scale"][layer] == pytest.approx(scales, rel=1e-3)

@@ -258,6 +258,19 @@ def test_what_is_no_checkpoint_of_the_model(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_the_weights_to_start_from_are_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert recipe(*SHORT, "--max_train_steps=1", f"--output_dir={out}") == 0
+    before = (out / "model.safetensors").read_bytes()
+    options = (f"--checkpoint={out}", f"--output_dir={out}", "--overwrite_output_dir")
+    assert recipe(*SHORT, *options) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--checkpoint {out} is in the --output_dir that --overwrite_output_dir" in line
+    assert (out / "model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_normalised_and_names_stay_timms(channels: int) -> None:
     model = build("--no-pretrained", "--model=test_efficientnet", shape=(channels, 32, 32)).eval()
