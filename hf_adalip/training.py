@@ -14,12 +14,14 @@ import shutil
 import stat
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import hub
 from .checkpoints import RESULTS, find_checkpoint
 from .data import DataError, load_image_dataset
+from .doctor import TRIAL
 from .options import (
     Recipe,
     TrainingArguments,
@@ -69,6 +71,21 @@ def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
     return path
 
 
+def _elsewhere_in_a_trial(args: TrainingArguments) -> TrainingArguments:
+    """The doctor's run of a recipe leaves nothing, and touches nothing that is there."""
+    if (folder := os.environ.get(TRIAL)) is None:
+        return args
+    return replace(
+        args,
+        output_dir=folder,
+        overwrite_output_dir=False,
+        checkpointing_steps=None,
+        resume_from_checkpoint=None,
+        with_tracking=False,
+        push_to_hub=False,
+    )
+
+
 def _no_folder(path: Path, error: OSError) -> UsageError:
     return UsageError(f"--output_dir {path} cannot be made: {error.strerror}; choose another")
 
@@ -88,7 +105,7 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
         DataError: if the data cannot be had.
         Interrupted: if the user stopped it; the run has been saved then.
     """
-    args = parse(recipe, argv)
+    args = _elsewhere_in_a_trial(parse(recipe, argv))
     arguments = optimizer_arguments(args, recipe)
     if args.lr_scheduler_type != "constant":
         scheduler_factory()
