@@ -630,9 +630,18 @@ def _loader(
 
 
 def _scheduler(args: TrainingArguments, optimizer: Optimizer, total_steps: int) -> Any:
-    """A schedule in optimizer steps, or None for a constant learning rate."""
+    """A schedule in optimizer steps, or None for a constant learning rate.
+
+    Raises:
+        UsageError: if it would be warming up to the end.
+    """
     if args.lr_scheduler_type == "constant":
         return None
+    if args.num_warmup_steps >= total_steps:
+        raise UsageError(
+            f"--num_warmup_steps {args.num_warmup_steps} is not less than the {total_steps} steps "
+            "of the run; give fewer, or train for longer"
+        )
     return scheduler_factory()(
         args.lr_scheduler_type,
         optimizer,

@@ -20,7 +20,7 @@ from typing import Any
 
 from . import hub
 from .checkpoints import RESULTS, find_checkpoint
-from .data import DataError, load_image_dataset
+from .data import DIGITS, DataError, load_image_dataset
 from .doctor import TRIAL
 from .options import (
     Recipe,
@@ -110,6 +110,9 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
     if args.lr_scheduler_type != "constant":
         scheduler_factory()
     trackers(args)
+    for name in ("image_column_name", "label_column_name"):
+        if args.dataset_name == DIGITS and (value := getattr(args, name)) is not None:
+            raise UsageError(f"--{name} {value}: the digits have no columns; leave it out")
     if args.push_to_hub:
         _check_publishing(str(args.hub_model_id))
     folder = output_dir(args, recipe)

@@ -348,6 +348,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert numbers(tmp_path / "out") == numbers(whole)
 
 
+def test_the_log_has_no_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert recipe(*SHORT, f"--output_dir={tmp_path / 'out'}") == 0
+    assert any(message.startswith("epoch 1: ") for message in caplog.messages)
+    assert "RANK" not in caplog.text
+
+
 def test_results_are_not_written_over_by_accident(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -449,6 +455,12 @@ def test_a_run_that_diverges_ends_with_valid_json(tmp_path: Path) -> None:
         ("--layers=block", "--layers must be one of tensor, module, got 'block'"),
         ("--lr_scheduler_type=cosin", "--lr_scheduler_type must be one of constant"),
         ("--num_warmup_steps=5", "--num_warmup_steps needs an --lr_scheduler_type"),
+        (
+            "--lr_scheduler_type=linear --max_train_steps=5 --num_warmup_steps=5",
+            "--num_warmup_steps 5 is not less than the 5 steps of the run; give fewer",
+        ),
+        ("--image_column_name=img", "--image_column_name img: the digits have no columns"),
+        ("--label_column_name=fine", "--label_column_name fine: the digits have no columns"),
         ("--checkpointing_steps=often", "must be a number of steps or epoch, got 'often'"),
         ("--mixed_precision=fp8", "--mixed_precision must be one of no, fp16, bf16"),
         ("--mixed_precision=fp16", "--mixed_precision fp16 needs a GPU"),
