@@ -264,7 +264,7 @@ class Training:
                 labels = batch["labels"]
                 images, targets = augment(batch)
                 logits = self.model(images)
-                losses = F.cross_entropy(logits, targets, reduction="none")
+                losses = F.cross_entropy(logits.float(), targets, reduction="none")
                 own, share = self._share_of_step(len(labels))
                 accelerator.backward(losses[:own].sum() * share)
                 if accelerator.sync_gradients and self.args.max_grad_norm is not None:

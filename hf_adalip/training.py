@@ -111,7 +111,8 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
         scheduler_factory()
     trackers(args)
     for name in ("image_column_name", "label_column_name"):
-        if args.dataset_name == DIGITS and (value := getattr(args, name)) is not None:
+        asked = (value := getattr(args, name)) != recipe.defaults.get(name)
+        if args.dataset_name == DIGITS and asked:
             raise UsageError(f"--{name} {value}: the digits have no columns; leave it out")
     if args.push_to_hub:
         _check_publishing(str(args.hub_model_id))
