@@ -19,11 +19,14 @@ def main() -> None:
         help="run a training script for a few steps, and say what is wrong",
         description="Runs a script, with transformers' Trainer or a loop of its own, stops it "
         "after 20 steps of its optimizer, and says what is wrong, why, and the line to change. "
+        "Recipes and Trainers write to a folder that is removed, and resume nothing. "
         "The exit status is 1 if anything is, 2 if the script does not train with a learning rate "
         "per layer.",
     )
-    check.add_argument("script")
-    check.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's")
+    check.add_argument("script", metavar="SCRIPT", help="a Python file that trains")
+    check.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="what SCRIPT is called with, options too"
+    )
     publishing = commands.add_parser(
         "publish",
         help="upload a recipe's run to the Hub",
@@ -47,12 +50,15 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.command == "optimizers":
-        for name, description in list_optimizers(args.filter, with_description=True):
+        found = list_optimizers(args.filter, with_description=True)
+        if not found:
+            sys.exit(f"hf-adalip optimizers: no name matches {args.filter!r}; leave it out for all")
+        for name, description in found:
             print(f"{name:16} {description}")
     elif args.command == "publish":
         sys.exit(publish(args))
     else:
-        from .trial import doctor  # which needs transformers
+        from .trial import doctor  # which imports transformers, if it is there
 
         sys.exit(doctor(args.script, args.arguments))
 
@@ -80,3 +86,7 @@ def publish(args: argparse.Namespace) -> int:
         print(f"hf-adalip publish: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,11 @@ LOOKS = 10
 `attach`."""
 
 
+TRIAL = "HF_ADALIP_TRIAL"
+"""Environment variable with the folder that the doctor has a recipe write to, instead of its own:
+nothing is left behind, replaced or resumed."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something that would not be what its user thinks it is."""
@@ -168,32 +173,43 @@ def decay_set_twice(trainer: Trainer, optimizer: LayerwiseOptimizer) -> Finding 
     return None
 
 
+NOT_TRAINED = "nothing is trained after that, whatever S is"
+
+
 def early_end(optimizer: LayerwiseOptimizer, scheduler: Any, steps: int) -> Finding | None:
     """A schedule at 0 before the training ends, or before S, an average over steps, has moved.
 
-    Looked at are LambdaLRs, which are functions of the step: all of transformers' schedules.
+    Looked ahead is in LambdaLRs, which are functions of the step: all of transformers' schedules.
+    Of others, `Watch` sees what they come to.
     """
     from torch.optim.lr_scheduler import LambdaLR
 
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
-    if not isinstance(scheduler, LambdaLR) or steps < 2:
+    if steps < 2:
         return None
-    looked = sorted({round(i * (steps - 1) / 999) for i in range(1000)})
-    factor = scheduler.lr_lambdas[0]
-    last = max((step for step in looked if factor(step) > 0.0), default=-1)
-    trained = last + 1
+    ends = [steps]  # of each group
+    if isinstance(scheduler, LambdaLR):
+        looked = sorted({round(i * (steps - 1) / 999) for i in range(1000)})
+        ends = [
+            max((step for step in looked if factor(step) > 0.0), default=-1) + 1
+            for factor in scheduler.lr_lambdas
+        ]
+    used = {end for end in ends if end} or {0}  # a group at 0 throughout is left out on purpose
+    trained = min(used)
     if steps - trained > 0.1 * steps:
+        which = f" of group {ends.index(trained)}" if len(used) > 1 else ""
         return Finding(
-            f"the learning rate is 0 from step {trained} of {steps} on",
-            "nothing is trained after that, whatever S is",
+            f"the learning rate{which} is 0 from step {trained} of {steps} on",
+            NOT_TRAINED,
             f"give the scheduler num_training_steps={steps}",
         )
     gamma = max(float(group.get("gamma", 0.0)) for group in optimizer.param_groups)
-    memory = 1.0 / (1.0 - gamma)
-    if 5 <= trained < memory * (1.0 - 1e-9):  # less than 5 is a trial of the script
+    first = gamma**trained  # the weight in S, at the end, of the 1 that it starts at
+    if trained >= 5 and first > 0.25:  # less than 5 is a trial of the script
         return Finding(
             f"the training ends after {trained} steps",
-            f"S is an average over the last 1/(1-γ) = {memory:.3g} steps, and has hardly left 1",
+            f"S is an average over the last 1/(1-γ) = {1.0 / (1.0 - gamma):.3g} steps, and "
+            f"{first:.0%} of it is still the 1 that it starts at",
             f"train for longer, or set gamma={1.0 - 4.0 / trained:.2g}",
         )
     return None
@@ -208,44 +224,78 @@ class Watch:
 
     def __init__(self) -> None:
         self.norms: list[tuple[float, float]] = []  # of the gradient, and what it is clipped to
+        self.clipped_to = ""  # in words
         self.silent: Counter[str] = Counter()  # looks at a layer without a gradient, in a row
         self.left_out: Counter[str] = Counter()  # steps of a layer whose gradient was not finite
+        self.ended: dict[int, int] = {}  # looks at a group's lr at 0, in a row, after it was not
+        self.rates: Mapping[str, LayerRate] = {}  # at the last look
 
-    def clip(self, norm: float, max_norm: float) -> None:
+    def clip(self, norm: float, max_norm: float, words: str = "") -> None:
         """A gradient of this norm was clipped to `max_norm`, if that is less."""
         if math.isfinite(norm):
             self.norms = [*self.norms[-LOOKS:], (norm, max_norm)]
+            self.clipped_to = words or f"a norm of {max_norm:g}"
 
     def layers(self, optimizer: LayerwiseOptimizer, rates: Mapping[str, LayerRate]) -> None:
         for name in _trained_layers(optimizer):
             rate = rates.get(name)
-            # at lr = 0, the updates of the -U forms are 0; what is not finite is told elsewhere
-            heard = rate is not None and (rate.norm or not rate.lr or rate.nonfinite_steps)
+            # without a gradient, a layer keeps the numbers of its last step
+            heard = rate is not None and rate != self.rates.get(name)
+            if rate is not None:
+                # at lr = 0, the updates of the -U forms are 0; what is not finite is told elsewhere
+                heard = not rate.lr or (heard and bool(rate.norm or rate.nonfinite_steps))
             self.silent[name] = 0 if heard else self.silent[name] + 1
             if rate is not None and rate.nonfinite_steps:
                 self.left_out[name] = rate.nonfinite_steps
+        self.rates = rates
+        for i, group in enumerate(optimizer.param_groups):
+            if float(group["lr"]):
+                self.ended[i] = 0
+            elif i in self.ended:
+                self.ended[i] += 1
 
     def findings(self) -> list[Finding]:
-        looked = (self._clip(), self._dead(), self._nonfinite())
+        looked = (self._clip(), self._dead(), self._ended(), self._nonfinite())
         return [found for found in looked if found is not None]
 
     def _clip(self) -> Finding | None:
+        if self._clipped_away:
+            return Finding(
+                f"gradients are clipped to {self.clipped_to}",
+                "they are 0 then, and nothing is trained",
+                "leave the clipping out, or clip to more",
+            )
         factors = [min(1.0, most / norm) if norm else 1.0 for norm, most in self.norms]
         pairs = list(itertools.pairwise(factors))
         if len(pairs) < LOOKS or sum(abs(b / a - 1.0) > 0.05 for a, b in pairs) <= LOOKS // 4:
             return None
-        norms, most = [norm for norm, _ in self.norms], self.norms[-1][1]
+        norms = [norm for norm, _ in self.norms]
         return Finding(
-            f"gradients are clipped to a norm of {most:g} by a factor that changes, from "
+            f"gradients are clipped to {self.clipped_to} by a factor that changes, from "
             f"{min(factors):.2g} to {max(factors):.2g}",
             "S compares each gradient with the one before, and so sees the clip change as well",
-            f"switch clipping off (Trainer: max_grad_norm=0), or clip at several times "
-            f"{sorted(norms)[len(norms) // 2]:.2g}, the usual norm, to catch spikes only",
+            f"switch clipping off (Trainer: max_grad_norm=0), or clip the norm at several times "
+            f"{sorted(norms)[len(norms) // 2]:.2g}, the usual one, to catch spikes only",
+        )
+
+    @property
+    def _clipped_away(self) -> bool:
+        return any(norm and most <= 0.0 for norm, most in self.norms)
+
+    def _ended(self) -> Finding | None:
+        ended = [group for group, looks in self.ended.items() if looks >= LOOKS]
+        if not ended:
+            return None
+        which = f" of group {ended[0]}" if len(ended) < len(self.ended) else ""
+        return Finding(
+            f"the learning rate{which} has become 0, and the training goes on",
+            NOT_TRAINED,
+            "give the scheduler the number of steps of the whole training",
         )
 
     def _dead(self) -> Finding | None:
         dead = [name for name, looks in self.silent.items() if looks >= LOOKS]
-        if not dead:
+        if not dead or self._clipped_away:
             return None
         shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
         all_of_them = len(dead) == len(self.silent)

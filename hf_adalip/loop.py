@@ -10,14 +10,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import operator
 import pickle
+import re
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.logging import get_logger
+from accelerate.logging import MultiProcessAdapter
 from accelerate.utils import DistributedType, broadcast, set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,7 +36,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
-from .checkpoints import whole, write_manifest
+from .checkpoints import read_checkpoint, whole, write_manifest
 from .data import Batch, ImageData, ImageDataset, on_hub
 from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
 from .monitor import LayerRateHistory, layerwise, summary
@@ -52,7 +55,15 @@ from .runs import (
 )
 from .script import SCRIPT, running_script, versions
 
-logger = get_logger(__name__)
+
+class _OfMainProcess(MultiProcessAdapter):  # type: ignore[misc]
+    """Without accelerate's `[RANK 0]`, which is no news where only the main process speaks."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        return msg, kwargs
+
+
+logger = _OfMainProcess(logging.getLogger(__name__), {})
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -164,6 +175,7 @@ class Training:
         # loss, correct answers and images of this epoch so far, summed over this process's batches
         self.totals = torch.zeros(3, dtype=wide, device=accelerator.device)
         self.stop_asked = False
+        self.saved_last = 0, folder  # step and path
         self.nonfinite_steps = 0  # as of the last results, when there is still a process group
 
     def _average(self, model: nn.Module) -> Any:
@@ -252,20 +264,37 @@ class Training:
                 labels = batch["labels"]
                 images, targets = augment(batch)
                 logits = self.model(images)
-                loss = F.cross_entropy(logits, targets)
-                accelerator.backward(loss)
+                losses = F.cross_entropy(logits.float(), targets, reduction="none")
+                own, share = self._share_of_step(len(labels))
+                accelerator.backward(losses[:own].sum() * share)
                 if accelerator.sync_gradients and self.args.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            correct = (logits.argmax(-1) == labels).sum()
-            sums = [loss.detach() * len(labels), correct, correct.new_tensor(len(labels))]
+            losses, correct = losses.detach()[:own], (logits.argmax(-1) == labels)[:own].sum()
+            sums = [losses.sum(), correct, correct.new_tensor(own)]
             self.totals += torch.stack([x.to(self.totals.dtype) for x in sums])
             progress.batch += 1
             if accelerator.sync_gradients:
-                self._after_step(loss.detach(), started)
+                self._after_step(losses.mean(), started)
                 if self.done:
                     break
+
+    def _share_of_step(self, rows: int) -> tuple[int, float]:
+        """How many rows of a batch are not filled up with images that the epoch has had, which are
+        the last ones; and the factor that makes a step's gradient the mean over its images.
+
+        accelerate divides a loss by the batches of a step and the gradient by the processes,
+        however few of them an epoch has left for its last step.
+        """
+        accelerator, size = self.accelerator, self.args.per_device_train_batch_size
+        together = size * accelerator.num_processes
+        steps, batch = accelerator.gradient_accumulation_steps, self.progress.batch
+        left = self.sampler.size - batch * together
+        own = min(rows, max(left - accelerator.process_index * size, 0))
+        left_of_step = self.sampler.size - batch // steps * steps * together
+        images = min(left_of_step, steps * together)
+        return own, steps * accelerator.num_processes / images
 
     def _augmentation(self) -> Callable[[Batch], tuple[Tensor, Tensor]]:
         """Images and targets of a batch of this epoch, as the recipe wants them."""
@@ -356,7 +385,8 @@ class Training:
         """eval_loss and eval_accuracy on the test set; empty but on the main process."""
         from .metrics import Accuracy  # evaluate takes long to import, also for --help
 
-        model = self.model if self.average is None else self._averaged_model()
+        model = self.model if self.average is None else self.average.module
+        _share_buffers(model)
         model.eval()
         metric, total = Accuracy(keep_in_memory=True), 0.0
         for batch in self.eval_loader:
@@ -373,15 +403,10 @@ class Training:
         accuracy = metric.compute()["accuracy"]
         return {"eval_loss": total / len(self.data.test), "eval_accuracy": accuracy}
 
-    def _averaged_model(self) -> nn.Module:
-        """The moving average, the same on all processes: batch statistics are each one's own."""
-        model: nn.Module = self.average.module
-        for buffer in model.buffers():
-            broadcast(buffer)
-        return model
-
     def _stop(self) -> None:
-        path = self.save(f"step_{self.progress.step}")
+        step, path = self.saved_last
+        if step != self.progress.step:
+            path = self.save(f"step_{self.progress.step}")
         self._write_results(finished=False)
         raise Interrupted(
             f"stopped at step {self.progress.step} of {self.total_steps} and saved {path}; to go "
@@ -389,10 +414,15 @@ class Training:
         )
 
     def save(self, name: str) -> Path:
-        """Saves a checkpoint in the folder; it has its name only when it is whole."""
+        """Saves a checkpoint in the folder; it has its name only when it is whole.
+
+        One that has the name is replaced by two renames; `finish_replacing` is for what was
+        interrupted between them.
+        """
         accelerator, path = self.accelerator, self.folder / name
-        partial = path.with_name(f"{name}.partial")
+        partial = path.with_name(f"{name}{_PARTIAL}")
         self.progress.totals = accelerator.gather(self.totals[None]).tolist()
+        _share_buffers(self.model)
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -402,12 +432,13 @@ class Training:
         if accelerator.is_main_process:
             self.rates.save(partial / f"{RATES}.json")
             write_manifest(partial, self.progress.step, self.settings)
-            replaced = path.with_name(f"{name}.replaced.partial")
+            replaced = path.with_name(f"{name}{_REPLACED}")
             if path.exists():
                 path.rename(replaced)
             partial.rename(path)
             shutil.rmtree(replaced, ignore_errors=True)
         accelerator.wait_for_everyone()
+        self.saved_last = self.progress.step, path
         return path
 
     def load(self, path: Path, manifest: Mapping[str, Any]) -> None:
@@ -518,6 +549,28 @@ class Training:
         return "\n".join(lines)
 
 
+_PARTIAL, _REPLACED = ".partial", ".replaced.partial"
+_SAVED = re.compile(rf"(step|epoch)_[0-9]+({re.escape(_PARTIAL)}|{re.escape(_REPLACED)})?")
+
+
+def saved_in(folder: Path) -> list[Path]:
+    """The folders of checkpoints, whole or not, or links to some, that saving makes."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if _SAVED.fullmatch(path.name) and path.is_dir())
+
+
+def finish_replacing(folder: Path) -> None:
+    """Gives a whole checkpoint its name, if it was being replaced and neither it nor the new one
+    has the name; for all processes at a time."""
+    for partial in saved_in(folder):  # the new one before the replaced one, by name
+        if partial.name.endswith(_PARTIAL):
+            path = partial.with_name(partial.name.removesuffix(_REPLACED).removesuffix(_PARTIAL))
+            with suppress(UsageError, OSError):  # not whole, or another process was faster
+                if not path.exists():
+                    read_checkpoint(partial)
+                    partial.rename(path)
+
+
 _METRICS = ("train_accuracy", "train_loss", "eval_accuracy", "eval_loss")
 
 
@@ -528,6 +581,12 @@ def _train_mode(model: nn.Module) -> None:
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Gives all processes the first one's batch statistics, which are each one's own."""
+    for buffer in model.buffers():
+        broadcast(buffer)
 
 
 def _refuse_code(path: Path) -> None:
@@ -575,9 +634,18 @@ def _loader(
 
 
 def _scheduler(args: TrainingArguments, optimizer: Optimizer, total_steps: int) -> Any:
-    """A schedule in optimizer steps, or None for a constant learning rate."""
+    """A schedule in optimizer steps, or None for a constant learning rate.
+
+    Raises:
+        UsageError: if it would be warming up to the end.
+    """
     if args.lr_scheduler_type == "constant":
         return None
+    if args.num_warmup_steps >= total_steps:
+        raise UsageError(
+            f"--num_warmup_steps {args.num_warmup_steps} is not less than the {total_steps} steps "
+            "of the run; give fewer, or train for longer"
+        )
     return scheduler_factory()(
         args.lr_scheduler_type,
         optimizer,

@@ -11,14 +11,17 @@ import logging
 import os
 import shlex
 import shutil
+import stat
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import hub
 from .checkpoints import RESULTS, find_checkpoint
-from .data import DataError, load_image_dataset
+from .data import DIGITS, DataError, load_image_dataset
+from .doctor import TRIAL
 from .options import (
     Recipe,
     TrainingArguments,
@@ -34,7 +37,7 @@ from .script import SCRIPT
 
 try:
     from .engines import make_accelerator
-    from .loop import CONFIG, WEIGHTS, Training, logger
+    from .loop import CONFIG, WEIGHTS, Training, finish_replacing, logger, saved_in
 except ImportError as error:
     raise ImportError(
         "hf_adalip.training needs accelerate: pip install 'hf-adalip[recipes]'"
@@ -47,15 +50,20 @@ def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
     """Where the run is to write.
 
     Raises:
-        UsageError: if there are results already, and neither resuming nor overwriting was asked.
+        UsageError: if there are results already, and neither resuming nor overwriting was asked,
+            or there can be none.
     """
     path = Path(args.output_dir or f"outputs/{recipe.name}-{args.optim.lower()}")
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"--output_dir {path} is a file")
-    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"--output_dir {path}: cannot write in {nearest}")
-    if _own_files(path) and not args.resume_from_checkpoint and not args.overwrite_output_dir:
+    try:
+        nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+        if not stat.S_ISDIR(nearest.stat().st_mode):
+            raise UsageError(f"--output_dir {path}: {nearest} is a file; choose another")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UsageError(f"--output_dir {path}: cannot write in {nearest}; choose another")
+        taken = bool(_own_files(path))
+    except OSError as error:  # a name too long, a link to nowhere
+        raise _no_folder(path, error) from error
+    if taken and not args.resume_from_checkpoint and not args.overwrite_output_dir:
         raise UsageError(
             f"{path} has results already: choose another --output_dir, or "
             "--overwrite_output_dir, or --resume_from_checkpoint latest"
@@ -63,9 +71,30 @@ def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
     return path
 
 
+def _elsewhere_in_a_trial(args: TrainingArguments) -> TrainingArguments:
+    """The doctor's run of a recipe leaves nothing, and touches nothing that is there."""
+    if (folder := os.environ.get(TRIAL)) is None:
+        return args
+    return replace(
+        args,
+        output_dir=folder,
+        overwrite_output_dir=False,
+        checkpointing_steps=None,
+        resume_from_checkpoint=None,
+        with_tracking=False,
+        push_to_hub=False,
+    )
+
+
+def _no_folder(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"--output_dir {path} cannot be made: {error.strerror}; choose another")
+
+
 def _own_files(folder: Path) -> list[Path]:
-    patterns = (RESULTS, WEIGHTS, CONFIG, SCRIPT, f"{RATES}.*", "step_*", "epoch_*")
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+    """What a run leaves in its folder; what else is there is the user's."""
+    names = (RESULTS, WEIGHTS, CONFIG, SCRIPT, f"{RATES}.json", f"{RATES}.png")
+    files = [folder / name for name in names]
+    return [path for path in files if path.is_file()] + saved_in(folder)
 
 
 def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
@@ -76,17 +105,23 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
         DataError: if the data cannot be had.
         Interrupted: if the user stopped it; the run has been saved then.
     """
-    args = parse(recipe, argv)
+    args = _elsewhere_in_a_trial(parse(recipe, argv))
     arguments = optimizer_arguments(args, recipe)
     if args.lr_scheduler_type != "constant":
         scheduler_factory()
     trackers(args)
+    for name in ("image_column_name", "label_column_name"):
+        asked = (value := getattr(args, name)) != recipe.defaults.get(name)
+        if args.dataset_name == DIGITS and asked:
+            raise UsageError(f"--{name} {value}: the digits have no columns; leave it out")
     if args.push_to_hub:
         try:
             hub.check_run(str(args.hub_model_id))
         except hub.PublishError as error:
             raise UsageError(f"--push_to_hub: {error}") from error
     folder = output_dir(args, recipe)
+    if args.resume_from_checkpoint:
+        finish_replacing(folder)
     checkpoint = find_checkpoint(args, folder)
 
     accelerator = make_accelerator(args, folder)
@@ -105,12 +140,15 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
     elif args.resume_from_checkpoint is not None:
         logger.info(f"no checkpoint in {folder} yet: starting from the beginning")
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        stale = _own_files(folder) if args.overwrite_output_dir else folder.glob("*_*.partial")
-        for path in stale:
-            if path.name == SCRIPT:  # it may be what is running
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _no_folder(folder, error) from error
+        for path in _own_files(folder):
+            if path.suffix == ".partial" or (
+                args.overwrite_output_dir and path.name != SCRIPT  # which may be what is running
+            ):
+                path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
     if args.with_tracking:
         config = {key: _flat(value) for key, value in training.settings.items()}
         accelerator.init_trackers(recipe.name, config)

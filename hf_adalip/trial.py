@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,16 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .doctor import Finding, Watch, WrongOptimizerError, examine, examine_run, refused_by_fsdp
+from .doctor import (
+    TRIAL,
+    Finding,
+    Watch,
+    WrongOptimizerError,
+    examine,
+    examine_run,
+    refused_by_fsdp,
+)
+from .integrations.trainer import register
 from .monitor import layerwise
 from .optim.layerwise import LayerwiseOptimizer
 from .run import run_script
@@ -33,7 +43,8 @@ class Reached(BaseException):
 class Trial:
     """What is found while a script runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str) -> None:
+        self.folder = folder  # for what recipes and Trainers write
         self.findings: list[Finding | str] = []
         self.watch = Watch()
         self.steps, self.all_steps = 0, 0  # of our optimizers, and of any
@@ -51,13 +62,45 @@ class Trial:
                 raise Reached
 
     def clipping(self, clip: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """clip_grad_norm_ that is watched."""
+
         def watched(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> torch.Tensor:
             norm = clip(parameters, max_norm, *args, **kwargs)
-            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            self.watch.clip(float(whole), float(max_norm))
+            self.watch.clip(_number(norm), float(max_norm))
             return norm
 
         return watched
+
+    def clipping_with_norm(self, clip: Callable[..., None]) -> Callable[..., None]:
+        """clip_grads_with_norm_ that is watched."""
+
+        def watched(
+            parameters: Any, max_norm: float, total_norm: Any, *args: Any, **kwargs: Any
+        ) -> None:
+            self.watch.clip(_number(total_norm), float(max_norm))
+            clip(parameters, max_norm, total_norm, *args, **kwargs)
+
+        return watched
+
+    def clipping_values(self, clip: Callable[..., None]) -> Callable[..., None]:
+        """clip_grad_value_ that is watched."""
+
+        def watched(parameters: Any, clip_value: float, *args: Any, **kwargs: Any) -> None:
+            params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            before = _norm_of_gradients(params)
+            clip(params, clip_value, *args, **kwargs)
+            self.watch.clip(before, _norm_of_gradients(params), f"values of {clip_value:g}")
+
+        return watched
+
+    def arguments(self, post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+        """TrainingArguments.__post_init__, for a folder that is removed."""
+
+        def elsewhere(given: Any) -> None:
+            given.output_dir, given.push_to_hub = self.folder, False
+            post_init(given)
+
+        return elsewhere
 
     def training(self, train: Callable[..., Any]) -> Callable[..., Any]:
         """Trainer.train that leaves nothing behind, resumes nothing, and ends early."""
@@ -97,22 +140,38 @@ class Trial:
 
 @contextmanager
 def _watched_by(trial: Trial) -> Iterator[None]:
-    from transformers import Trainer
+    utils = torch.nn.utils
+    replaced: list[tuple[Any, str, Callable[[Any], Any]]] = [
+        (utils, "clip_grads_with_norm_", trial.clipping_with_norm),
+        *((place, "clip_grad_norm_", trial.clipping) for place in (utils, utils.clip_grad)),
+        *((place, "clip_grad_value_", trial.clipping_values) for place in (utils, utils.clip_grad)),
+    ]
+    with suppress(ImportError):  # a loop of its own needs no transformers
+        from transformers import Trainer, TrainingArguments
 
-    places = [(torch.nn.utils, "clip_grad_norm_"), (torch.nn.utils.clip_grad, "clip_grad_norm_")]
-    before = [getattr(*place) for place in places]
-    train = Trainer.train
+        register()
+        replaced.append((Trainer, "train", trial.training))
+        replaced.append((TrainingArguments, "__post_init__", trial.arguments))
+    before = [getattr(place, name) for place, name, _ in replaced]
     hook = register_optimizer_step_post_hook(trial.stepped)
+    os.environ[TRIAL] = trial.folder
     try:
-        for place, clip in zip(places, before, strict=True):
-            setattr(*place, trial.clipping(clip))
-        Trainer.train = trial.training(train)
+        for (place, name, watched), original in zip(replaced, before, strict=True):
+            setattr(place, name, watched(original))
         yield
     finally:
+        del os.environ[TRIAL]
         hook.remove()
-        Trainer.train = train
-        for place, clip in zip(places, before, strict=True):
-            setattr(*place, clip)
+        for (place, name, _), original in zip(replaced, before, strict=True):
+            setattr(place, name, original)
+
+
+def _number(norm: Any) -> float:
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _norm_of_gradients(params: list[torch.Tensor]) -> float:
+    return _number(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
 
 
 def _refused(error: Exception) -> bool:
@@ -124,14 +183,18 @@ def _refused(error: Exception) -> bool:
 def doctor(script: str, arguments: list[str]) -> int:
     """Runs a script for the first STEPS steps of its optimizer, and prints what is wrong.
 
-    The script may use transformers' Trainer, of which no checkpoints, evaluations and trackers are
-    left, or any loop.
+    The script may be a recipe or use transformers' Trainer, which then write to a folder that is
+    removed, without checkpoints, evaluations and trackers; or any loop, which runs as it is.
 
     Returns:
         0 for nothing, 1 for something, 2 if the script ended without a step of an optimizer with a
         learning rate per layer.
     """
-    trial = Trial()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return _doctor(Trial(folder), script, arguments)
+
+
+def _doctor(trial: Trial, script: str, arguments: list[str]) -> int:
     try:
         with _watched_by(trial):
             run_script(script, arguments)
@@ -147,7 +210,9 @@ def doctor(script: str, arguments: list[str]) -> int:
         if finding is None:
             raise
         trial.findings.append(finding)
-    findings = [*trial.findings, *(trial.watch.findings() if trial.steps else ())]
+    told = {finding.why for finding in trial.findings if isinstance(finding, Finding)}
+    seen = trial.watch.findings() if trial.steps else ()
+    findings = [*trial.findings, *(finding for finding in seen if finding.why not in told)]
     if not trial.steps and not findings:
         instead = f"{trial.stepped_last} took some, and has" if trial.all_steps else "there is"
         print(

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_adalip.options import UsageError, option
-from hf_adalip.training import Recipe, TrainingArguments, main
+from hf_adalip.training import Recipe, TrainingArguments, main, output_dir
 
 try:
     import timm
@@ -88,6 +88,13 @@ class Arguments(TrainingArguments):
 
 def configure(recipe: Recipe, args: Arguments, num_classes: int) -> Recipe:
     """The recipe that these arguments stand for."""
+    if args.checkpoint is not None and args.overwrite_output_dir:
+        folder = output_dir(args, recipe).resolve()
+        if Path(args.checkpoint).resolve().is_relative_to(folder):
+            raise UsageError(
+                f"--checkpoint {args.checkpoint} is in the --output_dir that "
+                "--overwrite_output_dir empties; choose another --output_dir"
+            )
     decay, warmup = args.model_ema_decay, args.model_ema_warmup
     return replace(
         recipe,
@@ -121,6 +128,8 @@ def build_model(args: Arguments, image_shape: tuple[int, int, int], num_classes:
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
         advice = "; give --checkpoint, or --no-pretrained to start from scratch" if start else ""
         reason = " ".join(str(error).split())
+        if state is not None:
+            check_fits(state, heads, image_shape, options, args, reason)
         raise ValueError(
             f"--model: cannot make {args.model} for images of {height}x{width} pixels{start}: "
             f"{reason}{advice}"
@@ -164,8 +173,30 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise ValueError(f"--checkpoint: there is no file {path}") from error
     except Exception as error:  # of a pickle, anything
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--checkpoint: cannot read {path}: {reason}") from error
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ValueError(
+            f"--checkpoint: cannot read {path}: "
+            f"{reason or 'it is no whole safetensors or torch file of tensors alone'}"
+        ) from error
+
+
+def check_fits(
+    state: Mapping[str, Tensor],
+    heads: tuple[str, ...],
+    image_shape: tuple[int, int, int],
+    options: Mapping[str, Any],
+    args: Arguments,
+    reason: str,
+) -> None:
+    """Raises ValueError if it is because of its weights that a model cannot be made."""
+    plain = {name: value for name, value in options.items() if name != "pretrained_cfg_overlay"}
+    try:
+        model = timm.create_model(args.model, **plain)
+        model.eval()(torch.zeros(1, *image_shape))
+    except (RuntimeError, ValueError, TypeError, AssertionError):
+        return
+    check_keys(set(state), set(model.state_dict()), heads, args)
+    raise ValueError(f"--checkpoint {args.checkpoint} does not fit {args.model}: {reason}")
 
 
 def check_keys(have: set[str], want: set[str], heads: tuple[str, ...], args: Arguments) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -154,6 +156,32 @@ def test_a_learning_rate_of_0_is_no_dead_layer(tmp_path):
     assert told(tmp_path, way=trainer_kwargs("adamlipu", lr=0.0)) == []
 
 
+def test_a_layer_whose_gradient_ends_is_told():
+    """As None, with which its numbers stay as they are, and not as 0."""
+    net = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    optimizer = AdamLip(net.named_parameters(), lr=1e-3, layers="module")
+    watch = Watch()
+    for step in range(LOOKS + 2):
+        optimizer.zero_grad()
+        x = torch.randn(3, 2)
+        (net[0](x) + (net[1](x) if step < 2 else 0)).square().mean().backward()
+        optimizer.step()
+        assert watch.findings() == []
+        watch.layers(optimizer, optimizer.layer_learning_rates())
+    (found,) = watch.findings()
+    assert found.what == "no gradient reaches 1"
+
+
+def test_clipping_to_0_is_told():
+    watch = Watch()
+    watch.clip(2.0, 0.0)
+    (found,) = watch.findings()
+    assert found.what == "gradients are clipped to a norm of 0"
+    watch = Watch()
+    watch.clip(0.0, 0.0, "values of 1")  # what clip_grad_value_ makes of 0
+    assert watch.findings() == []
+
+
 def test_weight_decay_that_is_not_used_is_told(tmp_path):
     (text,) = told(tmp_path, weight_decay=0.1)
     assert text.startswith("TrainingArguments(weight_decay=0.1) is not used: ")
@@ -192,6 +220,45 @@ def test_a_schedule_that_ends_early_is_told(tmp_path):
     assert text.startswith(f"the training ends after {STEPS} steps: ")
     assert "1/(1-γ) = 100 steps" in text
     assert f"gamma={1 - 4 / STEPS:.2g}" in text
+
+
+def test_s_has_hardly_left_1_at_the_usual_gamma_too(tmp_path):
+    (text,) = told(tmp_path, optimizers=scheduled("constant", 5), max_steps=5)
+    assert text.startswith("the training ends after 5 steps: ")
+    assert "33% of it is still the 1" in text
+    assert told(tmp_path, optimizers=scheduled("constant", 7), max_steps=7) == []
+    assert told(tmp_path, optimizers=scheduled("constant", 4), max_steps=4) == []
+
+
+def by_group(*factors):
+    def made(net):
+        groups = [{"params": list(part.named_parameters())} for part in (net.first, net.last)]
+        optimizer = AdamLip(groups, lr=1e-3)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, list(factors))
+
+    return made
+
+
+def test_schedules_of_groups_are_all_looked_at(tmp_path):
+    def until(end):
+        return lambda step: float(step < end)
+
+    (text,) = told(tmp_path, optimizers=by_group(until(99), until(6)))
+    assert text.startswith(f"the learning rate of group 1 is 0 from step 6 of {STEPS} on: ")
+    assert told(tmp_path, optimizers=by_group(until(0), until(99))) == []  # left out on purpose
+    (text,) = told(tmp_path, optimizers=by_group(until(0), until(0)))
+    assert text.startswith(f"the learning rate is 0 from step 0 of {STEPS} on: ")
+
+
+def test_any_schedule_that_ends_early_is_told(tmp_path):
+    def ending(net):
+        optimizer = AdamLip(net.named_parameters(), lr=1e-3)
+        return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 3)
+
+    (text,) = told(tmp_path, optimizers=ending)
+    assert text.startswith("the learning rate has become 0, and the training goes on: ")
+    (text,) = told(tmp_path, optimizers=scheduled("linear", 2))  # and once, where both see it
+    assert text.startswith("the learning rate is 0 from step 2 ")
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant", "inverse_sqrt"])
@@ -287,6 +354,34 @@ def test_the_doctor_watches_any_loop(script, capsys):
     assert doctor(script(LOOP, clip=clip.replace("0.1", "1e3")), []) == 0
 
 
+@pytest.mark.parametrize(
+    ("clip", "told"),
+    [
+        ("clip_grads_with_norm_(net.parameters(), 0.1, NORM)", "a norm of 0.1 by a factor"),
+        ("clip_grad_value_(net.parameters(), 0.01)", "values of 0.01 by a factor"),
+        ("clip_grad_norm_(net.parameters(), 0.0)", "a norm of 0: they are 0 then"),
+        ("clip_grad_value_(net.parameters(), 1e3)", None),
+    ],
+)
+def test_the_doctor_watches_every_way_to_clip(script, capsys, clip, told):
+    norm = "torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])"
+    clip = f"torch.nn.utils.{clip.replace('NORM', norm)}"
+    assert doctor(script(LOOP, clip=clip), []) == int(told is not None)
+    out = capsys.readouterr().out
+    assert f"- gradients are clipped to {told}" in out if told else out.startswith("nothing wrong")
+    assert out.count("\n") == (2 if told else 1)
+
+
+def test_the_doctor_sees_the_schedule_of_a_loop(script, capsys):
+    schedule = "torch.optim.lr_scheduler.ExponentialLR(optimizer, 1.0)"
+    text = LOOP.replace("for step", f"schedule = {schedule}\nfor step")
+    text = text.replace("optimizer.zero_grad()", "optimizer.zero_grad(); schedule.step()")
+    assert doctor(script(text), []) == 0
+    short = "torch.optim.lr_scheduler.PolynomialLR(optimizer, 5)"
+    assert doctor(script(text.replace(schedule, short)), []) == 1
+    assert "- the learning rate has become 0, and the training goes on" in capsys.readouterr().out
+
+
 def test_the_doctor_stops_at_another_optimizer(script, capsys):
     assert doctor(script(LOOP, "torch.optim.Adam(net.parameters())"), []) == 2
     found = capsys.readouterr()
@@ -320,12 +415,77 @@ def test_the_doctor_explains_optimizers_under_fsdp(script, capsys):
     assert "Pass Trainer(..., **trainer_kwargs(" in out
     given = '**trainer_kwargs("adamlip", lr=1e-3)'
     assert doctor(script(ON_ONE_DEVICE, given), []) == 0
+    assert [path.name for path in Path().iterdir()] == ["train.py"]
 
 
-def test_the_doctor_finds_nothing_in_the_mnist_recipe(script, capsys, tmp_path):
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_doctor_finds_and_leaves_nothing_in_the_mnist_recipe(script, capsys, tmp_path):
     recipe = str(ROOT / "recipes" / "mnist.py")
     options = ["--dataset_name=digits", "--cpu", "--per_device_train_batch_size=32"]
     folder = tmp_path / "out"
     assert doctor(recipe, [*options, f"--output_dir={folder}"]) == 0
     assert capsys.readouterr().out.endswith("nothing wrong (watched for 20 steps)\n")
-    assert not any(folder.iterdir())
+    assert not folder.exists()
+    (folder / "step_5").mkdir(parents=True)
+    for name in ("all_results.json", "model.safetensors", "step_5/checkpoint.json"):
+        (folder / name).write_text("mine")
+    before = content(tmp_path)
+    for option in ("--overwrite_output_dir", "--resume_from_checkpoint=latest"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        saving = ["--checkpointing_steps=10", "--with_tracking", option]
+        assert doctor(recipe, [*options, *saving, f"--output_dir={folder}"]) == 0
+        assert content(tmp_path) == before
+
+
+def test_the_doctor_leaves_nothing_of_a_trainer_recipe(script, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be " * 500)
+    folder = tmp_path / "out"
+    (folder / "checkpoint-5").mkdir(parents=True)
+    for name in ("all_results.json", "model.safetensors", "checkpoint-5/mine"):
+        (folder / name).write_text("mine")
+    before = content(tmp_path)
+    options = [f"--train_file={text}", f"--output_dir={folder}", "--overwrite_output_dir"]
+    options += ["--use_cpu=true", "--hidden_size=32", "--num_hidden_layers=1", "--block_size=32"]
+    options += ["--num_attention_heads=2", "--report_to=none", "--save_steps=3"]
+    options += ["--save_strategy=steps", "--per_device_train_batch_size=2", "--max_steps=30"]
+    assert doctor(str(ROOT / "recipes" / "causal_lm.py"), options) == 0
+    assert capsys.readouterr().out.endswith("nothing wrong (watched for 20 steps)\n")
+    assert content(tmp_path) == before
+
+
+WITHOUT = """
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "transformers":
+            raise ImportError(f"No module named {name}")
+sys.meta_path.insert(0, Without())
+import runpy
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+def without_transformers(*command):
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT, *command],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_loops_need_no_transformers(script):
+    done = without_transformers("hf_adalip.cli", "doctor", script(LOOP))
+    assert (done.returncode, done.stdout) == (0, "nothing wrong (watched for 20 steps)\n")
+    done = without_transformers("hf_adalip.run", script(LOOP))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("hf_adalip: cannot register with transformers")

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import (
@@ -26,7 +28,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 
 from hf_adalip import engines
-from hf_adalip.options import TrainingArguments, UsageError
+from hf_adalip.data import load_image_dataset
+from hf_adalip.options import TrainingArguments, UsageError, parse
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "configs"
@@ -34,7 +37,7 @@ RECIPE = str(ROOT / "recipes" / "mnist.py")
 ROWS = 128  # of all processes, to a step
 OPTIONS = (
     "--dataset_name=digits",
-    "--max_train_samples=256",
+    "--max_train_samples=330",  # 2 steps of ROWS, and one of fewer
     "--num_train_epochs=2",
     "--checkpointing_steps=epoch",
     "--lr_scheduler_type=linear",
@@ -127,14 +130,18 @@ def found_in(folder):
     return results, rates, load_file(folder / "model.safetensors")
 
 
-def train_and_resume(name, folder):
+def train_and_resume(name, folder, recipe=RECIPE, options=OPTIONS):
+    parts = 1 if name == "single" else 2
     done = launch(
         name,
         str(ROOT / "tests" / "recipe_and_resume.py"),
         str(folder),
-        RECIPE,
-        *OPTIONS,
-        f"--per_device_train_batch_size={ROWS // PROCESSES[name]}",
+        recipe,
+        *options,
+        # those of several processes in two parts, of which the last step has the images for one
+        # and a bit
+        f"--gradient_accumulation_steps={parts}",
+        f"--per_device_train_batch_size={ROWS // parts // PROCESSES[name]}",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     whole, resumed = found_in(folder / "whole"), found_in(folder / "resumed")
@@ -168,6 +175,25 @@ def test_the_recipe_trains_as_in_one_process_and_resumes(name, single, tmp_path)
     assert weights.keys() == expected_weights.keys()
     for key, value in expected_weights.items():
         assert (weights[key] - value).norm() < 1e-4 * value.norm(), key
+
+
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("deepspeed_zero2", marks=needs_deepspeed)])
+def test_batch_statistics_are_those_of_one_process(name, tmp_path):
+    """What is evaluated is what is saved, and what a resumed run goes on from."""
+    pytest.importorskip("timm")
+    recipe = str(ROOT / "recipes" / "timm_finetune.py")
+    options = (*OPTIONS, "--no-pretrained", "--model=test_resnet", "--max_eval_samples=60")
+    results, _, weights = train_and_resume(name, tmp_path, recipe, options)
+    spec = importlib.util.spec_from_file_location("recipe_timm_finetune", recipe)
+    finetune = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(finetune)
+    args = parse(finetune.RECIPE, options)
+    model = finetune.build_model(args, (1, 8, 8), 10).eval()
+    model.load_state_dict(weights)
+    data = load_image_dataset("digits", max_eval_samples=60).test
+    with torch.no_grad():
+        loss = F.cross_entropy(model(data.images / 255.0), data.labels)
+    assert results["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def deepspeed_with(config, **options):

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
 from torch import nn
 
 from hf_adalip import training
@@ -180,6 +181,28 @@ def test_killed_while_saving_and_resumed(whole: Path, tmp_path: Path) -> None:
     assert not list(folder.glob("*.partial"))
 
 
+@pytest.mark.parametrize("names", [(".partial", ".replaced.partial"), (".replaced.partial",)])
+def test_killed_between_the_renames_and_resumed(
+    whole: Path, tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint has its name, but one is whole: it is not made again, nor removed."""
+    folder = tmp_path / "out"
+    for name in names:
+        shutil.copytree(whole / "step_8", folder / f"step_8{name}")
+    (folder / "step_9.partial").mkdir()
+    loaded = []
+    load = training.Training.load
+    monkeypatch.setattr(
+        training.Training,
+        "load",
+        lambda run, path, *args: (loaded.append(path), load(run, path, *args)),
+    )
+    assert resume(folder) == 0
+    assert loaded == [folder / "step_8"]
+    assert numbers(folder) == numbers(whole)
+    assert not list(folder.glob("*.partial"))
+
+
 @pytest.mark.parametrize("step", [1, 4, 10, 24])  # in an epoch, at the end of one, and of all
 def test_resumed_from_any_step(whole: Path, tmp_path: Path, step: int) -> None:
     folder = tmp_path / "out"
@@ -299,7 +322,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    record = training.Training._record
+    record, save = training.Training._record, training.Training.save
+    saved: list[str] = []
+
+    def noted(self: training.Training, name: str) -> Path:
+        saved.append(name)
+        return save(self, name)
 
     def press(self: training.Training, loss: torch.Tensor) -> None:
         record(self, loss)
@@ -308,14 +336,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(training.Training, "_record", press)
+        patched.setattr(training.Training, "save", noted)
         assert recipe(*RUN, f"--output_dir={tmp_path / 'out'}") == 130
     message = capsys.readouterr().err
+    assert saved == [f"step_{step}" for step in range(1, 7)]  # none twice
     assert "stopped at step 6 of 24" in message
     assert "--resume_from_checkpoint latest" in message
     partial = results(tmp_path / "out")
     assert (partial["finished"], partial["step"]) == (False, 6)
     assert resume(tmp_path / "out") == 0
     assert numbers(tmp_path / "out") == numbers(whole)
+
+
+def test_the_log_has_no_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert recipe(*SHORT, f"--output_dir={tmp_path / 'out'}") == 0
+    assert any(message.startswith("epoch 1: ") for message in caplog.messages)
+    assert "RANK" not in caplog.text
 
 
 def test_results_are_not_written_over_by_accident(
@@ -328,6 +364,38 @@ def test_results_are_not_written_over_by_accident(
     assert recipe(*SHORT, out, "--seed=5", "--overwrite_output_dir") == 0
     assert results(tmp_path / "out")["seed"] == 5
     assert not list((tmp_path / "out").glob("step_*"))
+
+
+def test_what_is_the_users_stays(tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    for folder in (out / "epoch_plans", out / "step_by_step.d", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "mine").touch()
+    for name in ("notes_1.partial", "step_by_step.md", "layer_learning_rates.md", "step_5.md"):
+        (out / name).touch()
+    mine = {path.name for path in out.iterdir()}
+    options = (*SHORT, f"--output_dir={out}", "--checkpointing_steps=2")
+    assert recipe(*options) == 0
+    (out / "step_best").symlink_to(out / "step_2")
+    (out / "step_7").symlink_to(elsewhere)
+    (out / "step_3.partial").mkdir()
+    assert recipe(*options, "--overwrite_output_dir", "--checkpointing_steps=1") == 0
+    found = {path.name for path in out.iterdir()}
+    assert mine | {"step_best", "step_1", "step_2", "step_3"} <= found
+    assert not {"step_7", "step_3.partial"} & found
+    for folder in (out / "epoch_plans", out / "step_by_step.d", elsewhere):
+        assert (folder / "mine").exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/none/out", "/dev/null/out", "x" * 300])
+def test_a_folder_that_cannot_be_made(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipe(*SHORT, f"--output_dir={folder}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mnist: error: --output_dir {folder}")
+    assert "choose another" in line
 
 
 def test_a_config_file_is_under_the_command_line(tmp_path: Path) -> None:
@@ -391,6 +459,12 @@ def test_a_run_that_diverges_ends_with_valid_json(tmp_path: Path) -> None:
         ("--layers=block", "--layers must be one of tensor, module, got 'block'"),
         ("--lr_scheduler_type=cosin", "--lr_scheduler_type must be one of constant"),
         ("--num_warmup_steps=5", "--num_warmup_steps needs an --lr_scheduler_type"),
+        (
+            "--lr_scheduler_type=linear --max_train_steps=5 --num_warmup_steps=5",
+            "--num_warmup_steps 5 is not less than the 5 steps of the run; give fewer",
+        ),
+        ("--image_column_name=img", "--image_column_name img: the digits have no columns"),
+        ("--label_column_name=fine", "--label_column_name fine: the digits have no columns"),
         ("--checkpointing_steps=often", "must be a number of steps or epoch, got 'often'"),
         ("--mixed_precision=fp8", "--mixed_precision must be one of no, fp16, bf16"),
         ("--mixed_precision=fp16", "--mixed_precision fp16 needs a GPU"),
@@ -480,6 +554,37 @@ def torchrun(*arguments: str) -> None:
 TEN_STEPS = [*BASE, "--max_train_samples=250", "--max_train_steps=10"]
 
 
+def same_training(folder: Path, other: Path) -> None:
+    """Step by step, but for the order in which numbers are added."""
+    rates = [json.loads((run / "layer_learning_rates.json").read_text()) for run in (folder, other)]
+    assert rates[0]["steps"] == rates[1]["steps"]
+    for layer, scales in rates[1]["scale"].items():
+        assert rates[0]["scale"][layer] == pytest.approx(scales, rel=1e-3)
+    epochs, others = results(folder)["epochs"], results(other)["epochs"]
+    assert len(epochs) == len(others)
+    for epoch, another in zip(epochs, others, strict=True):
+        assert epoch["train_accuracy"] == another["train_accuracy"]
+        for loss in ("train_loss", "eval_loss"):
+            assert epoch[loss] == pytest.approx(another[loss], rel=1e-4)
+    weights = [load_file(run / "model.safetensors") for run in (folder, other)]
+    for name, x in weights[1].items():
+        assert (weights[0][name] - x).norm() < 1e-4 * x.norm(), name
+
+
+def test_batches_of_a_step_are_one_batch(tmp_path: Path) -> None:
+    """Also at the end of an epoch, with fewer of them, the last of which is smaller."""
+    options = (*BASE, "--max_train_samples=330", "--num_train_epochs=3", "--learning_rate=1e-4")
+    several = ("--per_device_train_batch_size=64", "--gradient_accumulation_steps=4")
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert recipe(*options, "--per_device_train_batch_size=256", f"--output_dir={a}") == 0
+    assert recipe(*options, *several, "--checkpointing_steps=3", f"--output_dir={b}") == 0
+    assert results(a)["step"] == 6
+    same_training(b, a)
+    resumed = f"--resume_from_checkpoint={b / 'step_3'}"
+    assert recipe(*options, *several, resumed, f"--output_dir={tmp_path / 'c'}") == 0
+    assert numbers(tmp_path / "c") == numbers(b)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of ten steps on two ranks, with the rates of each beside it."""
@@ -500,13 +605,8 @@ def test_two_ranks_have_one_s_and_resume(two_ranks: Path, tmp_path: Path) -> Non
     assert numbers(tmp_path / "b") == numbers(two_ranks)
 
     one = tmp_path / "one"
-    same = ("--per_device_train_batch_size=64", "--max_train_steps=3")
-    assert recipe(*TEN_STEPS, *same, f"--output_dir={one}") == 0
-    rates = [
-        json.loads((run / "layer_learning_rates.json").read_text()) for run in (two_ranks, one)
-    ]
-    for layer, scales in rates[1]["scale"].items():
-        assert rates[0]["scale"][layer][:3] == pytest.approx(scales, rel=1e-3)
+    assert recipe(*TEN_STEPS, "--per_device_train_batch_size=64", f"--output_dir={one}") == 0
+    same_training(two_ranks, one)
     assert results(two_ranks)["num_processes"] == 2
 
 

@@ -240,7 +240,7 @@ def test_what_is_no_checkpoint_of_the_model(tmp_path: Path) -> None:
     messages = {
         "fewer": "it lacks layer1.0.conv1.weight",
         "more": "it also has layer9.weight",
-        "shapes": "size mismatch for layer1.0.conv1.weight",
+        "shapes": r"--checkpoint .* does not fit .*size mismatch for layer1.0.conv1.weight",
     }
     for name, tensors in cases.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
@@ -248,14 +248,40 @@ def test_what_is_no_checkpoint_of_the_model(tmp_path: Path) -> None:
             build("--model=test_resnet", f"--checkpoint={tmp_path / name}.safetensors", classes=5)
     with pytest.raises(ValueError, match="is of another model than test_vit"):
         build("--model=test_vit", f"--checkpoint={tmp_path / 'more.safetensors'}")
+    save_file(weights(build("--no-pretrained", "--model=test_vit")), tmp_path / "vit.safetensors")
+    with pytest.raises(ValueError, match=r"--checkpoint .* is of another model than test_resnet"):
+        build("--model=test_resnet", f"--checkpoint={tmp_path / 'vit.safetensors'}", classes=5)
+    for options in ("--model=vgg11 --drop_path=0.1", "--model=inception_v3"):
+        with pytest.raises(ValueError, match=f"--model: cannot make {options.split()[0][8:]}"):
+            build(*options.split(), f"--checkpoint={tmp_path / 'vit.safetensors'}", shape=(3, 8, 8))
+    (tmp_path / "text").write_text("root:x:0:0:root:/root:/bin/bash")
+    with pytest.raises(
+        ValueError, match=r"cannot read .*text: it is no whole safetensors or torch"
+    ):
+        build(f"--checkpoint={tmp_path / 'text'}")
     with pytest.raises(ValueError, match="there is no file /no/such"):
         build("--checkpoint=/no/such")
     (tmp_path / "bad.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
     torch.save({"state_dict": saved, "more": Malicious(tmp_path / "ran")}, tmp_path / "worse.pth")
     for name in ("bad.pth", "worse.pth"):
-        with pytest.raises(ValueError, match=f"--checkpoint: cannot read .*{name}"):
+        with pytest.raises(
+            ValueError, match=f"--checkpoint: cannot read .*{name}: it is no whole safetensors or"
+        ):
             build("--model=test_resnet", f"--checkpoint={tmp_path / name}")
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_weights_to_start_from_are_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert recipe(*SHORT, "--max_train_steps=1", f"--output_dir={out}") == 0
+    before = (out / "model.safetensors").read_bytes()
+    options = (f"--checkpoint={out}", f"--output_dir={out}", "--overwrite_output_dir")
+    assert recipe(*SHORT, *options) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--checkpoint {out} is in the --output_dir that --overwrite_output_dir" in line
+    assert (out / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -441,3 +441,6 @@ def test_the_command_lists_optimizers(capsys, monkeypatch):
         "adamlip",
         "adamlipu",
     ]
+    monkeypatch.setattr(sys, "argv", ["hf-adalip", "optimizers", "adamlp*"])
+    with pytest.raises(SystemExit, match=r"no name matches 'adamlp\*'"):
+        main()
