@@ -23,7 +23,7 @@ from .rules import Batch, Group, bias_correction, wide, widened
 Tensors = list[Tensor]
 Moments = dict[str, Tensors]
 
-_PIECE, _CACHED_PIECE = 2**22, 2**18
+_PIECE, _CACHED_PIECE = 2**22, 2**19
 """Elements that are worked on together, and the same on a CPU."""
 
 

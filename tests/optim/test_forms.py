@@ -119,7 +119,7 @@ def test_pieces_change_nothing(
 ) -> None:
     """Where the foreach form cuts batches and tensors is not seen in the numbers."""
     results = []
-    for limit in (2**18, size):
+    for limit in (2**19, size):
         monkeypatch.setattr(foreach_module, "_CACHED_PIECE", limit)
         params = named_params(dtype=torch.float64)
         optimizer = CLASSES[name](
@@ -136,7 +136,7 @@ def test_pieces_of_tensors_that_cannot_be_cut(
 ) -> None:
     """Those that are not contiguous, or sketched, are taken whole."""
     results = []
-    for limit in (2**18, 5):
+    for limit in (2**19, 5):
         monkeypatch.setattr(foreach_module, "_CACHED_PIECE", limit)
         weight = torch.linspace(-1, 1, 60, dtype=torch.float64).view(6, 10).t()
         params = {"a": weight.requires_grad_(), "b": torch.ones(33, dtype=torch.float64)}
