@@ -161,6 +161,7 @@ def prepare(folder: Path, repo_id: str, exclude: Sequence[str] = ()) -> Files:
         raise PublishError(f"{folder / SCRIPT} cannot be published: {error}") from error
     library = "peft" if "adapter_config.json" in files else "hf_adalip"
     library = "transformers" if config.get("architectures") and library != "peft" else library
+    library = "timm" if "architecture" in config and "pretrained_cfg" in config else library
     picture = PICTURE if PICTURE in files else None
     try:
         if scores := card.eval_results(results, url(SCRIPT)):

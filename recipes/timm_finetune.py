@@ -22,7 +22,9 @@ the moving average's if there is one.
 """
 
 import difflib
+import json
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,6 +42,7 @@ try:
     from timm.data import Mixup
     from timm.data.mixup import mixup_target
     from timm.models import load_model_config_from_hf, load_state_dict
+    from timm.models._hub import save_config_for_hf
     from timm.optim import param_groups_layer_decay
     from timm.utils import ModelEmaV3
 except ImportError as error:
@@ -141,7 +144,9 @@ def build_model(args: Arguments, image_shape: tuple[int, int, int], num_classes:
         model.requires_grad_(False)
         for head in names(model.get_classifier()):
             head.requires_grad_(True)
-    return normalising(model, channels)
+    model = normalising(model, channels)
+    model.config = hub_config(model, image_shape)
+    return model
 
 
 def pretrained_config(model: str) -> Mapping[str, Any]:
@@ -224,6 +229,17 @@ def normalising(model: nn.Module, channels: int) -> nn.Module:
         model.register_buffer(f"image_{name}", values[:, None, None].clone(), persistent=False)
     model.register_forward_pre_hook(lambda m, images: (images[0] - m.image_mean) / m.image_std)
     return model
+
+
+def hub_config(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The config.json with which `timm.create_model("hf-hub:USER/NAME")` makes the model again."""
+    images = {"input_size": image_shape, "test_input_size": None, "crop_pct": 1.0}
+    images |= {name: getattr(model, f"image_{name}").flatten().tolist() for name in ("mean", "std")}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.json")
+        save_config_for_hf(model, str(path), {"pretrained_cfg": images})
+        found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def layer_decayed(

@@ -478,6 +478,19 @@ def card_of(folder: Path) -> ModelCard:
     return ModelCard(text.decode())
 
 
+@pytest.mark.parametrize(
+    ("config", "library"),
+    [
+        ({}, "hf_adalip"),
+        ({"architecture": "resnet18", "pretrained_cfg": {}}, "timm"),
+        ({"architectures": ["BertForSequenceClassification"]}, "transformers"),
+    ],
+)
+def test_the_library_that_loads_the_model(folder: Path, config: Any, library: str) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    assert card_of(folder).data.library_name == library
+
+
 def test_a_part_of_a_dataset_is_not_taken_for_all_of_it(folder: Path) -> None:
     change(folder, dataset_name="uoft-cs/cifar10", on_hub=["uoft-cs/cifar10"], max_eval_samples=9)
     assert not any(path.startswith(".eval_results") for path in prepare(folder, REPO))

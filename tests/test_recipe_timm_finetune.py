@@ -105,6 +105,21 @@ def test_average_mixing_dropout_and_schedule_resume(whole: Path, tmp_path: Path,
     assert results(whole)["step"] == 10
 
 
+def test_timm_makes_the_model_again_from_the_folder(whole: Path) -> None:
+    """As it would from the Hub; the card then says that the library is timm."""
+    model = timm.create_model(f"local-dir:{whole}", pretrained=True).eval()
+    assert model.num_classes == 10
+    weights = load_file(whole / "model.safetensors")
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+    assert model.pretrained_cfg["input_size"] == (1, 8, 8)
+    trained = build("--no-pretrained", "--model=test_resnet", shape=(1, 8, 8), classes=10).eval()
+    trained.load_state_dict(weights)
+    mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
+    images = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(model((images - mean) / std), trained(images))
+
+
 def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     process = subprocess.Popen(
