@@ -162,9 +162,9 @@ FORMS = {
     "loop": {"foreach": False},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
-    "bfloat16": {"foreach": True, "history": "bfloat16"},
+    "history-bfloat16": {"foreach": True, "history": "bfloat16"},
     "sketch": {"foreach": True, "history": "sketch", "sketch_size": 32},  # of three weights
-    "fused-sketch": {"fused": True, "history": "sketch", "sketch_size": 32},
+    "fused-sketch-float64": {"fused": True, "history": "sketch", "sketch_size": 32},
 }
 
 
@@ -345,6 +345,8 @@ def mean_over_ranks(value):
 
 
 def compare(engine, *optimizer_options):
+    wide = optimizer_options[2].endswith("-float64")
+    torch.set_default_dtype(torch.float64 if wide else torch.float32)
     found = train(engine, *optimizer_options)
     return differences(found, train_alone(LIKE.get(engine, ""), *optimizer_options))
 
