@@ -110,8 +110,8 @@ def test_results_say_how_they_came_about(whole: Path, text: Path) -> None:
     assert found["finished"]
     assert (found["step"], found["epoch"]) == (14, 2.0)
     assert [entry["step"] for entry in found["epochs"]] == [7, 14]
-    assert (found["optimizer"], found["learning_rate"], found["seed"]) == ("adamlip", 1e-3, 42)
-    assert found["optimizer_arguments"]["lr"] == 1e-3
+    assert (found["optimizer"], found["learning_rate"], found["seed"]) == ("adamlip", 3e-4, 42)
+    assert found["optimizer_arguments"]["lr"] == 3e-4
     assert (found["train_samples"], found["eval_samples"]) == (112, 12)
     assert (found["mixed_precision"], found["max_grad_norm"]) == ("bf16", 0.0)
     assert found["dataset_name"] == str(text)
@@ -260,7 +260,7 @@ def test_resuming_a_different_run(
     other = [f"--resume_from_checkpoint={whole / 'checkpoint-4'}", "--learning_rate=0.5"]
     assert recipe(options(text, tmp_path / "out", *RUN, *other, "--block_size=8")) == 2
     message = capsys.readouterr().err
-    assert "learning_rate was 0.001, is 0.5" in message
+    assert "learning_rate was 0.0003, is 0.5" in message
     assert "block_size was 16, is 8" in message
 
 
