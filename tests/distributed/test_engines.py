@@ -91,8 +91,8 @@ def test_training_is_that_of_one_process(tmp_path, ranks):
     FSDP1 gives zeros for what a part of it (a unit) has not used; so does its one process.
     Sketches are summed up by one more all-reduce for each process group. In a bfloat16 history a
     difference of one rounding in float32 may decide how an element is rounded: 4e-3 of it. The
-    change of a layer of one element is a difference that cancels, and RMSLipU's updates are no
-    smaller where gradients are: 1e-6 was seen for roundings of 1e-7, hence float64.
+    changes of RMSLipU's updates are of normalised numbers, in which the rounding of a gradient
+    that is nearly zero is not small: hence float64.
     """
     engines = ENGINES[ranks]
     cases = [f"{engine}/{case}" for engine, (_, some) in engines.items() for case in some]

@@ -542,10 +542,10 @@ def test_ddp_is_refused(first: bool) -> None:
 def test_another_models_ddp_is_none_of_ours() -> None:
     net = nn.Linear(3, 2)
     wrapped = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
-    release_gradients(AdamLip(net.parameters()))
+    release = release_gradients(AdamLip(net.parameters()))  # which ends with its last reference
     net(torch.ones(1, 3)).sum().backward()
     assert all(p.grad is None for p in net.parameters())
-    del wrapped
+    del wrapped, release
 
 
 def assert_untouched(net: nn.Module, optimizer: LipOptimizer | None = None) -> None:
