@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_adalip.models import CIFAR10Net, CIFAR100Net, MNISTNet
+
+from .hub import TOKEN
 
 NETS = [MNISTNet, CIFAR10Net, CIFAR100Net]
 
@@ -120,6 +123,16 @@ def test_a_saved_net_comes_back(net: type[nn.Module], tmp_path: Path) -> None:
     images = torch.rand(3, 2, 40, 36)
     assert torch.equal(model.eval()(images), again(images))
     assert "library_name: hf_adalip" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.usefixtures("loopback_hub")
+def test_a_net_is_pushed_to_the_hub_and_had_from_there(net: Any) -> None:
+    model = net(1, image_size=(40, 36), num_classes=5).eval()
+    model.push_to_hub("me/net", token=TOKEN)
+    again = net.from_pretrained("me/net")
+    images = torch.rand(3, 1, 40, 36)
+    assert torch.equal(model(images), again(images))
 
 
 def test_weights_that_are_missing_are_an_error(tmp_path: Path) -> None:
