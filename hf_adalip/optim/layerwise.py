@@ -499,11 +499,7 @@ class LayerwiseOptimizer(Optimizer):
         norms = self._whole_norms(norms, members, census)
         if changes is not None:
             sketched = tuple(i for i, m in enumerate(members) if m.sketch)
-            norms = norms.index_copy(
-                0,
-                index_tensor(sketched, norms.device),
-                torch.cat([norms[index_tensor(sketched, norms.device), :2], changes[:, None]], 1),
-            )
+            norms[:, 2].index_copy_(0, index_tensor(sketched, norms.device), changes)
         if not census.layers:
             return norms, norms.new_zeros(0, dtype=torch.bool)
         norms = layer_norms(norms, owner, len(census.layers))
@@ -523,11 +519,15 @@ class LayerwiseOptimizer(Optimizer):
     def _finite(self, census: Census, norms: Tensor) -> Tensor:
         """Which layers have finite norms; raises for those that are to raise.
 
+        Args:
+            census: as from `_collect`.
+            norms: of gradients and signals, shape [layers, columns]; not of ‖x_t - x_{t-1}‖, in
+                which a history may show that overflowed.
+
         Raises:
             RuntimeError: with nonfinite="raise", naming the layers. Nothing has been changed.
         """
-        # Not of ‖x_t - x_{t-1}‖, in which a history may show that overflowed.
-        layers, finite = census.layers, norms[:, :2].isfinite().all(dim=1)
+        layers, finite = census.layers, norms.isfinite().all(dim=1)
         if any(estimator.nonfinite == "raise" for (estimator, _), _ in census.kinds):
             bad = [
                 layer.name

@@ -289,7 +289,7 @@ class LipOptimizer(LayerwiseOptimizer):
         norms, live = self._layer_norms(norms, census, changes)
         if not layers:
             return live
-        finite = self._finite(census, norms)
+        finite = self._finite(census, norms[:, :2])
 
         # Follow: S of every layer, and what it makes of every tensor's learning rate.
         self._keep(census)

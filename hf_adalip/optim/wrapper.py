@@ -304,7 +304,7 @@ class Lipschitz(LayerwiseOptimizer):
 
         if by_gradient:
             norms, live = signal_norms(grads)
-            grad_norms = norms
+            grad_norms = norms[:, :1]
         elif self._law.nonfinite == "propagate":
             grad_norms = torch.zeros(len(layers), 1, device=home)
             live = torch.ones(len(layers), dtype=torch.bool, device=home)
@@ -321,7 +321,7 @@ class Lipschitz(LayerwiseOptimizer):
             updates = [wide(p) - wide(q) for p, q in zip(params, old, strict=True)]
             norms, proposed = signal_norms(updates)
             live = live & proposed
-            finite = finite & norms.isfinite().all(dim=1)
+            finite = finite & norms[:, 0].isfinite()
         if not layers:  # other ranks may have gradients; this one took part in the norms
             return live
         self._keep(census)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from hf_adalip import AdamLip
+from hf_adalip import AdamLip, Lipschitz
 from tests.optim.cases import (
     CLASSES,
     SHAPES,
@@ -219,6 +219,26 @@ def test_a_history_that_overflows_is_forgotten(foreach: bool, nonfinite: str) ->
         optimizer.step()
         assert params["a"].isfinite().all()
         assert (params["a"] != before).all()
+        ((_, (scale, _, norm, skipped)),) = optimizer.layer_learning_rates().items()
+        scales.append(scale)
+        assert norm == pytest.approx(value * math.sqrt(8))
+        assert skipped == 0
+    assert scales[3] == scales[2]
+    assert scales[4] == pytest.approx(0.8 * scales[3] + 0.2 * 3)
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="gradients have the dtype of theirs")
+@pytest.mark.parametrize("nonfinite", ["skip", "raise", "propagate"])
+def test_a_history_of_lipschitz_that_overflows_is_forgotten(nonfinite: str) -> None:
+    """float16 parameters whose gradients are float32 have a history of float16."""
+    p = torch.ones(8, dtype=torch.float16, requires_grad=True)
+    p.grad_dtype = torch.float32
+    optimizer = Lipschitz(torch.optim.SGD([p], lr=1e-6), nonfinite=nonfinite)
+    scales = []
+    for value in (1.0, 2.0, 1e5, 3.0, 4.0):
+        p.grad = torch.full((8,), value)
+        optimizer.step()
+        assert p.isfinite().all()
         ((_, (scale, _, norm, skipped)),) = optimizer.layer_learning_rates().items()
         scales.append(scale)
         assert norm == pytest.approx(value * math.sqrt(8))
