@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,13 +69,10 @@ def pays(size: int) -> bool:
 def measure(batch: Batch) -> Tensor:
     """As `rules.measure`."""
     spec, tensors, _ = _prepared(batch)
-    norms, sketches = _backend(batch.params[0]).measure(
+    rows: Tensor = _backend(batch.params[0]).measure(
         spec, tensors, _numbers(batch), _constants(batch.group)
     )
-    if sketches is None:
-        return cast("Tensor", norms)
-    norms[:, 2] = 0
-    return torch.cat([norms, sketches], dim=1)
+    return rows
 
 
 def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
@@ -200,7 +197,11 @@ def _corrections(group: Any, steps: Tensor, prefix: str = "") -> dict[str, Tenso
 
 
 def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
-    strides, shapes = list(map(Tensor.stride, batch.params)), list(map(_shape, batch.params))
+    before: tuple[Tensors, list[Any], list[Any]] | None = batch.memo.get(spec)
+    if before is None:
+        strides, shapes = list(map(Tensor.stride, batch.params)), list(map(_shape, batch.params))
+    else:
+        _, strides, shapes = before
 
     def alike(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         if list(map(_shape, tensors)) != shapes:  # a kernel would go over the end of them
@@ -213,10 +214,9 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
     if any(map(Tensor.is_neg, grads)):
         grads = [g.resolve_neg() for g in grads]
     grads = alike(grads, spec.dtype)
-    before: Tensors | None = batch.memo.get(spec)
     if before is not None:
-        now = replace(before, params=batch.params, grads=grads)
-        if now.places == before.places:  # else state was moved by its data (x.data = ...)
+        now = replace(before[0], params=batch.params, grads=grads)
+        if now.places == before[0].places:  # else state was moved by its data (x.data = ...)
             return now, []
     count = len(batch.rule.kept(batch.group))
     rows = [[state[name] for state in batch.states] for name in batch.names]
@@ -234,8 +234,9 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
     )
     changed = [(row, other) for row, other in zip(rows, used, strict=True) if row is not other]
     if not changed:
-        batch.memo[spec] = kept = replace(tensors, params=[], grads=[])
+        kept = replace(tensors, params=[], grads=[])
         kept.places = tensors.places
+        batch.memo[spec] = kept, strides, shapes
     pairs = [pair for row, other in changed for pair in zip(row, other, strict=True)]
     return tensors, [(original, copy) for original, copy in pairs if original is not copy]
 

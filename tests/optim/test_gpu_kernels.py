@@ -148,9 +148,7 @@ class Work:
     remembered: Tensor
 
     def measure(self) -> Tensor:
-        norms, sketches = gpu.measure(self.spec, self.tensors, self.numbers, self.constants)
-        assert sketches is None
-        return norms.cpu()
+        return gpu.measure(self.spec, self.tensors, self.numbers, self.constants).cpu()
 
     def advance(self, go: Tensor | None = None) -> None:
         go = torch.ones(len(self.batch.params), dtype=torch.bool) if go is None else go
@@ -398,7 +396,7 @@ def test_sums_of_many_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     assert_close_norms(norms, rules.measure(made.batch))
     params, grads, history = made.tensors.params, made.tensors.grads, made.tensors.history
     one = Tensors(params[1:2], grads[1:2], (), history[1:2], [])
-    alone, _ = gpu.measure(made.spec, one, made.numbers[1:2], made.constants)
+    alone = gpu.measure(made.spec, one, made.numbers[1:2], made.constants)
     assert torch.equal(alone.cpu(), norms[1:2])
 
 
@@ -438,9 +436,9 @@ def test_sketch(
     # Where x is an update, it is had by sketching the tensors with a history of zeros.
     spec = replace(made.spec, history=None, sketch=k)
     tensors = replace(made.tensors, starts=starts, history=[])
-    norms, sketches = gpu.measure(spec, tensors, made.numbers, made.constants)
-    assert sketches is not None
-    assert_close_norms(norms.cpu()[:, :2], exact[:, :2])
+    rows = gpu.measure(spec, tensors, made.numbers, made.constants).cpu()
+    assert_close_norms(rows[:, :2], exact[:, :2])
+    assert not rows[:, 2].any()
     for i, (param, grad) in enumerate(zip(made.batch.params, made.batch.grads, strict=True)):
         x = rules.gradient(param, grad, made.batch.group)
         if signal.measures_updates:
@@ -448,7 +446,7 @@ def test_sketch(
             x = -0.05 * rule.direction(new, made.batch.steps[i], made.batch.group)
         expected = sketch(x, k, starts[i])
         torch.testing.assert_close(
-            sketches[i].cpu().double(), expected, rtol=1e-6, atol=1e-6 * x.norm().item()
+            rows[i, 3:].double(), expected, rtol=1e-6, atol=1e-6 * x.norm().item()
         )
 
 
@@ -463,9 +461,7 @@ def test_sketches_of_parts_add_up() -> None:
         numbers = made.numbers.expand(len(grads), -1).contiguous()
         spec = replace(made.spec, history=None, sketch=64)
         tensors = Tensors(grads, grads, (), [], starts)
-        found = gpu.measure(spec, tensors, numbers, made.constants)[1]
-        assert found is not None
-        return found
+        return gpu.measure(spec, tensors, numbers, made.constants)[:, 3:]
 
     parts = sketches([a for a, _ in cuts], [whole[a:b] for a, b in cuts])
     torch.testing.assert_close(parts.sum(0), sketches([0], [whole])[0], rtol=1e-12, atol=1e-12)
@@ -678,7 +674,7 @@ def test_cuda_graph(rule: rules.Rule, signal: signals.Signal, group: dict[str, A
 
     def step(made: Work) -> Tensor:
         made.tensors.grads[:] = [source * 2 for source in sources]
-        norms, _ = gpu.measure(made.spec, made.tensors, made.numbers, made.constants)
+        norms = gpu.measure(made.spec, made.tensors, made.numbers, made.constants)
         gpu.advance(made.spec, made.tensors, made.numbers, made.constants, go)
         return norms
 
@@ -710,7 +706,7 @@ def test_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None
     spec = Spec("SGD", "gradient", torch.bfloat16, None)
     numbers = torch.tensor([[1.0] * 9], device=DEVICE)
     constants, tensors = Constants(0.0, 0.0, 0.0, 0.0, 0.0), Tensors([p], [g], (), [], [])
-    assert gpu.measure(spec, tensors, numbers, constants)[0][0, 0].item() == 5.0
+    assert gpu.measure(spec, tensors, numbers, constants)[0, 0].item() == 5.0
     gpu.advance(spec, tensors, numbers, constants, torch.ones(1, dtype=torch.bool, device=DEVICE))
     assert (p[0].item(), p[-1].item(), p[1:-1].any().item()) == (-3.0, -4.0, False)
 

@@ -2,9 +2,9 @@
 
 A backend (cpu.py: C++, gpu.py: Triton) is two functions:
 
-    measure(spec, tensors, numbers, constants) -> (norms, sketches or None)
-        norms [n, 3]: ‖g‖, ‖x‖ and ‖x - x_prev‖ of each tensor (x_prev = 0 without a history);
-        sketches [n, k] of x.
+    measure(spec, tensors, numbers, constants) -> rows [n, 3 + k]
+        ‖g‖, ‖x‖ and ‖x - x_prev‖ of each tensor (x_prev = 0 without a history); or, with a
+        sketch, ‖g‖, ‖x‖, 0 and the k numbers of the sketch of x.
     advance(spec, tensors, numbers, constants, go) -> None
         writes parameters, moments and history; nothing of a tensor whose go [n] is False.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import sys
 from functools import cache
 from pathlib import Path
@@ -24,25 +25,24 @@ _TYPES = {
 # After torch.compile's own flags, which keep loops and roots from becoming vectors.
 _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")
 
+# bfloat16 is rounded by integer arithmetic; float32 waits for memory, whatever the vectors.
+_WIDE_VECTORS = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 
 
-def measure(
-    spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants
-) -> tuple[Tensor, Tensor | None]:
+def measure(spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants) -> Tensor:
     n = len(tensors.params)
-    norms = numbers.new_empty(n, 3)
-    sketches = numbers.new_zeros(n, spec.sketch) if spec.sketch else None
+    rows = numbers.new_empty(n, 3 + spec.sketch)
     library(spec).measure(
         n,
         tensors.rows.buffer_info()[0],
         numbers.data_ptr(),
         (ctypes.c_double * len(constants))(*constants),
         torch.get_num_threads(),
-        norms.data_ptr(),
-        None if sketches is None else sketches.data_ptr(),
+        rows.data_ptr(),
     )
-    return norms, sketches
+    return rows
 
 
 def advance(
@@ -88,24 +88,27 @@ def _library(spec: Spec) -> ctypes.CDLL | KernelError:
     if lack := missing():
         return KernelError(f"fused=True on a CPU needs {lack}")
     source = "".join(f"#define {name} {value}\n" for name, value in _defined(spec).items())
+    source += Path(__file__).with_name("step.cpp").read_text("utf-8")
     try:
-        made = _compile(source + Path(__file__).with_name("step.cpp").read_text("utf-8"))
+        made = _compile(source, *(_WIDE_VECTORS if spec.dtype == torch.bfloat16 else ()))
     except Exception as error:
         failed = KernelError(f"the C++ of fused=True did not compile for {spec}")
         failed.__cause__ = error
         return failed
-    made.measure.argtypes = (ctypes.c_int64, *[_POINTER] * 3, _INT, _POINTER, _POINTER)
-    made.advance.argtypes = (ctypes.c_int64, *[_POINTER] * 3, _INT, _POINTER)
+    made.measure.argtypes = made.advance.argtypes = (
+        *(ctypes.c_int64, _POINTER, _POINTER, _POINTER),
+        *(_INT, _POINTER),
+    )
     made.measure.restype = made.advance.restype = None
     return made
 
 
-def _compile(source: str) -> ctypes.CDLL:
+def _compile(source: str, *flags: str) -> ctypes.CDLL:
     # Imported here: it is large, and only who runs a fused step needs it. It finds the compiler,
     # and locks between processes that compile the same.
     from torch._inductor.codecache import CppCodeCache
 
-    made: ctypes.CDLL = CppCodeCache.load(source, extra_flags=_FLAGS)
+    made: ctypes.CDLL = CppCodeCache.load(source, extra_flags=(*_FLAGS, *flags))
     return made
 
 

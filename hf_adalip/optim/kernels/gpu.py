@@ -62,9 +62,7 @@ def _driver_lacks() -> str | None:
     return None
 
 
-def measure(
-    spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants
-) -> tuple[Tensor, Tensor | None]:
+def measure(spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants) -> Tensor:
     """‖g_t‖, ‖x_t‖ and ‖x_t - x_{t-1}‖ of each tensor, and sketches; see kernels/__init__.py."""
     from . import step_triton as kernels
 
@@ -87,16 +85,17 @@ def measure(
                 **{"PER": 1, "WIDTH": k, "ROOT": False, "ROWS": 32, "COLUMNS": 32},
                 **_LAUNCH,
             )
-        else:
-            sketches = None
-            if batch.chunks:
-                kernels.measure[(batch.chunks,)](*given, **flags, **_whole(spec, batch))
+        elif batch.chunks:
+            kernels.measure[(batch.chunks,)](*given, **flags, **_whole(spec, batch))
         kernels.add[n, 1](
             *(batch.table, sums, norms),
             **{"PER": slices, "WIDTH": 3, "ROOT": True, "ROWS": ROWS, "COLUMNS": 4},
             **_LAUNCH,
         )
-    return norms, sketches
+    if not k:
+        return norms
+    norms[:, 2] = 0
+    return torch.cat([norms, sketches], dim=1)
 
 
 def advance(

@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <type_traits>
 #include <vector>
@@ -70,14 +71,18 @@ using Param = PARAM;
 using Wide = WIDE;
 using History = std::conditional_t<has_history, HISTORY, Wide>;
 
-constexpr bool as_is = signal == Signal::gradient && !MAXIMIZE && !COUPLED;  // x is the gradient
-
 constexpr int moments = rule == Rule::Adam ? 2 : rule == Rule::RMSprop || MOMENTUM ? 1 : 0;
 
 constexpr int64_t block = 1024;  // elements that `measure` takes together
-constexpr int64_t burst = 256;   // and `advance`: few, so that reading goes on while it streams
+constexpr int64_t ahead = 512;   // elements between what is worked on and what is fetched
+
+// And `advance`: few, so that reading goes on while it streams, if enough to convert them fast.
+constexpr int64_t burst = std::is_same_v<Param, Wide> ? 32 : 128;
+
 constexpr int64_t chunk = std::max(16 * block, int64_t{64} * SKETCH);  // what a thread takes
-constexpr int64_t lanes = 128 / sizeof(Wide);  // sums that are added up side by side
+
+// Sums that are added up side by side; of a sketch, the elements that share a hash.
+constexpr int64_t lanes = SKETCH > 0 ? 32 : 128 / sizeof(Wide);
 
 // What cpu.py passes
 
@@ -182,6 +187,12 @@ void put(const Wide* from, int64_t n, Param* to) {
   if constexpr (!std::is_same_v<Param, Wide>) convert(from, n, to);
 }
 
+// Asks for elements before they are needed: the processor itself looks no further than a page.
+template <int64_t count, bool written = false, class T>
+void fetch(const T* from) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, written);
+}
+
 // Writes past the cache, which would read first what is about to be overwritten.
 void stream(const void* from, int64_t bytes, void* to) {
   auto source = static_cast<const char*>(from);
@@ -198,17 +209,75 @@ void stream(const void* from, int64_t bytes, void* to) {
 #endif
 }
 
+// Sketch (see kernels/__init__.py)
+
+constexpr int64_t k = std::max(SKETCH, 1);
+
+constexpr uint32_t mix(uint32_t x) {
+  x = (x ^ x >> 16) * 0x85ebca6bu;
+  x = (x ^ x >> 13) * 0xc2b2ae35u;
+  return x ^ x >> 16;
+}
+
+// x with its sign turned where `sign`, 0 or 1, is set.
+Wide turned(Wide x, uint32_t sign) {
+  using Bits = std::conditional_t<sizeof(Wide) == 4, uint32_t, uint64_t>;
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof x);
+  bits ^= Bits(sign) << (8 * sizeof x - 1);
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The signs of the runs of `lanes` elements of a block, and where in the sketch they begin.
+struct Runs {
+  static constexpr int64_t most = SKETCH > 0 ? block / lanes + 1 : 0;
+  std::array<uint32_t, most> signs, places;
+
+  explicit Runs(int64_t index) {  // of the block's first element in its parameter
+    constexpr uint32_t golden = 0x9e3779b9u, in_k = std::max<int64_t>(k / lanes, 1);
+    const uint32_t first = index / lanes;
+    for (uint32_t r = 0; r < most; ++r) {  // as vectors
+      signs[r] = mix(first + r + golden);
+      places[r] = ((first + r) * uint32_t(lanes) + mix((first + r) / in_k + golden * 2)) % k;
+    }
+  }
+};
+
 // Arithmetic on a block. Functions of pointers that are known to differ, and not inlined: so
 // compilers make vectors of them.
 
+struct Sources {  // what `measure` reads
+  const Param *grad, *param, *moment[2];
+  const History* history;
+
+  Sources(const Tensors& tensors, int64_t i, int64_t at)
+      : grad(tensors.grad(i) + at), param(tensors.param(i) + at), moment{}, history{} {
+    for (int m = 0; m < moments; ++m) moment[m] = tensors.moment(m, i) + at;
+    if constexpr (has_history) history = tensors.history(i) + at;
+  }
+
+  void fetch_run(int64_t i) const {
+    fetch<lanes>(grad + i);
+    if constexpr (COUPLED) fetch<lanes>(param + i);
+    if constexpr (signal != Signal::gradient)
+      for (int m = 0; m < moments; ++m) fetch<lanes>(moment[m] + i);
+    if constexpr (has_history) fetch<lanes>(history + i);
+  }
+};
+
+// The sketch of x is added to k + lanes buckets: a run may go over the end, and what it leaves
+// there is for the first buckets. `index` is that of the block's first element in its parameter.
 __attribute__((noinline)) void measure_block(
     const Arithmetic rules, const Numbers of, const int64_t n, const Wide* __restrict grad,
     const Wide* __restrict param, const Wide* __restrict first, const Wide* __restrict second,
-    const Wide* __restrict history, Wide* __restrict signals, double (*__restrict totals)[lanes]) {
+    const Wide* __restrict history, const Sources next, const int64_t index,
+    Wide* __restrict buckets, double (*__restrict totals)[lanes]) {
   const Wide scale1 = 1 / of.correction1, scale2 = 1 / of.correction2;
   const Wide prev_scale1 = 1 / of.prev_correction1, prev_scale2 = 1 / of.prev_correction2;
+  const Runs runs(index);
   Wide sums[3][lanes] = {};
-  const auto add = [&](int64_t i, int64_t lane) {
+  const auto add = [&](int64_t i, int64_t lane, uint32_t signs, Wide* __restrict to) {
     const Wide g = rules.gradient(grad[i], COUPLED ? param[i] : 0);
     Wide x = g, before = has_history ? history[i] : 0;
     if constexpr (signal != Signal::gradient) {
@@ -220,14 +289,24 @@ __attribute__((noinline)) void measure_block(
       }
       sums[1][lane] += x * x;
     }
-    if constexpr (SKETCH > 0 && !as_is) signals[i] = x;
+    if constexpr (SKETCH > 0) to[lane] += turned(x, signs >> lane & 1);
     sums[0][lane] += g * g;
     sums[2][lane] += (x - before) * (x - before);
   };
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes)
-    for (int64_t lane = 0; lane < lanes; ++lane) add(i + lane, lane);
-  for (int64_t lane = 0; i + lane < n; ++lane) add(i + lane, lane);
+  int64_t i = 0, r = 0;
+  const auto add_run = [&](int64_t begin, auto end) {
+    const uint32_t signs = SKETCH > 0 ? runs.signs[r] : 0;
+    Wide* __restrict to = SKETCH > 0 ? buckets + runs.places[r] : nullptr;
+    for (int64_t lane = begin; lane < end; ++lane) add(i + lane - begin, lane, signs, to);
+    i += end - begin, ++r;
+  };
+  // A sketch's first run may have begun in the block before.
+  if (const int64_t begin = SKETCH > 0 ? index % lanes : 0) add_run(begin, std::min(lanes, begin + n));
+  while (i + lanes <= n) {
+    next.fetch_run(i);
+    add_run(0, std::integral_constant<int64_t, lanes>());
+  }
+  if (i < n) add_run(0, n - i);
   for (int sum = 0; sum < 3; ++sum)
     for (int64_t lane = 0; lane < lanes; ++lane) totals[sum][lane] += sums[sum][lane];
 }
@@ -247,51 +326,6 @@ __attribute__((noinline)) void advance_block(
     param[i] = param[i] * of.decay - of.rate * d;
     if constexpr (has_history)
       history[i] = signal == Signal::gradient ? g : -of.remembered * d;
-  }
-}
-
-// Sketch (see kernels/__init__.py)
-
-constexpr int64_t run = 32;  // elements that share a hash
-constexpr int64_t k = std::max(SKETCH, 1);
-
-constexpr uint32_t mix(uint32_t x) {
-  x = (x ^ x >> 16) * 0x85ebca6bu;
-  x = (x ^ x >> 13) * 0xc2b2ae35u;
-  return x ^ x >> 16;
-}
-
-// x with its sign turned where `sign`, 0 or 1, is set.
-Wide turned(Wide x, uint32_t sign) {
-  using Bits = std::conditional_t<sizeof(Wide) == 4, uint32_t, uint64_t>;
-  Bits bits;
-  std::memcpy(&bits, &x, sizeof x);
-  bits ^= Bits(sign) << (8 * sizeof x - 1);
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// Adds signed x, from element `index` of the parameter on, to k + run buckets: a run may go
-// over the end, and what it leaves there is added to the first buckets by who folds them.
-__attribute__((noinline)) void sketch_block(const Wide* __restrict x, const int64_t n,
-                                            const int64_t index, Wide* __restrict buckets) {
-  constexpr uint32_t golden = 0x9e3779b9u;
-  constexpr int64_t most = block / run + 1;
-  uint32_t signs[most], turns[most];
-  const uint32_t word = index / run, words_of_k = std::max<int64_t>(k / run, 1);
-  for (uint32_t w = 0; w < most; ++w) {  // of all runs at once, as vectors
-    signs[w] = mix(word + w + golden);
-    turns[w] = mix((word + w) / words_of_k + golden * 2);
-  }
-  const int64_t skipped = index % run;
-  for (int64_t i = 0, w = 0, skip = skipped, size; i < n; i += size, ++w, skip = 0) {
-    size = std::min(run - skip, n - i);
-    Wide* __restrict to = buckets + (index + i + turns[w]) % k;
-    const Wide* __restrict from = x + i;
-    if (size == run)
-      for (int64_t l = 0; l < run; ++l) to[l] += turned(from[l], signs[w] >> l & 1);
-    else
-      for (int64_t l = 0; l < size; ++l) to[l] += turned(from[l], signs[w] >> (l + skip) & 1);
   }
 }
 
@@ -334,52 +368,58 @@ void share(const std::vector<Chunk>& chunks, int threads, bool backwards, const 
 
 }  // namespace
 
-// norms: [n, 3]; sketches: [n, SKETCH] zeros.
+// out: [n, 3 + SKETCH].
 extern "C" void measure(int64_t n, const int64_t* rows, const Numbers* numbers,
-                        const Constants* constants, int threads, Wide* norms, Wide* sketches) {
+                        const Constants* constants, int threads, Wide* out) {
   const Tensors tensors{n, rows};
   const auto chunks = cut(tensors, [](int64_t) { return true; });
   std::vector<std::array<double, 3>> squares(chunks.size());
-  std::vector<Wide> parts(chunks.size() * SKETCH);
+  const int64_t wide = SKETCH > 0 ? SKETCH + lanes : 0;
+  const std::unique_ptr<Wide[]> parts(new Wide[chunks.size() * wide]);
 
   share(chunks, threads, false, [&](int64_t number) {
     const auto [i, first, size, _] = chunks[number];
-    alignas(64) Wide buffers[6][block];
+    const Arithmetic rules(*constants);
+    alignas(64) Wide buffers[5][block];
     double totals[3][lanes] = {};
-    std::vector<Wide> buckets(SKETCH > 0 ? SKETCH + run : 0);
+    Wide* const buckets = parts.get() + number * wide;
+    std::fill_n(buckets, wide, Wide(0));
 
     for (int64_t at = first, end = first + size; at < end; at += block) {
       const int64_t count = std::min(block, end - at);
-      const Wide *grad = as(tensors.grad(i) + at, count, buffers[0]), *param = nullptr;
+      const Sources from(tensors, i, at), next(tensors, i, at + ahead);
+      const Wide *grad = as(from.grad, count, buffers[0]), *param = nullptr;
       const Wide *moment[2] = {nullptr, nullptr}, *history = nullptr;
-      if constexpr (COUPLED) param = as(tensors.param(i) + at, count, buffers[1]);
+      if constexpr (COUPLED) param = as(from.param, count, buffers[1]);
       if constexpr (signal != Signal::gradient)
-        for (int m = 0; m < moments; ++m)
-          moment[m] = as(tensors.moment(m, i) + at, count, buffers[2 + m]);
-      if constexpr (has_history) history = as(tensors.history(i) + at, count, buffers[4]);
-      measure_block(Arithmetic(*constants), numbers[i], count, grad, param, moment[0], moment[1],
-                    history, buffers[5], totals);
-      if constexpr (SKETCH > 0)
-        sketch_block(as_is ? grad : buffers[5], count,
-                     tensors.start(i) + at, buckets.data());
+        for (int m = 0; m < moments; ++m) moment[m] = as(from.moment[m], count, buffers[2 + m]);
+      if constexpr (has_history) history = as(from.history, count, buffers[4]);
+      const int64_t index = SKETCH > 0 ? tensors.start(i) + at : 0;
+      measure_block(rules, numbers[i], count, grad, param, moment[0], moment[1], history, next,
+                    index, buckets, totals);
     }
     for (int sum = 0; sum < 3; ++sum)
       squares[number][sum] = std::accumulate(totals[sum], totals[sum] + lanes, 0.0);
-    if constexpr (SKETCH > 0) {
-      for (int64_t b = 0; b < run; ++b) buckets[b] += buckets[SKETCH + b];
-      std::copy_n(buckets.begin(), SKETCH, parts.begin() + number * SKETCH);
-    }
+    if constexpr (SKETCH > 0)
+      for (int64_t lane = 0; lane < lanes; ++lane) buckets[lane] += buckets[SKETCH + lane];
   });
 
-  std::vector<std::array<double, 3>> sums(n);
-  for (size_t number = 0; number < chunks.size(); ++number) {
-    const int64_t i = chunks[number].tensor;
-    for (int sum = 0; sum < 3; ++sum) sums[i][sum] += squares[number][sum];
-    for (int64_t b = 0; b < SKETCH; ++b) sketches[i * SKETCH + b] += parts[number * SKETCH + b];
+  std::vector<int64_t> firsts(n + 1);  // chunk of each tensor
+  for (const Chunk& c : chunks) ++firsts[c.tensor + 1];
+  std::partial_sum(firsts.begin(), firsts.end(), firsts.begin());
+#pragma omp parallel for num_threads(threads) if (SKETCH > 0)
+  for (int64_t i = 0; i < n; ++i) {
+    Wide *const norms = out + i * (3 + SKETCH), *const sketch = norms + 3;
+    double sums[3] = {};
+    std::fill_n(sketch, SKETCH, Wide(0));
+    for (int64_t number = firsts[i]; number < firsts[i + 1]; ++number) {
+      for (int sum = 0; sum < 3; ++sum) sums[sum] += squares[number][sum];
+      for (int64_t b = 0; b < SKETCH; ++b) sketch[b] += parts[number * wide + b];
+    }
+    norms[0] = std::sqrt(sums[0]);
+    norms[1] = signal == Signal::gradient ? norms[0] : std::sqrt(sums[1]);
+    norms[2] = SKETCH > 0 ? 0 : std::sqrt(sums[2]);
   }
-  for (int64_t i = 0; i < n; ++i)
-    for (int sum = 0; sum < 3; ++sum)
-      norms[3 * i + sum] = std::sqrt(sums[i][sum == 1 && signal == Signal::gradient ? 0 : sum]);
 }
 
 // go: [n]; where false, nothing is written.
@@ -391,17 +431,20 @@ extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
   // Backwards: what `measure` read last may still be in the cache.
   share(chunks, threads, true, [&](int64_t number) {
     const auto [i, first, size, _] = chunks[number];
+    const Arithmetic rules(*constants);
     alignas(64) Wide buffers[5][burst];
     alignas(64) History narrow[burst];
 
     for (int64_t at = first, end = first + size; at < end; at += burst) {
       const int64_t count = std::min(burst, end - at);
+      fetch<burst>(tensors.grad(i) + at + ahead);
+      fetch<burst, true>(tensors.param(i) + at + ahead);
+      for (int m = 0; m < moments; ++m) fetch<burst, true>(tensors.moment(m, i) + at + ahead);
       const Wide* grad = as(tensors.grad(i) + at, count, buffers[0]);
       Wide *param = as(tensors.param(i) + at, count, buffers[1]), *moment[2] = {nullptr, nullptr};
       for (int m = 0; m < moments; ++m)
         moment[m] = as(tensors.moment(m, i) + at, count, buffers[2 + m]);
-      advance_block(Arithmetic(*constants), numbers[i], count, grad, param, moment[0], moment[1],
-                    buffers[4]);
+      advance_block(rules, numbers[i], count, grad, param, moment[0], moment[1], buffers[4]);
       put(param, count, tensors.param(i) + at);
       for (int m = 0; m < moments; ++m) put(moment[m], count, tensors.moment(m, i) + at);
       if constexpr (has_history)
