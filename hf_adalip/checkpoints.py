@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .options import TrainingArguments, UsageError
 
 MANIFEST, RESULTS = "checkpoint.json", "all_results.json"
+PARTIAL, _REPLACED = ".partial", ".replaced.partial"
+_SAVED = re.compile(rf"(step|epoch)_[0-9]+({re.escape(PARTIAL)}|{re.escape(_REPLACED)})?")
 
 
 def write_manifest(folder: Path, step: int, settings: Mapping[str, Any]) -> None:
@@ -102,6 +107,37 @@ def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[s
     return chosen
 
 
+def put_in_place(partial: Path, path: Path) -> None:
+    """Gives a checkpoint that is whole its name.
+
+    One that has the name is replaced by two renames; `finish_replacing` is for what was
+    interrupted between them.
+    """
+    replaced = path.with_name(f"{path.name}{_REPLACED}")
+    if path.exists():
+        path.rename(replaced)
+    partial.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def finish_replacing(folder: Path) -> None:
+    """Gives a whole checkpoint its name, if it was being replaced and neither it nor the new one
+    has the name; for all processes at a time."""
+    for partial in saved_in(folder):  # the new one before the replaced one, by name
+        if partial.name.endswith(PARTIAL):
+            path = partial.with_name(partial.name.removesuffix(_REPLACED).removesuffix(PARTIAL))
+            with suppress(UsageError, OSError):  # not whole, or another process was faster
+                if not path.exists():
+                    read_checkpoint(partial)
+                    partial.rename(path)
+
+
+def saved_in(folder: Path) -> list[Path]:
+    """The folders of checkpoints, whole or not, or links to some, that saving makes."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if _SAVED.fullmatch(path.name) and path.is_dir())
+
+
 def check_distributed(folder: str | os.PathLike[str]) -> None:
     """Finds what is missing of a checkpoint of torch.distributed.checkpoint, and loads nothing.
 
@@ -140,6 +176,6 @@ def _sha256(path: Path) -> str:
 
 def whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write` with a temporary path beside `path`, and renames what it wrote to `path`."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}{PARTIAL}")
     write(partial)
     partial.replace(path)

@@ -14,13 +14,11 @@ import logging
 import math
 import operator
 import pickle
-import re
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
-from .checkpoints import read_checkpoint, whole, write_manifest
+from .checkpoints import PARTIAL, put_in_place, whole, write_manifest
 from .data import Batch, ImageData, ImageDataset, on_hub
 from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
 from .monitor import LayerRateHistory, layerwise, summary
@@ -414,13 +412,9 @@ class Training:
         )
 
     def save(self, name: str) -> Path:
-        """Saves a checkpoint in the folder; it has its name only when it is whole.
-
-        One that has the name is replaced by two renames; `finish_replacing` is for what was
-        interrupted between them.
-        """
+        """Saves a checkpoint in the folder; it has its name only when it is whole."""
         accelerator, path = self.accelerator, self.folder / name
-        partial = path.with_name(f"{name}{_PARTIAL}")
+        partial = path.with_name(f"{name}{PARTIAL}")
         self.progress.totals = accelerator.gather(self.totals[None]).tolist()
         _share_buffers(self.model)
         if accelerator.is_main_process:
@@ -432,11 +426,7 @@ class Training:
         if accelerator.is_main_process:
             self.rates.save(partial / f"{RATES}.json")
             write_manifest(partial, self.progress.step, self.settings)
-            replaced = path.with_name(f"{name}{_REPLACED}")
-            if path.exists():
-                path.rename(replaced)
-            partial.rename(path)
-            shutil.rmtree(replaced, ignore_errors=True)
+            put_in_place(partial, path)
         accelerator.wait_for_everyone()
         self.saved_last = self.progress.step, path
         return path
@@ -547,28 +537,6 @@ class Training:
                 "inf or NaN, and the layer was not trained; is the learning rate too large?",
             ]
         return "\n".join(lines)
-
-
-_PARTIAL, _REPLACED = ".partial", ".replaced.partial"
-_SAVED = re.compile(rf"(step|epoch)_[0-9]+({re.escape(_PARTIAL)}|{re.escape(_REPLACED)})?")
-
-
-def saved_in(folder: Path) -> list[Path]:
-    """The folders of checkpoints, whole or not, or links to some, that saving makes."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if _SAVED.fullmatch(path.name) and path.is_dir())
-
-
-def finish_replacing(folder: Path) -> None:
-    """Gives a whole checkpoint its name, if it was being replaced and neither it nor the new one
-    has the name; for all processes at a time."""
-    for partial in saved_in(folder):  # the new one before the replaced one, by name
-        if partial.name.endswith(_PARTIAL):
-            path = partial.with_name(partial.name.removesuffix(_REPLACED).removesuffix(_PARTIAL))
-            with suppress(UsageError, OSError):  # not whole, or another process was faster
-                if not path.exists():
-                    read_checkpoint(partial)
-                    partial.rename(path)
 
 
 _METRICS = ("train_accuracy", "train_loss", "eval_accuracy", "eval_loss")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from . import hub
 from .checkpoints import RESULTS, whole
 from .options import UsageError
 
@@ -63,6 +64,33 @@ def any_asked_to_stop(run: Stoppable, accelerator: Any) -> bool:
         return run.stop_asked
     asked = torch.tensor(float(run.stop_asked), device=accelerator.device)
     return bool(accelerator.reduce(asked, reduction="sum").item())
+
+
+class Run(Protocol):
+    """The options of a run that both loops have."""
+
+    push_to_hub: bool
+    hub_model_id: str | None
+    resume_from_checkpoint: str | None
+    overwrite_output_dir: bool
+
+
+def check_publishing(args: Run) -> None:
+    """Raises UsageError when a run starts for what would be wrong when it is published."""
+    if args.push_to_hub:
+        try:
+            hub.check_run(str(args.hub_model_id))
+        except hub.PublishError as error:
+            raise UsageError(f"--push_to_hub: {error}") from error
+
+
+def check_untouched(folder: Path, files: Sequence[Path], args: Run) -> None:
+    """Raises UsageError if a run has left files in the folder, and nobody said what to do."""
+    if files and not args.resume_from_checkpoint and not args.overwrite_output_dir:
+        raise UsageError(
+            f"{folder} has results already: choose another --output_dir, or "
+            "--overwrite_output_dir, or --resume_from_checkpoint latest"
+        )
 
 
 def check_same_run(path: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
-from .checkpoints import RESULTS, find_checkpoint
-from .data import DIGITS, DataError, load_image_dataset
+from .checkpoints import RESULTS, find_checkpoint, finish_replacing, saved_in
+from .data import DIGITS, DataError, ImageData, load_image_dataset
 from .doctor import TRIAL
 from .options import (
     Recipe,
@@ -32,12 +32,14 @@ from .options import (
     scheduler_factory,
     trackers,
 )
-from .runs import INTERRUPTED, RATES, Interrupted
+from .runs import INTERRUPTED, RATES, Interrupted, check_publishing, check_untouched
 from .script import SCRIPT
 
 try:
+    from accelerate.utils import gather_object
+
     from .engines import make_accelerator
-    from .loop import CONFIG, WEIGHTS, Training, finish_replacing, logger, saved_in
+    from .loop import CONFIG, WEIGHTS, Training, logger
 except ImportError as error:
     raise ImportError(
         "hf_adalip.training needs accelerate: pip install 'hf-adalip[recipes]'"
@@ -60,14 +62,10 @@ def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
             raise UsageError(f"--output_dir {path}: {nearest} is a file; choose another")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UsageError(f"--output_dir {path}: cannot write in {nearest}; choose another")
-        taken = bool(_own_files(path))
+        files = _own_files(path)
     except OSError as error:  # a name too long, a link to nowhere
         raise _no_folder(path, error) from error
-    if taken and not args.resume_from_checkpoint and not args.overwrite_output_dir:
-        raise UsageError(
-            f"{path} has results already: choose another --output_dir, or "
-            "--overwrite_output_dir, or --resume_from_checkpoint latest"
-        )
+    check_untouched(path, files, args)
     return path
 
 
@@ -114,26 +112,14 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
         asked = (value := getattr(args, name)) != recipe.defaults.get(name)
         if args.dataset_name == DIGITS and asked:
             raise UsageError(f"--{name} {value}: the digits have no columns; leave it out")
-    if args.push_to_hub:
-        try:
-            hub.check_run(str(args.hub_model_id))
-        except hub.PublishError as error:
-            raise UsageError(f"--push_to_hub: {error}") from error
+    check_publishing(args)
     folder = output_dir(args, recipe)
     if args.resume_from_checkpoint:
         finish_replacing(folder)
     checkpoint = find_checkpoint(args, folder)
 
     accelerator = make_accelerator(args, folder)
-    with accelerator.main_process_first():  # the others find what it put in the cache
-        data = load_image_dataset(
-            args.dataset_name,
-            args.image_column_name,
-            args.label_column_name,
-            args.max_train_samples,
-            args.max_eval_samples,
-            args.image_size,
-        )
+    data = _load(args, accelerator)
     training = Training(args, recipe, arguments, data, accelerator, folder, command)
     if checkpoint is not None:
         training.load(*checkpoint)
@@ -158,6 +144,27 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
     finally:
         accelerator.end_training()
     return training
+
+
+def _load(args: TrainingArguments, accelerator: Any) -> ImageData:
+    """The data, or a DataError on all processes if one of them cannot have them."""
+    data, problem = None, None
+    with accelerator.main_process_first():  # the others find what it put in the cache
+        try:
+            data = load_image_dataset(
+                args.dataset_name,
+                args.image_column_name,
+                args.label_column_name,
+                args.max_train_samples,
+                args.max_eval_samples,
+                args.image_size,
+            )
+        except DataError as error:
+            problem = str(error)
+    problems = [problem for problem in gather_object([problem]) if problem]
+    if data is None or problems:
+        raise DataError(problems[0])
+    return data
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:

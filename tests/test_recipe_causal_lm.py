@@ -288,8 +288,14 @@ def test_the_latest_checkpoint_of_an_empty_folder_is_the_beginning(
     assert results(tmp_path / "out")["resumed_from"] is None
     assert recipe(run) == 2
     assert "has results already" in capsys.readouterr().err
+    mine = [tmp_path / "out" / name for name in ("model_card.md", "adapter_notes.txt")]
+    mine += [tmp_path / "out" / "checkpoint-notes" / "mine", tmp_path / "out" / "model-best" / "x"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     assert recipe([*run, "--seed=5", "--overwrite_output_dir"]) == 0
     assert results(tmp_path / "out")["seed"] == 5
+    assert all(path.exists() for path in mine)
 
 
 def test_gradients_are_clipped_on_demand_only(

@@ -544,14 +544,26 @@ with open(f"{sys.argv[2]}/rates{os.environ['RANK']}.json", "w") as file:
 """
 
 
-def torchrun(*arguments: str) -> None:
+def torchrun(*arguments: str, status: int = 0) -> str:
+    """Two processes; returns what they said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     # A store for each attempt: in torch 2.15's shared one, gloo looks for the dead of the last.
     env = ENV | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(
         [*command, *arguments], env=env, check=False, timeout=200, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == status, done.stderr[-4000:]
+    return done.stderr
+
+
+def test_two_ranks_without_data_say_so_once(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = torchrun(
+        str(SCRIPT), f"--dataset_name={tmp_path / 'none'}", f"--output_dir={out}", status=1
+    )
+    assert said.count("mnist: error: ") == 1
+    assert "Traceback" not in said
+    assert not out.exists()
 
 
 TEN_STEPS = [*BASE, "--max_train_samples=250", "--max_train_steps=10"]

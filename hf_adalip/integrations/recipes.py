@@ -54,7 +54,9 @@ from ..runs import (
     Interrupted,
     any_asked_to_stop,
     asked_to_stop,
+    check_publishing,
     check_same_run,
+    check_untouched,
     device_name,
     write_results,
 )
@@ -192,15 +194,7 @@ def parse(
     if training.fp16 and training.device.type == "cpu":
         raise UsageError("--fp16 needs a GPU; --bf16 does not")
     folder = Path(training.output_dir)
-    if (
-        _own_files(folder)
-        and not training.resume_from_checkpoint
-        and not training.overwrite_output_dir
-    ):
-        raise UsageError(
-            f"{folder} has results already: choose another --output_dir, or "
-            "--overwrite_output_dir, or --resume_from_checkpoint latest"
-        )
+    check_untouched(folder, _own_files(folder), training)
     # `run` publishes: Trainer would upload whatever is in the folder, and not what a card needs
     training.publish_to = training.hub_model_id if training.push_to_hub else None
     training.push_to_hub = False
@@ -266,12 +260,7 @@ def _check_publishing(chosen: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {value}: a run is published once, when it is finished")
     private = chosen.hub_private_repo and "trackio" not in str(chosen.report_to)
     check_hub_options(chosen.push_to_hub, chosen.hub_model_id, private)
-    if not chosen.push_to_hub:
-        return
-    try:
-        hub.check_run(chosen.hub_model_id)
-    except hub.PublishError as error:
-        raise UsageError(f"--push_to_hub: {error}") from error
+    check_publishing(cast("Any", chosen))
 
 
 _OWN_OPTION = {"lr": "learning_rate", "weight_decay": "weight_decay"}
@@ -471,10 +460,17 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+_OWN = re.compile(
+    rf"{re.escape(RESULTS)}|{RATES}\.(json|png)|checkpoint-[0-9]+|config\.json"
+    r"|generation_config\.json|adapter_config\.json|adapter_model\.safetensors"
+    r"|model(-[0-9]+-of-[0-9]+)?\.safetensors|model\.safetensors\.index\.json"
+)
+
+
 def _own_files(folder: Path) -> list[Path]:
-    model = ("model*.safetensors*", "config.json", "generation_config.json", "adapter_*")
-    patterns = (RESULTS, f"{RATES}.*", "checkpoint-*", *model)
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+    """What a run leaves in its folder; what else is there is the user's."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if _OWN.fullmatch(path.name))
 
 
 def _clean(folder: Path, checkpoint: str | None, overwrite: bool) -> None:
@@ -482,7 +478,8 @@ def _clean(folder: Path, checkpoint: str | None, overwrite: bool) -> None:
     which Trainer would count among those to keep."""
     stale = _own_files(folder) if overwrite else []
     if checkpoint and Path(checkpoint).parent == folder:
-        stale = [path for path in folder.glob("checkpoint-*") if not (path / MANIFEST).exists()]
+        checkpoints = [path for path in _own_files(folder) if path.name.startswith("checkpoint-")]
+        stale = [path for path in checkpoints if not (path / MANIFEST).exists()]
     for path in stale:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
