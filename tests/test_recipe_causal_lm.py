@@ -298,6 +298,18 @@ def test_the_latest_checkpoint_of_an_empty_folder_is_the_beginning(
     assert all(path.exists() for path in mine)
 
 
+def test_a_folder_that_trainer_would_take_for_a_checkpoint(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "out" / "checkpoint-10.bak"
+    mine.mkdir(parents=True)
+    run = options(text, tmp_path / "out", *SHORT, "--overwrite_output_dir")
+    assert recipe([*run, "--save_strategy=epoch"]) == 2
+    assert "checkpoint-10.bak" in capsys.readouterr().err
+    assert recipe(run) == 0
+    assert mine.exists()
+
+
 def test_gradients_are_clipped_on_demand_only(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

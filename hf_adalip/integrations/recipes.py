@@ -67,6 +67,7 @@ from .trainer import ModelOptimizer, register, trainer_kwargs
 try:
     from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
     from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.trainer_utils import SaveStrategy
     from transformers.training_args import OptimizerNames
 except ImportError as error:
     raise ImportError(
@@ -194,7 +195,12 @@ def parse(
     if training.fp16 and training.device.type == "cpu":
         raise UsageError("--fp16 needs a GPU; --bf16 does not")
     folder = Path(training.output_dir)
-    check_untouched(folder, _own_files(folder), training)
+    try:
+        check_untouched(folder, _own_files(folder), training)
+        if training.save_strategy != SaveStrategy.NO and (limit := training.save_total_limit):
+            _check_rotation(folder, limit)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder}: {error.strerror}; choose another") from error
     # `run` publishes: Trainer would upload whatever is in the folder, and not what a card needs
     training.publish_to = training.hub_model_id if training.push_to_hub else None
     training.push_to_hub = False
@@ -471,6 +477,21 @@ def _own_files(folder: Path) -> list[Path]:
     """What a run leaves in its folder; what else is there is the user's."""
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in found if _OWN.fullmatch(path.name))
+
+
+def _check_rotation(folder: Path, limit: int) -> None:
+    """Trainer takes all that begins as a checkpoint for one, and deletes those of the lowest
+    numbers.
+
+    Raises:
+        UsageError: if it would count a folder that is not its own.
+    """
+    names = [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]
+    if others := sorted(name for name in names if re.match("checkpoint-[0-9]+[^0-9]", name)):
+        raise UsageError(
+            f"--save_total_limit {limit}: Trainer would count {others[0]} in {folder} among its "
+            "checkpoints, and might delete it; move it, or choose another --output_dir"
+        )
 
 
 def _clean(folder: Path, checkpoint: str | None, overwrite: bool) -> None:

@@ -499,7 +499,8 @@ class LayerwiseOptimizer(Optimizer):
         norms = self._whole_norms(norms, members, census)
         if changes is not None:
             sketched = tuple(i for i, m in enumerate(members) if m.sketch)
-            norms[:, 2].index_copy_(0, index_tensor(sketched, norms.device), changes)
+            here = index_tensor(sketched, norms.device)
+            norms[:, 2].index_copy_(0, here, changes.to(norms))  # which has the widest dtype
         if not census.layers:
             return norms, norms.new_zeros(0, dtype=torch.bool)
         norms = layer_norms(norms, owner, len(census.layers))

@@ -164,6 +164,25 @@ def test_fused_takes_whatever_it_is_given(history: dict[str, Any]) -> None:
         torch.testing.assert_close(other[n], loop[n], rtol=1e-5, atol=1e-6)
 
 
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sketched_beside_a_float64_that_is_not(form: dict[str, Any], dtype: torch.dtype) -> None:
+    """Also where the sketched one has no gradient, as what is frozen has none."""
+    draw = torch.Generator().manual_seed(0)
+    params = {
+        "large": torch.randn(40, 40, dtype=dtype, generator=draw).requires_grad_(),
+        "small": torch.randn(3, dtype=torch.float64, generator=draw).requires_grad_(),
+    }
+    optimizer = build("adalip", params, history="sketch", sketch_size=64, **form)
+    for step in range(4):
+        for name, p in params.items():
+            gone = name == "large" and step in (0, 2)
+            p.grad = None if gone else torch.randn(p.shape, dtype=p.dtype, generator=draw)
+        optimizer.step()
+    assert 0.1 < scales(optimizer)["large"] < 0.8 * 0.8 + 0.2 * 2
+    assert all(p.isfinite().all() for p in params.values())
+
+
 @pytest.mark.parametrize("history", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("name", ["adalip", "rmslipu"])
 @forms
