@@ -96,6 +96,7 @@ class Census:
         owner: the index of each member's layer.
         groups: the parameter groups of all members.
         group_of: the index of each member's group.
+        raises: whether a non-finite gradient can stop the step.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Census:
                 self.kinds.append((layer.options, slice(i, i + 1)))
             else:
                 self.kinds[-1] = (layer.options, slice(self.kinds[-1][1].start, i + 1))
+        self.raises = any(estimator.nonfinite == "raise" for (estimator, _), _ in self.kinds)
         self.groups = list({id(m.group): m.group for layer in layers for m in layer.all}.values())
         self.runs: list[Any] = []  # an optimizer's, of members that are stepped together
         self.kept = False  # whether the optimizer has the members' state

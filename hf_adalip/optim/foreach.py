@@ -175,12 +175,15 @@ def _advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> Non
     grads = _gradients(batch)
     new = form.moments(grads, _old(batch), group)
     directions = form.directions(new, batch.steps, group)
-    if not batch.sketch:
-        new |= batch.signal.remember(
+    for name in batch.rule.kept(group):
+        _commit([state[name] for state in batch.states], new[name], go)
+    if batch.history:
+        history = batch.signal.remember(
             grads, lambda: _times_([d.clone() for d in directions], -remembered)
         )
-    for name in batch.names:
-        _commit([state[name] for state in batch.states], new[name], go)
+        for name, xs in history.items():
+            zeros = [xs[0].new_zeros(())] * len(xs)
+            _commit([state[name] for state in batch.states], xs, go, zeros)
     updates = _times_(directions, -rates)
     values = [wide(p) for p in batch.params]
     if group["weight_decay"] and group["decoupled_weight_decay"]:
@@ -204,15 +207,18 @@ def _gradients(batch: Batch) -> Tensors:
     return grads
 
 
-def _commit(targets: Tensors, values: Tensors, go: Tensor) -> None:
+def _commit(targets: Tensors, values: Tensors, go: Tensor, others: Tensors | None = None) -> None:
+    """Makes tensors the values where `go`, and else the others, or what they are."""
     moves = go.unbind()
     if targets[0].dtype == values[0].dtype:
-        for move, value, target in zip(moves, values, targets, strict=True):
-            torch.where(move, value, target, out=target)
+        others = targets if others is None else others
+        for move, value, other, target in zip(moves, values, others, targets, strict=True):
+            torch.where(move, value, other, out=target)
         return
+    others = [wide(target) for target in targets] if others is None else others
     kept = [
-        torch.where(move, value, wide(target))
-        for move, value, target in zip(moves, values, targets, strict=True)
+        torch.where(move, value, other)
+        for move, value, other in zip(moves, values, others, strict=True)
     ]
     torch._foreach_copy_(targets, kept)
 

@@ -66,6 +66,18 @@ def pays(size: int) -> bool:
     return size >= _WORTH and missing(torch.device("cpu")) is None
 
 
+def prepare(batch: Batch) -> None:
+    """Does what may fail, before anything is changed.
+
+    Raises:
+        KernelError: where the kernels cannot be compiled; found out here on a CPU.
+        ValueError: for gradients or state of another shape than their parameter's.
+    """
+    spec, _, _ = _prepared(batch)
+    if batch.params[0].device.type == "cpu":
+        cpu.library(spec)
+
+
 def measure(batch: Batch) -> Tensor:
     """As `rules.measure`."""
     spec, tensors, _ = _prepared(batch)
@@ -131,9 +143,10 @@ def _prepared(batch: Batch) -> tuple[Spec, Tensors, Copies]:
 
 def _spec(batch: Batch) -> Spec:
     rule, group, history = batch.rule, batch.group, batch.history
+    signal, on_cpu = _signal(batch), batch.params[0].device.type == "cpu"
     return Spec(
         rule=_RULES[type(rule)],
-        signal=_signal(batch),
+        signal=signal,
         dtype=batch.params[0].dtype,
         history=batch.states[0][history[0]].dtype if history else None,
         momentum=bool(group.get("momentum")),
@@ -142,6 +155,7 @@ def _spec(batch: Batch) -> Spec:
         maximize=group["maximize"],
         coupled=bool(group["weight_decay"]) and not group["decoupled_weight_decay"],
         sketch=batch.sketch,
+        early=batch.certain and bool(history) and signal == "gradient" and on_cpu,
     )
 
 

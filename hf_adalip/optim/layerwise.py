@@ -52,7 +52,7 @@ class LayerRate(NamedTuple):
 
     scale: float  # S_t
     lr: float  # A_t as applied: α_t·S_t, or α_t on the layer's first step
-    norm: float  # ‖g_t‖; in the -U forms, of the update that the next one is compared with
+    norm: float  # ‖g_t‖, 0 if it was left out; in -U, of the update that the next is compared with
     nonfinite_steps: int  # steps that were left out because the gradient was not finite
 
 
@@ -529,7 +529,7 @@ class LayerwiseOptimizer(Optimizer):
             RuntimeError: with nonfinite="raise", naming the layers. Nothing has been changed.
         """
         layers, finite = census.layers, norms.isfinite().all(dim=1)
-        if any(estimator.nonfinite == "raise" for (estimator, _), _ in census.kinds):
+        if census.raises:
             bad = [
                 layer.name
                 for layer, ok in zip(layers, finite.tolist(), strict=True)
@@ -549,7 +549,7 @@ class LayerwiseOptimizer(Optimizer):
         Args:
             census: as from `_collect`.
             norms: ‖x_t‖ and ‖x_t - x_{t-1}‖, shape [layers, 2].
-            finite: shape [layers]; where False and nonfinite="skip", only the count moves.
+            finite: shape [layers]; where False and nonfinite="skip", the step is left out.
             live: shape [layers]; where False, nothing moves.
 
         Returns:
@@ -569,6 +569,8 @@ class LayerwiseOptimizer(Optimizer):
                     self._signal.remembered_norm(new.prev_norm, factor, previous),
                 )
             )
+            if estimator.nonfinite == "skip":
+                old = estimator.leave_out(old, finite[here])
             for key, before, after in zip(keys, old, new, strict=False):
                 assert before is not None
                 assert after is not None

@@ -27,6 +27,10 @@ from torch import Tensor
 NO_PREDECESSOR = -1.0
 """`prev_norm` of a layer that has not yet had a non-zero signal (a norm is never negative)."""
 
+FORGOTTEN = -2.0
+"""`prev_norm` of a layer whose last signal was not finite, and left out: there was one before it,
+but it is not kept."""
+
 FIRST_C = 1e-8
 """c_1 = c_0 of `c="theoretical"`, the constant that the paper's experiments used (§4.2)."""
 
@@ -37,7 +41,7 @@ class LayerState(NamedTuple):
     """What is remembered of every layer between two steps; vectors of shape [layers]."""
 
     scale: Tensor  # S_{t-1}
-    prev_norm: Tensor  # ‖x_{t-1}‖, or NO_PREDECESSOR
+    prev_norm: Tensor  # ‖x_{t-1}‖, or NO_PREDECESSOR or FORGOTTEN
     c: Tensor | None = None  # c_{t-1}, with c="theoretical"
 
 
@@ -125,8 +129,8 @@ class Estimator:
             layer: the state after step t-1.
             norm: ‖x_t‖.
             change: ‖x_t - x_{t-1}‖; where there is no predecessor, x_{t-1} = 0. Where it is
-                not finite and ‖x_t‖ is, x_{t-1} was not (it overflowed when it was stored): it is
-                forgotten, and S keeps its value.
+                not finite and ‖x_t‖ is, x_{t-1} was not (it overflowed when it was stored), and
+                is forgotten. Where x_{t-1} is forgotten, S keeps its value.
             step: t, the scheduler's, of which α_t is a function; for c="theoretical".
 
         Returns:
@@ -136,7 +140,7 @@ class Estimator:
         """
         before = layer.prev_norm.clamp(min=0.0)
         # Both signals zero: 0/0 says nothing, and S keeps its value. A NaN is no silence.
-        lost = norm.isfinite() & ~change.isfinite()
+        lost = norm.isfinite() & (~change.isfinite() | (layer.prev_norm == FORGOTTEN))
         signal = ((norm > 0) | (before > 0) | norm.isnan()) & ~lost
         first = signal & (layer.prev_norm < 0)
 
@@ -152,6 +156,15 @@ class Estimator:
         prev_norm = torch.where(signal | lost, norm, layer.prev_norm)
         factor = torch.where(first, torch.ones_like(scale), scale)
         return LayerState(scale, prev_norm, c), factor
+
+    def leave_out(self, layer: LayerState, finite: Tensor) -> LayerState:
+        """The state of layers that take no step, where their x_t is not finite.
+
+        S stays, and x_{t-1} is forgotten: so an optimizer may let x_t take its place before it
+        knows all of x_t.
+        """
+        prev_norm = torch.where(finite | (layer.prev_norm < 0), layer.prev_norm, FORGOTTEN)
+        return layer._replace(prev_norm=prev_norm)
 
 
 def is_number(value: object) -> bool:

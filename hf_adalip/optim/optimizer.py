@@ -63,9 +63,9 @@ class Run:
         return torch.stack([_sketch_of(member.state) for member in self.members])
 
     def keep_sketches(self, sketches: Tensor, go: Tensor) -> None:
-        """Makes them the members', where they may change."""
+        """Makes them the members', and zero where the members take no step."""
         kept = self.kept_sketches()
-        kept.copy_(torch.where(go[:, None], sketches, kept))
+        kept.copy_(torch.where(go[:, None], sketches, 0.0))
         if self.kept is None:
             store([_sketch_of(member.state) for member in self.members], kept)
 
@@ -94,7 +94,8 @@ class LipOptimizer(LayerwiseOptimizer):
             one module; needs names), or a function from a parameter's name to its layer's name.
         scale_bounds: (low, high) that S is kept in; None for the paper's unbounded S.
         nonfinite: what a layer does whose gradient norm is not finite. "skip" leaves parameter,
-            S, history and moments as they were and counts the step in `nonfinite_steps`; "raise"
+            S and moments as they were, counts the step in `nonfinite_steps` and forgets the
+            gradient before, so that S keeps its value at the layer's next step, too; "raise"
             stops before anything has changed, at the price of one device synchronisation a
             step; "propagate" computes with it.
         decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p, not scaled by S; False
@@ -280,8 +281,10 @@ class LipOptimizer(LayerwiseOptimizer):
             census.runs = self._runs(census)
         runs = census.runs
         batches = [self._batch(run, census) for run in runs]
+        for run, batch in zip(runs, batches, strict=True):
+            _prepare(run, batch)
 
-        # Measure. Nothing is changed here.
+        # Measure. Nothing is changed here, but for histories where nothing can stop the step.
         rows = [_measure(run, batch).to(home) for run, batch in zip(runs, batches, strict=True)]
         rows = rows or [torch.zeros(0, 3, device=home)]  # other ranks may have gradients
         norms = torch.cat([x[:, :3] for x in rows])
@@ -406,6 +409,8 @@ class LipOptimizer(LayerwiseOptimizer):
             steps=steps + 1 if run.form else steps,
             lr=as_scalar(lr, device) if isinstance(lr, Tensor) else lr,
             sketch=run.sketch,
+            # Sharded, there is a collective between measuring and stepping, which may fail.
+            certain=not (census.raises or census.over),
             memo=run.memo if run.plain else {},  # an engine may give a shard other memory
         )
 
@@ -427,18 +432,21 @@ class LipOptimizer(LayerwiseOptimizer):
                 )
 
 
-def _measure(run: Run, batch: Batch) -> Tensor:
-    """What the run's form measures; where nobody asked for it and it does not compile, foreach."""
-    if run.form is None:
-        return rules.measure_absent(batch)
+def _prepare(run: Run, batch: Batch) -> None:
+    """Makes the fused form ready; where nobody asked for it and it does not compile, foreach."""
+    if run.form is not fused:
+        return
     try:
-        found: Tensor = run.form.measure(batch)
-        return found
+        fused.prepare(batch)
     except KernelError:
         if batch.group["fused"]:
             raise
-    run.form, batch.prepared = foreach, None
-    return foreach.measure(batch)
+        run.form, batch.prepared = foreach, None
+
+
+def _measure(run: Run, batch: Batch) -> Tensor:
+    found: Tensor = (run.form.measure if run.form else rules.measure_absent)(batch)
+    return found
 
 
 def _is_capturing() -> bool:

@@ -152,7 +152,8 @@ class Batch:
     steps: Tensor  # [tensors], t of each
     lr: Tensor | float  # α_t
     sketch: int = 0  # the size of the sketches of x that are kept; 0 where x itself is
-    prepared: Any = None  # what a form made of it in `measure` and needs again in `advance`
+    certain: bool = False  # whether nothing that is measured can stop the step
+    prepared: Any = None  # what a form made of it for both `measure` and `advance`
     memo: dict[Any, Any] = field(default_factory=dict)
     """What a form may keep from step to step, as long as params and states are the same objects
     and the parameters lie in memory as they did."""
@@ -196,7 +197,8 @@ def gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
 
 
 def measure(batch: Batch) -> Tensor:
-    """‖g_t‖, ‖x_t‖ and ‖x_t - x_{t-1}‖ of each tensor, shape [tensors, 3]; changes nothing.
+    """‖g_t‖, ‖x_t‖ and ‖x_t - x_{t-1}‖ of each tensor, shape [tensors, 3]; changes nothing, but
+    for the history where the step is certain: there, a form may write it as it reads it.
 
     With a sketch, the sketch of x_t follows in further columns, shape [tensors, 3 + sketch], and
     the change, which can only be had of the whole parameter, is zero.
@@ -249,7 +251,8 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None
         batch: what to step.
         rates: A_t of each tensor, shape [tensors].
         remembered: what d_t is scaled by in the update to remember, shape [tensors].
-        go: shape [tensors]; where False, a tensor and its state stay as they are.
+        go: shape [tensors]; where False, a tensor and its state stay as they are, but for the
+            history, which becomes zero: what it was is forgotten.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
     for i, (param, raw, state, moves) in enumerate(
@@ -259,13 +262,14 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None
         old = {name: _read(state[name], batch.group) for name in batch.names}
         new = rule.moments(grad, old, group)
         direction = rule.direction(new, batch.steps[i], group)
-        if not batch.sketch:
-            new |= signal.remember(grad, partial(mul, direction, -remembered[i]))
         value = _read(param, group)
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             value = value * (1 - batch.lr * group["weight_decay"])
-        for name in batch.names:
+        for name in rule.kept(group):
             _commit(state[name], new[name], moves)
+        if batch.history:
+            for name, x in signal.remember(grad, partial(mul, direction, -remembered[i])).items():
+                state[name].copy_(torch.where(moves, x, 0.0))
         _commit(param, value - rates[i] * direction, moves)
 
 

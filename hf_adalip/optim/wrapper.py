@@ -53,8 +53,9 @@ class Lipschitz(LayerwiseOptimizer):
             or as "proposed".
         scale_bounds: (low, high) that S is kept in; None for no bounds.
         nonfinite: what a layer does whose gradient norm is not finite. "skip" hides the layer's
-            gradients from the base for the step, "raise" stops before anything has changed:
-            both look at one flag per layer on the host. "propagate" looks at nothing.
+            gradients from the base for the step, and S stays, as at the layer's next step, too;
+            "raise" stops before anything has changed. Both look at one flag per layer on the
+            host; "propagate" looks at nothing.
         fused: measure and scale in the compiled form, as the six optimizers do (see
             `LipOptimizer`); how the base steps is for it to say. For signal="gradient". None
             takes it where they do.

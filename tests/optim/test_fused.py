@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from hf_adalip.optim.kernels import Constants, KernelError, Spec, Tensors, cpu
 from hf_adalip.optim.rules import Batch
 from tests.optim.cases import (
     CLASSES,
+    GRADIENT,
     Named,
     assert_same,
     momentum_only,
@@ -56,6 +57,10 @@ def options_of(name: str) -> list[dict[str, Any]]:
 def combinations() -> Iterator[Any]:
     for name in CLASSES:
         options = options_of(name)
+        # Which writes the history late, as it may stop the step.
+        late = options[-1] | {"nonfinite": "raise"}
+        for dtype in (torch.float32, torch.bfloat16) if name in GRADIENT else ():
+            yield pytest.param(name, late, dtype, id=f"{name}-late-{dtype}")
         for dtype in DTYPES:
             for i in range(len(options)) if dtype == torch.float32 else (len(options) - 1,):
                 yield pytest.param(name, options[i], dtype, id=f"{name}-{i}-{dtype}")
@@ -87,13 +92,17 @@ def compared() -> Iterator[None]:
     def measure(batch: Batch) -> Tensor:
         before = frozen(batch)
         expected = loop_measure(batch)
-        close(fused.measure(batch), expected)
         assert same(before, frozen(batch))
+        copy = clone(batch)
+        close(fused.measure(copy), expected)
+        early = batch.history if batch.certain else ()
+        assert same(frozen(batch, early), frozen(copy, early))
         return expected
 
     def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
         copy = clone(batch)
         loop_advance(batch, rates, remembered, go)
+        fused.measure(copy)  # which may have written the history
         fused.advance(copy, rates, remembered, go)
         for i in range(len(batch.params)):
             close(copy.params[i], batch.params[i].detach())
@@ -114,10 +123,11 @@ def clone(batch: Batch) -> Batch:
     )
 
 
-def frozen(batch: Batch) -> list[Tensor]:
+def frozen(batch: Batch, without: Sequence[str] = ()) -> list[Tensor]:
     """All that a step may change, copied."""
     copy = clone(batch)
-    return [*copy.params, *(x for state in copy.states for x in state.values())]
+    states = (item for state in copy.states for item in state.items())
+    return [*copy.params, *(x for name, x in states if name not in without)]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -250,14 +260,19 @@ def last_advance(name: str, params: Named, **options: Any) -> tuple[Batch, Tenso
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_does_not_go_stays_bit_for_bit(name: str) -> None:
+    """But for its history, which becomes zero."""
     batch, rates, remembered = last_advance(name, sized((40_000, 5, 0, 40_000, 5)))
     for grad in batch.grads[2:]:
         grad.fill_(torch.nan)
     before, rates = clone(batch), rates.clone()
     rates[3:] = torch.nan
     go = torch.tensor([True, True, True, False, False])
+    fused.measure(batch)
     fused.advance(batch, rates, remembered, go)
     for i in range(5):
+        if i >= 2:
+            for key in batch.history:
+                before.states[i][key].zero_()
         now = [batch.params[i], *batch.states[i].values()]
         then = [before.params[i], *before.states[i].values()]
         assert same(now, then) == (i >= 2)
@@ -284,7 +299,7 @@ def test_squares_may_overflow() -> None:
     """As those of the loop, to infinity: not to NaN, and not unseen."""
     batch, *_ = last_advance("adamlip", sized((50, 5000)))
     batch.grads[1].fill_(1e30)
-    found, expected = fused.measure(batch), rules.measure(batch)
+    expected, found = rules.measure(batch), fused.measure(batch)
     assert found[1].tolist() == expected[1].tolist() == [torch.inf] * 3
     close(found[0], expected[0])
 
@@ -437,6 +452,24 @@ def test_kernels_that_do_not_compile(size: int, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(KernelError, match="too old"):
             make(fused=True)(params).step()
         assert (params["a"] == 1).all()
+
+
+def test_one_kernel_of_two_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known before the other one writes any history."""
+    kinds = {"a": torch.float32, "b": torch.bfloat16}
+    params = {n: torch.ones(40, dtype=dtype, requires_grad=True) for n, dtype in kinds.items()}
+    optimizer = AdamLip(params.items(), fused=True)
+    set_grads(params, random_grads(params, 0))
+    optimizer.step()
+    before = snapshot(optimizer, params)
+    compiles, error = cpu._library, KernelError("too old")
+    monkeypatch.setattr(
+        cpu, "_library", lambda spec: error if spec.dtype == torch.bfloat16 else compiles(spec)
+    )
+    set_grads(params, random_grads(params, 1))
+    with pytest.raises(KernelError, match="too old"):
+        optimizer.step()
+    assert_same(snapshot(optimizer, params), before)
 
 
 def test_state_that_was_saved_in_another_memory_order_is_laid_out_once() -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from hf_adalip import AdamLip, Lipschitz
+from hf_adalip.optim.kernels import cpu
+from hf_adalip.optim.lipschitz import FORGOTTEN
 from tests.optim.cases import (
     CLASSES,
     SHAPES,
@@ -57,6 +59,14 @@ def state_but_count(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Te
     return {k: v.clone() for k, v in optimizer.state[p].items() if k != COUNT}
 
 
+def forget(state: dict[str, Tensor]) -> None:
+    """Makes of a parameter's state what a skipped step leaves of it."""
+    state["prev_norm"].fill_(FORGOTTEN)
+    for key in ("prev_grad", "prev_update"):
+        if key in state:
+            state[key].zero_()
+
+
 # skip
 
 
@@ -65,7 +75,7 @@ def state_but_count(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Te
 @bads
 @every_layers
 def test_skip_leaves_the_layer_alone(name: str, foreach: bool, bad: float, layers: str) -> None:
-    """Its parameters, moments, history, S and step, bit for bit; only the count moves."""
+    """Its parameters, moments, S and step, bit for bit; the count moves, x_{t-1} is forgotten."""
     params = named_params()
     optimizer = CLASSES[name](params.items(), layers=layers, foreach=foreach, **options_of(name))
     train(optimizer, params, range(3))
@@ -78,6 +88,7 @@ def test_skip_leaves_the_layer_alone(name: str, foreach: bool, bad: float, layer
         unchanged = n in hit(layers)
         assert torch.equal(params[n], value) == unchanged, n
         if unchanged:
+            forget(state)
             assert_same(state_but_count(optimizer, params[n]), state, n)
         assert optimizer.state[params[n]][COUNT].item() == unchanged, n
     counts = {n: r.nonfinite_steps for n, r in optimizer.layer_learning_rates().items()}
@@ -90,7 +101,8 @@ def test_skip_leaves_the_layer_alone(name: str, foreach: bool, bad: float, layer
 @forms
 @every_layers
 def test_other_layers_step_as_if_alone(name: str, foreach: bool, layers: str) -> None:
-    """And after the bad step the skipped layer goes on as if that step had not been."""
+    """And after the bad step the skipped layer goes on as if that step had not been, but for
+    x_{t-1}, which is forgotten."""
     results = []
     for bad_step in (True, False):
         params = named_params()
@@ -104,6 +116,8 @@ def test_other_layers_step_as_if_alone(name: str, foreach: bool, layers: str) ->
                 grads[n] = None  # a whole layer without a gradient
         set_grads(params, grads)
         optimizer.step()
+        for n in hit(layers) if not bad_step else ():
+            forget(optimizer.state[params[n]])
         train(optimizer, params, range(4, 7))
         results.append(snapshot(optimizer, params))
         for p in params.values():
@@ -143,6 +157,37 @@ def detached(params: Named) -> Named:
 
 @six
 @forms
+@bads
+@pytest.mark.parametrize("count", [1, 2])
+def test_after_a_skip_the_scale_waits_for_two_signals(
+    name: str, foreach: bool, bad: float, count: int
+) -> None:
+    """A ratio takes two in succession: S stays in the first step after it, which A = α·S takes."""
+    params = named_params()
+    optimizer = CLASSES[name](params.items(), lr=0.1, foreach=foreach)
+    train(optimizer, params, range(3))
+    rates = [optimizer.layer_learning_rates()["a.bias"]]
+    seeds = range(3, 6 + count)
+    for seed in seeds:
+        spoiled = seed < 3 + count
+        set_grads(params, bad_grads(params, seed, bad) if spoiled else random_grads(params, seed))
+        optimizer.step()
+        rates.append(optimizer.layer_learning_rates()["a.bias"])
+    skipped, first, second = rates[1 : 1 + count], rates[1 + count], rates[2 + count]
+    assert all(rate.scale == rates[0].scale and rate.norm == 0.0 for rate in skipped)
+    assert first.scale == rates[0].scale
+    assert first.lr == pytest.approx(0.1 * first.scale, rel=1e-6)
+    assert first.norm > 0
+    assert second.scale != first.scale
+    if not name.endswith("u"):
+        g, h = (random_grads(params, seed)["a.bias"] for seed in (3 + count, 4 + count))
+        assert first.norm == pytest.approx(g.norm().item())
+        ratio = (g.norm() / ((h - g).norm() + 1e-8)).item()
+        assert second.scale == pytest.approx(0.8 * first.scale + 0.2 * ratio)
+
+
+@six
+@forms
 def test_skips_are_counted(name: str, foreach: bool) -> None:
     params = named_params()
     optimizer = CLASSES[name](params.items(), foreach=foreach, layers="module")
@@ -157,11 +202,14 @@ def test_skips_are_counted(name: str, foreach: bool) -> None:
 @six
 @forms
 def test_a_bad_tensor_and_one_without_gradient(name: str, foreach: bool) -> None:
-    """The silent tensor's history becomes zero in a good step; a skipped one keeps it."""
+    """The silent one is skipped with its layer."""
     params = named_params()
     optimizer = CLASSES[name](params.items(), foreach=foreach, layers="module")
     train(optimizer, params, range(2))
     before = snapshot(optimizer, params)
+    states = before["state"]["state"]
+    forget(states[0])
+    states[1]["prev_norm"].fill_(FORGOTTEN)
     grads: dict[str, Any] = bad_grads(params, 2, math.inf, "a.weight")
     grads |= {"a.bias": None, "b.weight": None}
     set_grads(params, grads)
@@ -296,14 +344,25 @@ def test_after_raise_training_goes_on(name: str, foreach: bool) -> None:
     assert_same(*results)
 
 
-def test_raise_and_skip_in_different_groups() -> None:
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        pytest.param(
+            {"fused": True},
+            marks=pytest.mark.skipif(bool(cpu.missing()), reason=f"needs {cpu.missing()}"),
+        ),
+    ],
+    ids=["foreach", "fused"],
+)
+def test_raise_and_skip_in_different_groups(form: dict[str, Any]) -> None:
     """The group that skips does not raise; the one that raises stops both."""
     params = named_params()
     groups = [
         {"params": [("a.bias", params["a.bias"])]},
         {"params": [("b.weight", params["b.weight"])], "nonfinite": "raise"},
     ]
-    optimizer = CLASSES["adamlip"](groups)
+    optimizer = CLASSES["adamlip"](groups, **form)
     live = {n: params[n] for n in ("a.bias", "b.weight")}
     set_grads(live, bad_grads(live, 0, math.nan, "a.bias"))
     optimizer.step()

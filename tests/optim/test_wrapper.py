@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from hf_adalip import AdaLip, AdamLipU, Lipschitz
 from hf_adalip.optim.kernels import cpu
+from hf_adalip.optim.lipschitz import FORGOTTEN, NO_PREDECESSOR
 from tests.optim.cases import (
     CLASSES,
     UPDATE,
@@ -460,8 +461,9 @@ def test_skip_leaves_the_layer_alone(base: str, bad: float, signal: str, steps: 
         value, state = before[n]
         assert torch.equal(params[n], value)
         now = state_of(optimizer, params[n])
-        for key in state.keys() - {"nonfinite_steps"}:
+        for key in state.keys() - {"nonfinite_steps", "prev_norm"}:
             assert_same(now[key], state[key], f"{n} {key}")
+        assert now["prev_norm"].item() == (FORGOTTEN if steps else NO_PREDECESSOR)
     assert not torch.equal(params["b.weight"], other)
     counts = {n: r.nonfinite_steps for n, r in optimizer.layer_learning_rates().items()}
     assert counts == {"a": 1, "b": 0}
@@ -483,6 +485,7 @@ def state_of(optimizer: Lipschitz, p: Tensor) -> dict[str, Any]:
 @bads
 @pytest.mark.parametrize("signal", ["gradient", "update"])
 def test_after_a_skip_training_goes_on_as_without_it(bad: float, signal: str) -> None:
+    """But for the predecessor of the next signal, which is forgotten."""
     results = []
     for step in (bad, None):
         params = named_params()
@@ -494,6 +497,8 @@ def test_after_a_skip_training_goes_on_as_without_it(bad: float, signal: str) ->
             grads["a.bias"] = None
         set_grads(params, grads)
         optimizer.step()
+        if step is None:
+            optimizer.state[params["a.bias"]]["prev_norm"].fill_(FORGOTTEN)
         train(optimizer, params, range(3, 5))
         results.append(snapshot(optimizer, params))
     for result in results:
@@ -529,7 +534,7 @@ def test_a_finite_gradient_whose_update_is_not() -> None:
         optimizer.step()
         assert p.isfinite().all()
         rates += optimizer.layer_learning_rates().values()
-    assert rates[1] == rates[0]._replace(nonfinite_steps=1)
+    assert rates[1] == rates[0]._replace(norm=0.0, nonfinite_steps=1)
     assert rates[2].nonfinite_steps == 1
     assert all(value.isfinite().all() for value in optimizer.state[p].values())
 

@@ -4,9 +4,11 @@ A backend (cpu.py: C++, gpu.py: Triton) is two functions:
 
     measure(spec, tensors, numbers, constants) -> rows [n, 3 + k]
         ‖g‖, ‖x‖ and ‖x - x_prev‖ of each tensor (x_prev = 0 without a history); or, with a
-        sketch, ‖g‖, ‖x‖, 0 and the k numbers of the sketch of x.
+        sketch, ‖g‖, ‖x‖, 0 and the k numbers of the sketch of x. If `early`, x is the history
+        from then on.
     advance(spec, tensors, numbers, constants, go) -> None
-        writes parameters, moments and history; nothing of a tensor whose go [n] is False.
+        writes parameters, moments and, unless `early`, history; of a tensor whose go [n] is
+        False only the history, which becomes zero.
 
 Arithmetic and results are of the wide dtype. Sums are added up in an order that depends on the
 sizes of the tensors alone, so that all ranks have the same S, bit for bit.
@@ -51,6 +53,7 @@ class Spec:
     maximize: bool = False
     coupled: bool = False  # λp is a part of the gradient
     sketch: int = 0  # k, or 0 for none
+    early: bool = False  # the first pass writes the history, of gradients; on a CPU
 
 
 @dataclass

@@ -90,15 +90,15 @@ def _library(spec: Spec) -> ctypes.CDLL | KernelError:
     source = "".join(f"#define {name} {value}\n" for name, value in _defined(spec).items())
     source += Path(__file__).with_name("step.cpp").read_text("utf-8")
     try:
-        made = _compile(source, *(_WIDE_VECTORS if spec.dtype == torch.bfloat16 else ()))
+        made = _compile(
+            source, *(_WIDE_VECTORS if torch.bfloat16 in (spec.dtype, spec.history) else ())
+        )
     except Exception as error:
         failed = KernelError(f"the C++ of fused=True did not compile for {spec}")
         failed.__cause__ = error
         return failed
-    made.measure.argtypes = made.advance.argtypes = (
-        *(ctypes.c_int64, _POINTER, _POINTER, _POINTER),
-        *(_INT, _POINTER),
-    )
+    pointers = _POINTER, _POINTER, _POINTER
+    made.measure.argtypes = made.advance.argtypes = ctypes.c_int64, *pointers, _INT, _POINTER
     made.measure.restype = made.advance.restype = None
     return made
 
@@ -113,7 +113,7 @@ def _compile(source: str, *flags: str) -> ctypes.CDLL:
 
 
 def _defined(spec: Spec) -> dict[str, str]:
-    flags = ("momentum", "nesterov", "eps_in_sqrt", "maximize", "coupled")
+    flags = ("momentum", "nesterov", "eps_in_sqrt", "maximize", "coupled", "early")
     return {
         "RULE": spec.rule,
         "SIGNAL": spec.signal,

@@ -101,7 +101,7 @@ def measure(spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants)
 def advance(
     spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants, go: Tensor
 ) -> None:
-    """Takes the step where `go`, shape [n], is True; elsewhere reads and writes no tensor."""
+    """Takes the step where `go`, shape [n], is True; elsewhere makes the history zero."""
     from . import step_triton as kernels
 
     batch = _batch(tensors, numbers.device, 0)

@@ -3,12 +3,15 @@
 //   measure   reads what the signal x_t needs, and sums g², x² and (x - x_prev)²
 //   advance   reads gradient, parameter and moments, and writes parameter, moments and history
 //
+// The history is written by `measure` where EARLY: it has it in the cache, and waits for reading.
+//
 // cpu.py defines, above this text, what depends on the Spec:
 //   RULE SIGNAL                                     a word of the enumerations below
 //   MOMENTUM NESTEROV EPS_IN_SQRT MAXIMIZE COUPLED  true or false
 //   PARAM WIDE HISTORY   types: of parameters, of arithmetic, of the history (void for none)
 //   HALF                 whether one of them is float16
 //   SKETCH               k, or 0
+//   EARLY                true or false
 //
 // Sums are added up in an order that neither the number of threads nor the width of vectors
 // changes: that all ranks have the same S, bit for bit, rests on it.
@@ -67,6 +70,7 @@ enum class Signal { gradient, update, retraced };
 constexpr Rule rule = Rule::RULE;
 constexpr Signal signal = Signal::SIGNAL;
 constexpr bool has_history = !std::is_void_v<HISTORY>;
+constexpr bool written_late = has_history && !EARLY;
 using Param = PARAM;
 using Wide = WIDE;
 using History = std::conditional_t<has_history, HISTORY, Wide>;
@@ -183,8 +187,10 @@ To* as(From* from, int64_t n, To* buffer) {
   }
 }
 
-void put(const Wide* from, int64_t n, Param* to) {
-  if constexpr (!std::is_same_v<Param, Wide>) convert(from, n, to);
+// Back from where `as` made of them.
+template <class To>
+void put(const Wide* from, int64_t n, To* to) {
+  if constexpr (!std::is_same_v<To, Wide>) convert(from, n, to);
 }
 
 // Asks for elements before they are needed: the processor itself looks no further than a page.
@@ -247,9 +253,9 @@ struct Runs {
 // Arithmetic on a block. Functions of pointers that are known to differ, and not inlined: so
 // compilers make vectors of them.
 
-struct Sources {  // what `measure` reads
+struct Sources {  // what `measure` reads; and the history, which it may write
   const Param *grad, *param, *moment[2];
-  const History* history;
+  History* history;
 
   Sources(const Tensors& tensors, int64_t i, int64_t at)
       : grad(tensors.grad(i) + at), param(tensors.param(i) + at), moment{}, history{} {
@@ -262,7 +268,7 @@ struct Sources {  // what `measure` reads
     if constexpr (COUPLED) fetch<lanes>(param + i);
     if constexpr (signal != Signal::gradient)
       for (int m = 0; m < moments; ++m) fetch<lanes>(moment[m] + i);
-    if constexpr (has_history) fetch<lanes>(history + i);
+    if constexpr (has_history) fetch<lanes, EARLY>(history + i);
   }
 };
 
@@ -271,7 +277,7 @@ struct Sources {  // what `measure` reads
 __attribute__((noinline)) void measure_block(
     const Arithmetic rules, const Numbers of, const int64_t n, const Wide* __restrict grad,
     const Wide* __restrict param, const Wide* __restrict first, const Wide* __restrict second,
-    const Wide* __restrict history, const Sources next, const int64_t index,
+    Wide* __restrict history, const Sources next, const int64_t index,
     Wide* __restrict buckets, double (*__restrict totals)[lanes]) {
   const Wide scale1 = 1 / of.correction1, scale2 = 1 / of.correction2;
   const Wide prev_scale1 = 1 / of.prev_correction1, prev_scale2 = 1 / of.prev_correction2;
@@ -292,6 +298,7 @@ __attribute__((noinline)) void measure_block(
     if constexpr (SKETCH > 0) to[lane] += turned(x, signs >> lane & 1);
     sums[0][lane] += g * g;
     sums[2][lane] += (x - before) * (x - before);
+    if constexpr (EARLY) history[i] = x;
   };
   int64_t i = 0, r = 0;
   const auto add_run = [&](int64_t begin, auto end) {
@@ -324,7 +331,7 @@ __attribute__((noinline)) void advance_block(
     if constexpr (moments > 0) first[i] = next.first;
     if constexpr (moments > 1) second[i] = next.second;
     param[i] = param[i] * of.decay - of.rate * d;
-    if constexpr (has_history)
+    if constexpr (written_late)
       history[i] = signal == Signal::gradient ? g : -of.remembered * d;
   }
 }
@@ -389,7 +396,8 @@ extern "C" void measure(int64_t n, const int64_t* rows, const Numbers* numbers,
       const int64_t count = std::min(block, end - at);
       const Sources from(tensors, i, at), next(tensors, i, at + ahead);
       const Wide *grad = as(from.grad, count, buffers[0]), *param = nullptr;
-      const Wide *moment[2] = {nullptr, nullptr}, *history = nullptr;
+      const Wide* moment[2] = {nullptr, nullptr};
+      Wide* history = nullptr;
       if constexpr (COUPLED) param = as(from.param, count, buffers[1]);
       if constexpr (signal != Signal::gradient)
         for (int m = 0; m < moments; ++m) moment[m] = as(from.moment[m], count, buffers[2 + m]);
@@ -397,6 +405,7 @@ extern "C" void measure(int64_t n, const int64_t* rows, const Numbers* numbers,
       const int64_t index = SKETCH > 0 ? tensors.start(i) + at : 0;
       measure_block(rules, numbers[i], count, grad, param, moment[0], moment[1], history, next,
                     index, buckets, totals);
+      if constexpr (EARLY) put(history, count, from.history);
     }
     for (int sum = 0; sum < 3; ++sum)
       squares[number][sum] = std::accumulate(totals[sum], totals[sum] + lanes, 0.0);
@@ -422,11 +431,11 @@ extern "C" void measure(int64_t n, const int64_t* rows, const Numbers* numbers,
   }
 }
 
-// go: [n]; where false, nothing is written.
+// go: [n]; where false, only the history is written: zeros.
 extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
                         const Constants* constants, int threads, const bool* go) {
   const Tensors tensors{n, rows};
-  const auto chunks = cut(tensors, [&](int64_t i) { return go[i]; });
+  const auto chunks = cut(tensors, [&](int64_t i) { return has_history || go[i]; });
 
   // Backwards: what `measure` read last may still be in the cache.
   share(chunks, threads, true, [&](int64_t number) {
@@ -435,6 +444,10 @@ extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
     alignas(64) Wide buffers[5][burst];
     alignas(64) History narrow[burst];
 
+    if (!go[i]) {
+      if constexpr (has_history) std::memset(tensors.history(i) + first, 0, size * sizeof(History));
+      return;
+    }
     for (int64_t at = first, end = first + size; at < end; at += burst) {
       const int64_t count = std::min(burst, end - at);
       fetch<burst>(tensors.grad(i) + at + ahead);
@@ -447,7 +460,7 @@ extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
       advance_block(rules, numbers[i], count, grad, param, moment[0], moment[1], buffers[4]);
       put(param, count, tensors.param(i) + at);
       for (int m = 0; m < moments; ++m) put(moment[m], count, tensors.moment(m, i) + at);
-      if constexpr (has_history)
+      if constexpr (written_late)
         stream(as(buffers[4], count, narrow), count * sizeof(History), tensors.history(i) + at);
     }
 #if defined(__SSE2__)

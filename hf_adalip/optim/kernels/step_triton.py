@@ -358,12 +358,12 @@ def advance(
 ):
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(owner + chunk).to(tl.int64)
+    record = table + tensor * RECORD
+    row = numbers + tensor * NUMBERS
+    offset = (chunk - tl.load(record + CHUNK)) * BLOCK
+    left = tl.load(record + SIZE) - offset
+    at = tl.arange(0, STEP)
     if tl.load(go + tensor):
-        record = table + tensor * RECORD
-        row = numbers + tensor * NUMBERS
-        offset = (chunk - tl.load(record + CHUNK)) * BLOCK
-        left = tl.load(record + SIZE) - offset
-        at = tl.arange(0, STEP)
         if left >= BLOCK:
             for step in range(0, BLOCK, STEP):
                 _advance(
@@ -376,3 +376,7 @@ def advance(
                     record, row, constants, offset + last, at, at < left - last,
                     RULE, SIGNAL, COUPLED, DTYPE, KEPT, "masked",
                 )
+    elif KEPT is not None:
+        for last in range(0, tl.minimum(left, BLOCK), STEP):
+            zeros = tl.zeros([STEP], constants.dtype.element_ty)
+            _store(record, HISTORY, offset + last, at, at < left - last, zeros, KEPT, "masked")
