@@ -4,6 +4,7 @@ its serialisation, and the step of S."""
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -528,7 +529,7 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             RuntimeError: with nonfinite="raise", naming the layers. Nothing has been changed.
         """
-        layers, finite = census.layers, norms.isfinite().all(dim=1)
+        layers, finite = census.layers, (norms < math.inf).all(dim=1)  # none is negative
         if census.raises:
             bad = [
                 layer.name
@@ -562,13 +563,10 @@ class LayerwiseOptimizer(Optimizer):
             old = LayerState(*(census.read_layers(key, here, norms.device) for key in keys))
             step = self._steps_taken(norms) + 1.0 if estimator.theoretical else None
             new, factor = estimator.update(old, norms[here, 0], norms[here, 1], step)
-            new = new._replace(
-                prev_norm=torch.where(
-                    new.prev_norm < 0,
-                    new.prev_norm,
-                    self._signal.remembered_norm(new.prev_norm, factor, previous),
-                )
-            )
+            norm = self._signal.remembered_norm(new.prev_norm, factor, previous)
+            if norm is not new.prev_norm:  # and below zero, it is none
+                norm = torch.where(new.prev_norm < 0, new.prev_norm, norm)
+            new = new._replace(prev_norm=norm)
             if estimator.nonfinite == "skip":
                 old = estimator.leave_out(old, finite[here])
             for key, before, after in zip(keys, old, new, strict=False):

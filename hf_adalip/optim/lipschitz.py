@@ -139,9 +139,10 @@ class Estimator:
             initial learning rate (§4.2).
         """
         before = layer.prev_norm.clamp(min=0.0)
+        # A norm is never negative: less than infinity, it is finite.
+        lost = (norm < math.inf) & (~(change < math.inf) | (layer.prev_norm == FORGOTTEN))
         # Both signals zero: 0/0 says nothing, and S keeps its value. A NaN is no silence.
-        lost = norm.isfinite() & (~change.isfinite() | (layer.prev_norm == FORGOTTEN))
-        signal = ((norm > 0) | (before > 0) | norm.isnan()) & ~lost
+        signal = ((norm != 0) | (before > 0)) & ~lost
         first = signal & (layer.prev_norm < 0)
 
         c = layer.c
@@ -154,8 +155,7 @@ class Estimator:
             scale = scale.clamp(*self.scale_bounds)
         scale = torch.where(signal, scale, layer.scale)
         prev_norm = torch.where(signal | lost, norm, layer.prev_norm)
-        factor = torch.where(first, torch.ones_like(scale), scale)
-        return LayerState(scale, prev_norm, c), factor
+        return LayerState(scale, prev_norm, c), scale.masked_fill(first, 1.0)
 
     def leave_out(self, layer: LayerState, finite: Tensor) -> LayerState:
         """The state of layers that take no step, where their x_t is not finite.
@@ -163,8 +163,8 @@ class Estimator:
         S stays, and x_{t-1} is forgotten: so an optimizer may let x_t take its place before it
         knows all of x_t.
         """
-        prev_norm = torch.where(finite | (layer.prev_norm < 0), layer.prev_norm, FORGOTTEN)
-        return layer._replace(prev_norm=prev_norm)
+        had_one = layer.prev_norm >= 0
+        return layer._replace(prev_norm=layer.prev_norm.masked_fill(had_one & ~finite, FORGOTTEN))
 
 
 def is_number(value: object) -> bool:
