@@ -82,7 +82,7 @@ def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[s
             raise UsageError(f"--resume_from_checkpoint: there is no folder {wanted}")
         return Path(wanted), read_checkpoint(Path(wanted))
     names = ("step_*", "epoch_*", "checkpoint-*")
-    paths = [path for name in names for path in folder.glob(name) if path.suffix != ".partial"]
+    paths = [path for name in names for path in folder.glob(name) if path.suffix != PARTIAL]
     steps, unfinished, damaged = {}, [], []
     for path in paths:
         try:

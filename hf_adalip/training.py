@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
-from .checkpoints import RESULTS, find_checkpoint, finish_replacing, saved_in
+from .checkpoints import PARTIAL, RESULTS, find_checkpoint, finish_replacing, saved_in
 from .data import DIGITS, DataError, ImageData, load_image_dataset
 from .doctor import TRIAL
 from .options import (
@@ -131,7 +131,7 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
         except OSError as error:
             raise _no_folder(folder, error) from error
         for path in _own_files(folder):
-            if path.suffix == ".partial" or (
+            if path.suffix == PARTIAL or (
                 args.overwrite_output_dir and path.name != SCRIPT  # which may be what is running
             ):
                 path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
