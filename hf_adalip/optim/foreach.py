@@ -10,6 +10,7 @@ cache: each of the many operations of a step would otherwise go through memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -176,20 +177,21 @@ def _advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> Non
     new = form.moments(grads, _old(batch), group)
     directions = form.directions(new, batch.steps, group)
     for name in batch.rule.kept(group):
-        _commit([state[name] for state in batch.states], new[name], go)
+        kept = [state[name] for state in batch.states]
+        _commit(kept, new[name], map(wide, kept), go)
     if batch.history:
         history = batch.signal.remember(
             grads, lambda: _times_([d.clone() for d in directions], -remembered)
         )
         for name, xs in history.items():
             zeros = [xs[0].new_zeros(())] * len(xs)
-            _commit([state[name] for state in batch.states], xs, go, zeros)
+            _commit([state[name] for state in batch.states], xs, zeros, go)
     updates = _times_(directions, -rates)
     values = [wide(p) for p in batch.params]
     if group["weight_decay"] and group["decoupled_weight_decay"]:
         values = list(torch._foreach_mul(values, 1 - batch.lr * group["weight_decay"]))
     torch._foreach_add_(updates, values)
-    _commit(batch.params, updates, go)
+    _commit(batch.params, updates, map(wide, batch.params), go)
 
 
 def _old(batch: Batch) -> Moments:
@@ -207,20 +209,14 @@ def _gradients(batch: Batch) -> Tensors:
     return grads
 
 
-def _commit(targets: Tensors, values: Tensors, go: Tensor, others: Tensors | None = None) -> None:
-    """Makes tensors the values where `go`, and else the others, or what they are."""
-    moves = go.unbind()
+def _commit(targets: Tensors, values: Tensors, others: Iterable[Tensor], go: Tensor) -> None:
+    """Makes each target its value where `go`, else its other."""
+    choices = zip(go.unbind(), values, others, strict=True)
     if targets[0].dtype == values[0].dtype:
-        others = targets if others is None else others
-        for move, value, other, target in zip(moves, values, others, targets, strict=True):
-            torch.where(move, value, other, out=target)
-        return
-    others = [wide(target) for target in targets] if others is None else others
-    kept = [
-        torch.where(move, value, other)
-        for move, value, other in zip(moves, values, others, strict=True)
-    ]
-    torch._foreach_copy_(targets, kept)
+        for choice, target in zip(choices, targets, strict=True):
+            torch.where(*choice, out=target)
+    else:
+        torch._foreach_copy_(targets, [torch.where(*choice) for choice in choices])
 
 
 # Pieces

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,31 +67,29 @@ def pays(size: int) -> bool:
 
 
 def prepare(batch: Batch) -> None:
-    """Does what may fail, before anything is changed.
+    """Does what may fail: `measure` may change the history.
 
     Raises:
         KernelError: where the kernels cannot be compiled; found out here on a CPU.
         ValueError: for gradients or state of another shape than their parameter's.
     """
-    spec, _, _ = _prepared(batch)
-    if batch.params[0].device.type == "cpu":
-        cpu.library(spec)
+    made = _prepared(batch)
+    if _on_cpu(batch):
+        cpu.library(made.spec)
 
 
 def measure(batch: Batch) -> Tensor:
     """As `rules.measure`."""
-    spec, tensors, _ = _prepared(batch)
-    rows: Tensor = _backend(batch.params[0]).measure(
-        spec, tensors, _numbers(batch), _constants(batch.group)
-    )
+    spec, tensors, _, constants, numbers = _prepared(batch)
+    rows: Tensor = _backend(batch.params[0]).measure(spec, tensors, numbers, constants)
     return rows
 
 
 def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
     """As `rules.advance`."""
-    spec, tensors, copies = _prepared(batch)
+    spec, tensors, copies, constants, _ = _prepared(batch)
     numbers = _numbers(batch, rates, remembered)
-    _backend(batch.params[0]).advance(spec, tensors, numbers, _constants(batch.group), go)
+    _backend(batch.params[0]).advance(spec, tensors, numbers, constants, go)
     for original, copy in copies:
         original.copy_(copy)
     increment_version(batch.params)  # autograd refuses a backward through what was changed
@@ -128,22 +126,38 @@ def compile_for(device: torch.device, dtype: torch.dtype) -> None:
         cpu.library(Spec(rule="SGD", signal="gradient", dtype=dtype, history=history))
 
 
+def _on_cpu(batch: Batch) -> bool:
+    return batch.params[0].device.type == "cpu"
+
+
 def _backend(param: Tensor) -> Any:
     return cpu if param.device.type == "cpu" else gpu
 
 
-def _prepared(batch: Batch) -> tuple[Spec, Tensors, Copies]:
-    """What both functions call a kernel with, made once; and what of the state is a copy there."""
+class _Prepared(NamedTuple):
+    """What kernels are called with."""
+
+    spec: Spec
+    tensors: Tensors
+    copies: Copies  # what of the state is a copy in `tensors`
+    constants: Constants
+    numbers: Tensor  # of `measure`
+
+
+def _prepared(batch: Batch) -> _Prepared:
+    """Made once a step."""
     if batch.prepared is None:
         spec = _spec(batch)
-        batch.prepared = spec, *_tensors(batch, spec)
-    prepared: tuple[Spec, Tensors, Copies] = batch.prepared
+        made = _tensors(batch, spec)
+        batch.prepared = _Prepared(spec, *made, _constants(batch.group), _numbers(batch))
+    prepared: _Prepared = batch.prepared
     return prepared
 
 
 def _spec(batch: Batch) -> Spec:
     rule, group, history = batch.rule, batch.group, batch.history
-    signal, on_cpu = _signal(batch), batch.params[0].device.type == "cpu"
+    signal = _signal(batch)
+    has_early = bool(history) and signal == "gradient" and _on_cpu(batch)
     return Spec(
         rule=_RULES[type(rule)],
         signal=signal,
@@ -155,7 +169,7 @@ def _spec(batch: Batch) -> Spec:
         maximize=group["maximize"],
         coupled=bool(group["weight_decay"]) and not group["decoupled_weight_decay"],
         sketch=batch.sketch,
-        early=batch.certain and bool(history) and signal == "gradient" and on_cpu,
+        early=has_early and not batch.stoppable,
     )
 
 
@@ -168,7 +182,7 @@ def _signal(batch: Batch) -> Literal["gradient", "update", "retraced"]:
 def _constants(group: Any) -> Constants:
     beta1, beta2 = group.get("betas", (group.get("alpha", 0.0), 0.0))
     momentum, eps = group.get("momentum", 0.0), group.get("eps", 0.0)
-    return Constants(momentum, beta1, beta2, eps, group["weight_decay"])
+    return Constants(*map(float, (momentum, beta1, beta2, eps, group["weight_decay"])))
 
 
 def _numbers(batch: Batch, rates: Tensor | None = None, remembered: Tensor | None = None) -> Tensor:

@@ -514,7 +514,7 @@ class LayerwiseOptimizer(Optimizer):
                 index_tensor(census.group_of, norms.device)
             ]
             owners = index_tensor(census.owner, norms.device)
-            live = (norms[:, 0] != 0) | (before >= 0)
+            live = (norms[:, 0] != 0) | (before != NO_PREDECESSOR)
             live = live | (norms.new_zeros(len(live)).index_add(0, owners, rated.to(norms)) > 0)
         return (norms[:, :-1], live & (norms[:, -1] > 0)) if census.hidden else (norms, live)
 
@@ -564,9 +564,8 @@ class LayerwiseOptimizer(Optimizer):
             step = self._steps_taken(norms) + 1.0 if estimator.theoretical else None
             new, factor = estimator.update(old, norms[here, 0], norms[here, 1], step)
             norm = self._signal.remembered_norm(new.prev_norm, factor, previous)
-            if norm is not new.prev_norm:  # and below zero, it is none
-                norm = torch.where(new.prev_norm < 0, new.prev_norm, norm)
-            new = new._replace(prev_norm=norm)
+            is_none = new.prev_norm < 0
+            new = new._replace(prev_norm=torch.where(is_none, new.prev_norm, norm))
             if estimator.nonfinite == "skip":
                 old = estimator.leave_out(old, finite[here])
             for key, before, after in zip(keys, old, new, strict=False):
@@ -612,7 +611,8 @@ class LayerwiseOptimizer(Optimizer):
     def layer_learning_rates(self) -> dict[str, LayerRate]:
         """{layer: (S_t, A_t, ‖x_t‖, non-finite steps)} as of each layer's last step.
 
-        ‖x_t‖ is the norm of the gradient or, in the -U forms, of the update.
+        ‖x_t‖ is the norm of the gradient or, in the -U forms, of the update; 0 where it was not
+        finite and the step was left out.
 
         One device-to-host copy for each device that parameters are on; a step itself makes none.
         Layers are named by the names given with the parameters, else by group and position.

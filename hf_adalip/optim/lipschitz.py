@@ -28,8 +28,7 @@ NO_PREDECESSOR = -1.0
 """`prev_norm` of a layer that has not yet had a non-zero signal (a norm is never negative)."""
 
 FORGOTTEN = -2.0
-"""`prev_norm` of a layer whose last signal was not finite, and left out: there was one before it,
-but it is not kept."""
+"""`prev_norm` of a layer that has had signals, the last of which was not finite, and left out."""
 
 FIRST_C = 1e-8
 """c_1 = c_0 of `c="theoretical"`, the constant that the paper's experiments used (§4.2)."""
@@ -143,7 +142,7 @@ class Estimator:
         lost = (norm < math.inf) & (~(change < math.inf) | (layer.prev_norm == FORGOTTEN))
         # Both signals zero: 0/0 says nothing, and S keeps its value. A NaN is no silence.
         signal = ((norm != 0) | (before > 0)) & ~lost
-        first = signal & (layer.prev_norm < 0)
+        first = signal & (layer.prev_norm == NO_PREDECESSOR)
 
         c = layer.c
         if c is not None and step is not None:
@@ -163,7 +162,7 @@ class Estimator:
         S stays, and x_{t-1} is forgotten: so an optimizer may let x_t take its place before it
         knows all of x_t.
         """
-        had_one = layer.prev_norm >= 0
+        had_one = layer.prev_norm != NO_PREDECESSOR
         return layer._replace(prev_norm=layer.prev_norm.masked_fill(had_one & ~finite, FORGOTTEN))
 
 

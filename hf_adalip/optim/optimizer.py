@@ -284,8 +284,11 @@ class LipOptimizer(LayerwiseOptimizer):
         for run, batch in zip(runs, batches, strict=True):
             _prepare(run, batch)
 
-        # Measure. Nothing is changed here, but for histories where nothing can stop the step.
-        rows = [_measure(run, batch).to(home) for run, batch in zip(runs, batches, strict=True)]
+        # Measure. Nothing is changed here but histories, by the fused form: it comes last, when
+        # what may fail has been done.
+        order = sorted(range(len(runs)), key=lambda i: runs[i].form is fused)
+        measured = {i: _measure(runs[i], batches[i]).to(home) for i in order}
+        rows = [measured[i] for i in range(len(runs))]
         rows = rows or [torch.zeros(0, 3, device=home)]  # other ranks may have gradients
         norms = torch.cat([x[:, :3] for x in rows])
         sketches, changes = self._sketches(census, rows) if census.width else (None, None)
@@ -409,8 +412,7 @@ class LipOptimizer(LayerwiseOptimizer):
             steps=steps + 1 if run.form else steps,
             lr=as_scalar(lr, device) if isinstance(lr, Tensor) else lr,
             sketch=run.sketch,
-            # Sharded, there is a collective between measuring and stepping, which may fail.
-            certain=not (census.raises or census.over),
+            stoppable=census.raises or bool(census.over),  # whose collective may fail
             memo=run.memo if run.plain else {},  # an engine may give a shard other memory
         )
 
@@ -445,8 +447,10 @@ def _prepare(run: Run, batch: Batch) -> None:
 
 
 def _measure(run: Run, batch: Batch) -> Tensor:
-    found: Tensor = (run.form.measure if run.form else rules.measure_absent)(batch)
-    return found
+    if run.form is None:
+        return rules.measure_absent(batch)
+    rows: Tensor = run.form.measure(batch)
+    return rows
 
 
 def _is_capturing() -> bool:

@@ -152,7 +152,7 @@ class Batch:
     steps: Tensor  # [tensors], t of each
     lr: Tensor | float  # α_t
     sketch: int = 0  # the size of the sketches of x that are kept; 0 where x itself is
-    certain: bool = False  # whether nothing that is measured can stop the step
+    stoppable: bool = True  # whether anything between measuring and stepping may stop the step
     prepared: Any = None  # what a form made of it for both `measure` and `advance`
     memo: dict[Any, Any] = field(default_factory=dict)
     """What a form may keep from step to step, as long as params and states are the same objects
@@ -198,7 +198,7 @@ def gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
 
 def measure(batch: Batch) -> Tensor:
     """‖g_t‖, ‖x_t‖ and ‖x_t - x_{t-1}‖ of each tensor, shape [tensors, 3]; changes nothing, but
-    for the history where the step is certain: there, a form may write it as it reads it.
+    for the history of a batch that is not stoppable: a form may write it as it reads it.
 
     With a sketch, the sketch of x_t follows in further columns, shape [tensors, 3 + sketch], and
     the change, which can only be had of the whole parameter, is zero.

@@ -95,7 +95,7 @@ def compared() -> Iterator[None]:
         assert same(before, frozen(batch))
         copy = clone(batch)
         close(fused.measure(copy), expected)
-        early = batch.history if batch.certain else ()
+        early = () if batch.stoppable else batch.history
         assert same(frozen(batch, early), frozen(copy, early))
         return expected
 
@@ -470,6 +470,30 @@ def test_one_kernel_of_two_that_does_not_compile(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(KernelError, match="too old"):
         optimizer.step()
     assert_same(snapshot(optimizer, params), before)
+
+
+@pytest.mark.parametrize("failure", ["a shape", "a shape of foreach", "an option"])
+def test_what_fails_fails_before_any_history_is_written(failure: str) -> None:
+    """Of whichever of two groups."""
+    params = {"a": torch.ones(8, requires_grad=True), "b": torch.ones(4, 5, requires_grad=True)}
+    other = {"foreach": True} if failure == "a shape of foreach" else {"fused": True}
+    optimizer = AdamLip(
+        [
+            {"params": [("a", params["a"])], "fused": True},
+            {"params": [("b", params["b"])], **other},
+        ]
+    )
+    for seed in range(2):
+        set_grads(params, random_grads(params, seed))
+        optimizer.step()
+    if failure == "an option":
+        optimizer.param_groups[1]["eps"] = None
+    else:
+        params["b"].data = torch.ones(5, 4)
+    before = optimizer.state[params["a"]]["prev_grad"].clone()
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        optimizer.step()
+    assert torch.equal(optimizer.state[params["a"]]["prev_grad"], before)
 
 
 def test_state_that_was_saved_in_another_memory_order_is_laid_out_once() -> None:

@@ -188,6 +188,29 @@ def test_after_a_skip_the_scale_waits_for_two_signals(
 
 @six
 @forms
+def test_a_skipped_layer_is_one_that_has_begun(name: str, foreach: bool) -> None:
+    """Zero gradients and lr = 0 are a step for it, in which its moments decay, and none for a layer
+    that has had no gradient yet."""
+    results = []
+    for grad in (math.nan, None):
+        p = torch.zeros(1, requires_grad=True)
+        optimizer = CLASSES[name]([p], foreach=foreach, **options_of(name))
+        for value in (1.0, 2.0, grad):
+            p.grad = None if value is None else torch.tensor([value])
+            optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.0
+        for _ in range(3):
+            p.grad = torch.zeros(1)
+            optimizer.step()
+        state = state_but_count(optimizer, p)
+        assert state["prev_norm"] == 0
+        del state["lipschitz_scale"]
+        results.append(state)
+    assert_same(*results)
+
+
+@six
+@forms
 def test_skips_are_counted(name: str, foreach: bool) -> None:
     params = named_params()
     optimizer = CLASSES[name](params.items(), foreach=foreach, layers="module")

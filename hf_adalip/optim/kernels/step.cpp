@@ -3,7 +3,8 @@
 //   measure   reads what the signal x_t needs, and sums g², x² and (x - x_prev)²
 //   advance   reads gradient, parameter and moments, and writes parameter, moments and history
 //
-// The history is written by `measure` where EARLY: it has it in the cache, and waits for reading.
+// Where EARLY, it is `measure` that writes the history: what it has just read is in the cache, and
+// writing is little beside its waiting for what it reads next.
 //
 // cpu.py defines, above this text, what depends on the Spec:
 //   RULE SIGNAL                                     a word of the enumerations below
@@ -444,7 +445,7 @@ extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
     alignas(64) Wide buffers[5][burst];
     alignas(64) History narrow[burst];
 
-    if (!go[i]) {
+    if (!go[i]) {  // never without a history, as those were not cut
       if constexpr (has_history) std::memset(tensors.history(i) + first, 0, size * sizeof(History));
       return;
     }
