@@ -472,28 +472,34 @@ def test_one_kernel_of_two_that_does_not_compile(monkeypatch: pytest.MonkeyPatch
     assert_same(snapshot(optimizer, params), before)
 
 
-@pytest.mark.parametrize("failure", ["a shape", "a shape of foreach", "an option"])
-def test_what_fails_fails_before_any_history_is_written(failure: str) -> None:
-    """Of whichever of two groups."""
-    params = {"a": torch.ones(8, requires_grad=True), "b": torch.ones(4, 5, requires_grad=True)}
-    other = {"foreach": True} if failure == "a shape of foreach" else {"fused": True}
-    optimizer = AdamLip(
-        [
-            {"params": [("a", params["a"])], "fused": True},
-            {"params": [("b", params["b"])], **other},
-        ]
-    )
-    for seed in range(2):
-        set_grads(params, random_grads(params, seed))
-        optimizer.step()
-    if failure == "an option":
-        optimizer.param_groups[1]["eps"] = None
+@pytest.mark.parametrize("bad", ["a", "b"])
+@pytest.mark.parametrize(
+    ("failure", "form"),
+    [("shape", {"fused": True}), ("shape", {"foreach": True}), ("option", {"fused": True})],
+)
+def test_what_fails_fails_before_any_history_is_written(
+    failure: str, form: dict[str, Any], bad: str
+) -> None:
+    params = named_params({"a": (4, 5), "b": (4, 5)})
+    (good,) = params.keys() - {bad}
+    forms = {good: {"fused": True}, bad: form}
+    optimizer = AdamLip([{"params": [(n, p)], **forms[n]} for n, p in params.items()])
+    for seed in range(3):
+        grads: dict[str, Any] = random_grads(params, seed)
+        if seed < 2:
+            grads[bad] = None
+        set_grads(params, grads)
+        if seed < 2:
+            optimizer.step()
+    if failure == "option":
+        optimizer.param_groups["ab".index(bad)]["eps"] = None
     else:
-        params["b"].data = torch.ones(5, 4)
-    before = optimizer.state[params["a"]]["prev_grad"].clone()
+        params[bad].data = torch.ones(5, 4)
+    before = optimizer.state[params[good]]["prev_grad"].clone()
     with pytest.raises((RuntimeError, ValueError, TypeError)):
         optimizer.step()
-    assert torch.equal(optimizer.state[params["a"]]["prev_grad"], before)
+    assert before.any()
+    assert torch.equal(optimizer.state[params[good]]["prev_grad"], before)
 
 
 def test_state_that_was_saved_in_another_memory_order_is_laid_out_once() -> None:
