@@ -74,7 +74,7 @@ def prepare(batch: Batch) -> None:
         ValueError: for gradients or state of another shape than their parameter's.
     """
     made = _prepared(batch)
-    if _on_cpu(batch):
+    if _backend(batch.params[0]) is cpu:
         cpu.library(made.spec)
 
 
@@ -126,10 +126,6 @@ def compile_for(device: torch.device, dtype: torch.dtype) -> None:
         cpu.library(Spec(rule="SGD", signal="gradient", dtype=dtype, history=history))
 
 
-def _on_cpu(batch: Batch) -> bool:
-    return batch.params[0].device.type == "cpu"
-
-
 def _backend(param: Tensor) -> Any:
     return cpu if param.device.type == "cpu" else gpu
 
@@ -157,7 +153,7 @@ def _prepared(batch: Batch) -> _Prepared:
 def _spec(batch: Batch) -> Spec:
     rule, group, history = batch.rule, batch.group, batch.history
     signal = _signal(batch)
-    has_early = bool(history) and signal == "gradient" and _on_cpu(batch)
+    has_early = bool(history) and signal == "gradient" and _backend(batch.params[0]) is cpu
     return Spec(
         rule=_RULES[type(rule)],
         signal=signal,

@@ -284,11 +284,9 @@ class LipOptimizer(LayerwiseOptimizer):
         for run, batch in zip(runs, batches, strict=True):
             _prepare(run, batch)
 
-        # Measure. Nothing is changed here but histories, by the fused form: it comes last, when
-        # what may fail has been done.
-        order = sorted(range(len(runs)), key=lambda i: runs[i].form is fused)
-        measured = {i: _measure(runs[i], batches[i]).to(home) for i in order}
-        rows = [measured[i] for i in range(len(runs))]
+        # Measure. Nothing is changed here but histories, by the fused form, which comes last: what
+        # may fail has been done then.
+        rows = [_measure(run, batch).to(home) for run, batch in zip(runs, batches, strict=True)]
         rows = rows or [torch.zeros(0, 3, device=home)]  # other ranks may have gradients
         norms = torch.cat([x[:, :3] for x in rows])
         sketches, changes = self._sketches(census, rows) if census.width else (None, None)
@@ -355,7 +353,7 @@ class LipOptimizer(LayerwiseOptimizer):
     def _runs(self, census: Census) -> list[Run]:
         """Puts the members in the order in which they are worked through.
 
-        Tensors of one group, device and dtype go together.
+        Tensors of one group, device and dtype go together, those of the fused form last.
         """
         alike: dict[Any, list[tuple[int, Member]]] = {}
         for group in self.param_groups:
@@ -375,7 +373,7 @@ class LipOptimizer(LayerwiseOptimizer):
                 kind = (member.decays, member.sketch, param.device, param.dtype)
                 key = (absent, FORMS.index(form), id(member.group), *kind)
                 alike.setdefault(key, []).append((i, member))
-        kinds = sorted(alike, key=lambda kind: kind[0])
+        kinds = sorted(alike, key=lambda kind: (FORMS[kind[1]] is fused, kind[0]))
         census.arrange([entry for kind in kinds for entry in alike[kind]])
         runs, start, sketched = [], 0, 0
         for absent, form, *kind in kinds:

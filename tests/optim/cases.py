@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_adalip import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU
+from hf_adalip.optim.history import HISTORIES
+from hf_adalip.optim.lipschitz import FORGOTTEN
 
 CLASSES = {
     "adalip": AdaLip,
@@ -84,6 +86,14 @@ def snapshot(optimizer: torch.optim.Optimizer, params: Named) -> dict[str, Any]:
     return copy.deepcopy(
         {"params": {n: p.detach() for n, p in params.items()}, "state": optimizer.state_dict()}
     )
+
+
+def forget(state: dict[str, Tensor]) -> None:
+    """Makes of a parameter's state what a step that was left out leaves of it."""
+    state["prev_norm"].fill_(FORGOTTEN)
+    for key, value in state.items():
+        if key.startswith(HISTORIES):
+            value.zero_()
 
 
 def assert_same(actual: Any, expected: Any, where: str = "") -> None:

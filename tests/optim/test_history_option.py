@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from hf_adalip.optim import LipOptimizer
 from hf_adalip.optim.kernels import cpu
-from hf_adalip.optim.lipschitz import FORGOTTEN
 from tests.optim.cases import (
     CLASSES,
     GRADIENT,
     Named,
     assert_same,
+    forget,
     named_params,
     random_grads,
     set_grads,
@@ -396,10 +396,7 @@ def test_a_skipped_step_leaves_all_but_the_sketch(form: dict[str, Any]) -> None:
     for state in after["state"]["state"].values():
         state["nonfinite_steps"] -= state["nonfinite_steps"]
     for state in before["state"]["state"].values():
-        state["prev_norm"].fill_(FORGOTTEN)
-        for key in state:
-            if key.startswith("prev_grad"):
-                state[key].zero_()
+        forget(state)
     assert_same(after["params"], before["params"])
     assert_same(after["state"]["state"], before["state"]["state"])
 

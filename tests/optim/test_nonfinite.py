@@ -20,6 +20,7 @@ from tests.optim.cases import (
     SHAPES,
     Named,
     assert_same,
+    forget,
     forms,
     momentum_only,
     named_params,
@@ -57,14 +58,6 @@ COUNT = "nonfinite_steps"
 
 def state_but_count(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in optimizer.state[p].items() if k != COUNT}
-
-
-def forget(state: dict[str, Tensor]) -> None:
-    """Makes of a parameter's state what a skipped step leaves of it."""
-    state["prev_norm"].fill_(FORGOTTEN)
-    for key in ("prev_grad", "prev_update"):
-        if key in state:
-            state[key].zero_()
 
 
 # skip
