@@ -96,6 +96,7 @@ class Census:
         owner: the index of each member's layer.
         groups: the parameter groups of all members.
         group_of: the index of each member's group.
+        sketching: the indices of the members that keep a sketch.
         raises: whether a non-finite gradient can stop the step.
     """
 
@@ -129,6 +130,7 @@ class Census:
         self.owner = tuple(i for i, _ in members)
         places = {id(group): i for i, group in enumerate(self.groups)}
         self.group_of = tuple(places[id(member.group)] for member in self.members)
+        self.sketching = tuple(i for i, member in enumerate(self.members) if member.sketch)
         self._spread = None if _is_range(self.owner, len(self.layers)) else self.owner
         firsts = {layer: place for place, layer in reversed(list(enumerate(self.owner)))}
         lead = tuple(firsts[i] for i in range(len(self.layers)))

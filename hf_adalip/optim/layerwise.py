@@ -463,7 +463,7 @@ class LayerwiseOptimizer(Optimizer):
         """Sketches of whole parameters from those of this rank's shards, shape [sketched, k]."""
         if not census.sketched:
             return sketches
-        members = [m for m in census.members if m.sketch]
+        members = [census.members[i] for i in census.sketching]
         rows = tuple(i for i, m in enumerate(members) if m.sketch_place is not None)
         places = tuple(m.sketch_place for m in members if m.sketch_place is not None)
         here, there = index_tensor(rows, sketches.device), index_tensor(places, sketches.device)
@@ -499,8 +499,7 @@ class LayerwiseOptimizer(Optimizer):
             norms = torch.cat([norms, index_tensor(seen, norms.device)[:, None]], dim=1)
         norms = self._whole_norms(norms, members, census)
         if changes is not None:
-            sketched = tuple(i for i, m in enumerate(members) if m.sketch)
-            here = index_tensor(sketched, norms.device)
+            here = index_tensor(census.sketching, norms.device)
             norms[:, 2].index_copy_(0, here, changes.to(norms))  # which has the widest dtype
         if not census.layers:
             return norms, norms.new_zeros(0, dtype=torch.bool)
