@@ -29,7 +29,8 @@ _NOT_DESCRIBED = {  # structure, or how rather than what is computed
     *("foreach", "fused", "capturable", "differentiable"),
 }
 
-_UNSUITED = {"lbfgs", "sparseadam"}  # several gradients a step; sparse gradients
+_UNSUITED = {"lbfgs", "sparseadam", "asgd"}
+"""Several gradients a step; sparse gradients; iterates of its own."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_
@@ -121,7 +122,7 @@ class Census:
         self._vectors: dict[str, Tensor] = {}
         self._packed: list[Tensor] = []  # the members' views of those and of packed sketches
         self._places: list[int] = []  # where these were
-        self._noted: tuple[list[State], list[Any]] = [], []
+        self._noted: list[Callable[[], Any]] = []  # weak references to the members' state
         self.arrange([(i, m) for i, layer in enumerate(layers) for m in layer.all])
 
     def arrange(self, members: Sequence[tuple[int, Member]]) -> None:
@@ -159,16 +160,26 @@ class Census:
         self._places = list(map(Tensor.data_ptr, self._packed))
         self.note()
 
+    def unpack(self) -> None:
+        """Gives each number, and each packed sketch, memory of its own again: who pickles one
+        would write all of them. The census is not for another step then."""
+        packed = set(map(id, self._packed))
+        for member in self.members:
+            for key in [key for key, x in member.stored.items() if id(x) in packed]:
+                member.stored[key] = member.stored[key].clone()
+
     def note(self) -> None:
-        """Takes the members' state as it is now for `intact`."""
-        states = [member.stored for member in self.members]
-        self._noted = states, list(chain.from_iterable(map(dict.values, states)))
+        """Takes the members' state as it is now for `intact`, without keeping it alive."""
+        self._noted = list(map(_weak, self._values()))
+
+    def _values(self) -> list[Any]:
+        """The members' state, flat."""
+        return list(chain.from_iterable([member.stored.values() for member in self.members]))
 
     @property
     def intact(self) -> bool:
         """Whether the members' state consists of the same tensors as when it was noted."""
-        states, values = self._noted
-        same = same_objects(list(chain.from_iterable(map(dict.values, states))), values)
+        same = same_objects(self._values(), [reference() for reference in self._noted])
         # `x.data = ...`, with which state is moved to another device and back, keeps the tensor.
         return same and list(map(Tensor.data_ptr, self._packed)) == self._places
 
@@ -204,6 +215,10 @@ class Census:
         first, last, _ = here.indices(len(self.layers))
         mine = [(i - first, m) for i, m in owned if first <= i < last]
         store([m.state[key] for _, m in mine], pick(values, tuple(i for i, _ in mine)))
+
+
+def _weak(x: Any) -> Callable[[], Any]:
+    return weakref.ref(x) if isinstance(x, Tensor) else lambda: x
 
 
 def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:

@@ -6,7 +6,7 @@ one memory order, and a table of numbers, none of which is read on the host.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from array import array
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from .shards import start_in_whole
 
 Copies = list[tuple[Tensor, Tensor]]
 
-_dtype, _shape = attrgetter("dtype"), attrgetter("shape")
+_dtype, _place = attrgetter("dtype"), attrgetter("device", "shape")
 
 _WORTH = 2**20
 """Elements of an optimizer from which on."""
@@ -55,9 +55,17 @@ def refuse_unless_possible(params: Any) -> None:
             raise RuntimeError(f"fused=True needs {lack}; fused=None does without it")
 
 
-def fits(param: Tensor) -> bool:
-    """Whether a parameter is for the fused form: real, and without gaps or overlaps in memory."""
-    return param.dtype in _DTYPES and param.layout == torch.strided and _dense(param)
+def fits(param: Tensor, grad: Tensor | None) -> bool:
+    """Whether a parameter is for the fused form: real, without gaps or overlaps in memory, and,
+    as its gradient, with its elements there and not behind operators of its own."""
+    if grad is not None and (grad.dtype != param.dtype or not _is_plain(grad)):
+        return False
+    return _is_plain(param) and param.dtype in _DTYPES and _dense(param)
+
+
+def _is_plain(x: Tensor) -> bool:
+    own_operators = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return x.layout == torch.strided and not own_operators
 
 
 def pays(size: int) -> bool:
@@ -88,7 +96,7 @@ def measure(batch: Batch) -> Tensor:
 def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
     """As `rules.advance`."""
     spec, tensors, copies, constants, _ = _prepared(batch)
-    numbers = _numbers(batch, rates, remembered)
+    numbers = _numbers(batch, (rates, remembered))
     _backend(batch.params[0]).advance(spec, tensors, numbers, constants, go)
     for original, copy in copies:
         original.copy_(copy)
@@ -181,16 +189,14 @@ def _constants(group: Any) -> Constants:
     return Constants(*map(float, (momentum, beta1, beta2, eps, group["weight_decay"])))
 
 
-def _numbers(batch: Batch, rates: Tensor | None = None, remembered: Tensor | None = None) -> Tensor:
-    """The table of `COLUMNS`: for `advance` with rates, otherwise for `measure`."""
+def _numbers(batch: Batch, rates: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The table of `COLUMNS`: for `advance` with rates and those to remember, else `measure`."""
     group, lr = batch.group, batch.lr
     dtype = wide_dtype(batch.params[0].dtype)
     steps = batch.steps.to(dtype)
     columns: dict[str, Tensor | float] = {"lr": lr}
     if rates is not None:
-        columns = {"rate": rates, "decay": 1.0}
-        if remembered is not None:
-            columns["remembered"] = remembered
+        columns = {"rate": rates[0], "remembered": rates[1], "decay": 1.0}
         if group["decoupled_weight_decay"]:
             columns["decay"] = 1 - lr * group["weight_decay"]
     elif _signal(batch) == "gradient":
@@ -220,47 +226,54 @@ def _corrections(group: Any, steps: Tensor, prefix: str = "") -> dict[str, Tenso
 # Memory order
 
 
+class _Layout(NamedTuple):
+    """What is known of a batch's tensors while they stay where they are. (Tensors themselves are
+    not kept: who replaces state to have its memory would not get it.)"""
+
+    strides: list[tuple[int, ...]]
+    places: list[Any]  # device and shape
+    starts: list[int]
+    addresses: array[int]  # of the state
+
+
 def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
-    before: tuple[Tensors, list[Any], list[Any]] | None = batch.memo.get(spec)
-    if before is None:
-        strides, shapes = list(map(Tensor.stride, batch.params)), list(map(_shape, batch.params))
-    else:
-        _, strides, shapes = before
+    params = batch.params
+    before: _Layout | None = batch.memo.get(spec)
+    strides = before.strides if before else list(map(Tensor.stride, params))
+    places = before.places if before else list(map(_place, params))
 
     def alike(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        if list(map(_shape, tensors)) != shapes:  # a kernel would go over the end of them
-            raise ValueError("gradients or state of a parameter have another shape than it has")
+        if list(map(_place, tensors)) != places:  # a kernel would go over the end of them
+            raise ValueError("a gradient or state has another shape or device than its parameter")
         if set(map(_dtype, tensors)) == {dtype} and list(map(Tensor.stride, tensors)) == strides:
             return tensors
-        return [_like(p, x, dtype) for p, x in zip(batch.params, tensors, strict=True)]
+        return [_like(p, x, dtype) for p, x in zip(params, tensors, strict=True)]
 
     grads = batch.grads
     if any(map(Tensor.is_neg, grads)):
         grads = [g.resolve_neg() for g in grads]
     grads = alike(grads, spec.dtype)
-    if before is not None:
-        now = replace(before[0], params=batch.params, grads=grads)
-        if now.places == before[0].places:  # else state was moved by its data (x.data = ...)
-            return now, []
     count = len(batch.rule.kept(batch.group))
     rows = [[state[name] for state in batch.states] for name in batch.names]
+
+    def together(rows: list[list[Tensor]], starts: list[int]) -> Tensors:
+        history = [x for row in rows[count:] for x in row]
+        return Tensors(params, grads, tuple(rows[:count]), history, starts)
+
+    if before is not None:
+        tensors = together(rows, before.starts)
+        if tensors.places == before.addresses:  # else state was moved by its data (x.data = ...)
+            return tensors, []
     dtypes = [spec.dtype] * count + [spec.history or spec.dtype]
     if batch.states[0] is batch.members[0].state:  # and no view of it
         for row, dtype in zip(rows, dtypes, strict=False):
-            _lay_out(batch.params, row, dtype)
+            _lay_out(params, row, dtype)
     used = [alike(row, dtype) for row, dtype in zip(rows, dtypes, strict=False)]
-    tensors = Tensors(
-        params=batch.params,
-        grads=grads,
-        moments=tuple(used[:count]),
-        history=[x for row in used[count:] for x in row],
-        starts=[start_in_whole(m.param) or 0 for m in batch.members] if batch.sketch else [],
-    )
+    starts = [start_in_whole(m.param) or 0 for m in batch.members] if batch.sketch else []
+    tensors = together(used, starts)
     changed = [(row, other) for row, other in zip(rows, used, strict=True) if row is not other]
     if not changed:
-        kept = replace(tensors, params=[], grads=[])
-        kept.places = tensors.places
-        batch.memo[spec] = kept, strides, shapes
+        batch.memo[spec] = _Layout(strides, places, starts, tensors.places)
     pairs = [pair for row, other in changed for pair in zip(row, other, strict=True)]
     return tensors, [(original, copy) for original, copy in pairs if original is not copy]
 

@@ -34,7 +34,7 @@ from .census import (
 from .flat import Original, Part, flat_tensors, is_held, parts_of, unknown
 from .groups import Layers, decays_of, name_layers, restore_structure, structure_of
 from .history import HISTORIES, Exact, history_of
-from .lipschitz import NO_PREDECESSOR, Estimator, LayerState
+from .lipschitz import FORGOTTEN, NO_PREDECESSOR, Estimator, LayerState
 from .names import by_name
 from .norms import index_tensor, layer_norms
 from .shards import (
@@ -125,6 +125,7 @@ def _kinds(params: Sequence[Tensor]) -> list[object]:
     missing = len(present) != len(grads) and [grad is None for grad in grads]
     return [
         list(map(_of_grad, present)),
+        list(map(type, present)),
         missing,
         list(map(_of_param, params)),
         list(map(Tensor.stride, params)),
@@ -195,7 +196,7 @@ class LayerwiseOptimizer(Optimizer):
                         states.setdefault(layer, []).append(state)
                         lost |= {layer} if without else set()
         for layer in lost:
-            _forget_predecessor(states[layer])
+            forget_predecessor(states[layer])
 
     def _complete(
         self, state: State, param: Tensor, group: dict[str, Any], parts: tuple[int, ...]
@@ -207,7 +208,7 @@ class LayerwiseOptimizer(Optimizer):
         with an element for each of its parts.
 
         Returns:
-            whether it lacked x_{t-1}; then the next step of the whole layer is a first one.
+            whether it lacked x_{t-1}, which is to be forgotten of the whole layer then.
         """
         moments, histories, numbers = self._state_keys(group)
         estimator, _ = self._options(group)
@@ -225,8 +226,6 @@ class LayerwiseOptimizer(Optimizer):
             if state.get(key) is not None:
                 state[key] = keeps.adopted(state[key], param)
         lost = any(state.get(n) is None for n in (*previous, *keys))
-        if lost:
-            state.pop("prev_norm", None)  # without x_{t-1}, its norm has nothing to compare with
         for key in keys:
             if state.get(key) is None:
                 state[key] = keeps.empty(param)
@@ -244,6 +243,8 @@ class LayerwiseOptimizer(Optimizer):
                     f"state {name!r} has shape {found} and needs {parts}: it was saved by an "
                     "engine that shards otherwise; load it under the same one"
                 )
+        if lost:
+            forget_predecessor([state])
         return lost
 
     def _is_flat(self, group: dict[str, Any]) -> bool:
@@ -256,10 +257,15 @@ class LayerwiseOptimizer(Optimizer):
             held = [x.param for x in self._originals(group) if is_held(x.param)]
             if held and held[0] is not params[0]:
                 return True
-        return any(
-            size not in (None, p.numel()) and p.requires_grad and not is_fsdp1(p)
+        others = [
+            p
             for p, size in zip(params, sizes, strict=True)
-        )
+            if size not in (None, p.numel()) and p.requires_grad and not is_fsdp1(p)
+        ]
+        if not others:
+            return False
+        given = {id(x.param) for x in self._originals(group)}
+        return any(id(p) not in given for p in others)  # else p.data = ... has given it a size
 
     def _parts(self, flat: Tensor, group: dict[str, Any]) -> list[Part]:
         known = self.__dict__.setdefault("_flat", WeakIdKeyDictionary())
@@ -269,17 +275,30 @@ class LayerwiseOptimizer(Optimizer):
         return found
 
     def _members(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> Iterator[Member]:
-        """What the tensors of a group consist of: parameters, or parts of flat tensors."""
+        """What the tensors of a group consist of: parameters, or parts of flat tensors.
+
+        Raises:
+            RuntimeError: for a group that was not added by `add_param_group` of this optimizer,
+                and flat tensors of which nothing is known.
+        """
+        if "layer_names" not in group:
+            raise RuntimeError(
+                f"a parameter group of {type(self).__name__} names no layers: it was added behind "
+                "its back, to `param_groups` or the base; use add_param_group of this optimizer"
+            )
         if self._is_flat(group):
             yield from self._flat_members(group, tensors)
             return
-        remembers = self._state_keys(group).histories
         for name, decays, param in zip(
             group["layer_names"], decays_of(group), tensors, strict=True
         ):
-            stored, over = self._stored(param), sharded_over(param)
-            sketch = history_of(group, param).size if remembers else 0
-            yield Member(name, param, group, stored, param, decays, over, sketch=sketch)
+            yield self._member(name, param, group, decays)
+
+    def _member(self, layer: str, param: Tensor, group: dict[str, Any], decays: bool) -> Member:
+        """A parameter that is no part of a flat tensor."""
+        stored, over = self._stored(param), sharded_over(param)
+        sketch = history_of(group, param).size if self._state_keys(group).histories else 0
+        return Member(layer, param, group, stored, param, decays, over, sketch=sketch)
 
     def _flat_members(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> Iterator[Member]:
         if not any(is_held(x.param) for x in self._originals(group)):
@@ -305,6 +324,12 @@ class LayerwiseOptimizer(Optimizer):
                     *(layer, flat, group, stored, param, decays, over),
                     *(i, (len(parts),), here),
                 )
+
+    def _unpack(self) -> None:
+        """Makes every tensor of the state one of its own, for who takes the state elsewhere."""
+        kept: Kept | None = self.__dict__.pop("_kept", None)
+        if kept is not None:
+            kept.census.unpack()
 
     def _stored(self, tensor: Tensor) -> State:
         state = self.state.get(tensor, {})
@@ -393,7 +418,7 @@ class LayerwiseOptimizer(Optimizer):
                     if key in member.state:
                         member.state[key].copy_(known.state[key])
         if lost:
-            _forget_predecessor([m.state for m in layer.all])
+            forget_predecessor([m.state for m in layer.all])
 
     def _keep(self, census: Census) -> None:
         if census.kept:
@@ -543,7 +568,9 @@ class LayerwiseOptimizer(Optimizer):
                 )
         return finite
 
-    def _follow(self, census: Census, norms: Tensor, finite: Tensor, live: Tensor) -> Tensor:
+    def _follow(
+        self, census: Census, norms: Tensor, finite: Tensor, live: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """One step of S of every layer, stored in its parameters' state.
 
         Args:
@@ -553,11 +580,11 @@ class LayerwiseOptimizer(Optimizer):
             live: shape [layers]; where False, nothing moves.
 
         Returns:
-            A_t/α_t, shape [layers].
+            A_t/α_t, and what may change in this step, both of shape [layers].
         """
-        factors = []
+        factors, goes = [], []
         for (estimator, previous), here in census.kinds:
-            go = may_change(estimator.nonfinite, finite[here], live[here])
+            go = finite[here] & live[here] if estimator.nonfinite == "skip" else live[here]
             keys = _keys(estimator)
             old = LayerState(*(census.read_layers(key, here, norms.device) for key in keys))
             step = self._steps_taken(norms) + 1.0 if estimator.theoretical else None
@@ -574,7 +601,8 @@ class LayerwiseOptimizer(Optimizer):
             count = census.read_layers("nonfinite_steps", here, norms.device)
             census.write_layers("nonfinite_steps", count + ~finite[here], here)
             factors.append(factor)
-        return torch.cat(factors)
+            goes.append(go)
+        return torch.cat(factors), torch.cat(goes)
 
     def _steps_taken(self, like: Tensor) -> Tensor:
         """t-1 of Eq. A.3: how often the optimizer, and with it the scheduler, has stepped.
@@ -591,7 +619,8 @@ class LayerwiseOptimizer(Optimizer):
             if not self._options(group)[0].theoretical:
                 continue
             # ZeRO-3 makes one call of step() for each flat tensor of a group.
-            if any(p is tensor for p in group["params"] for tensor in self._tensors(group)[-1:]):
+            tensors = self._tensors(group)
+            if tensors and any(p is tensors[-1] for p in group["params"]):
                 if "lipschitz_step" not in group:
                     home = self._home()
                     group["lipschitz_step"] = torch.zeros(
@@ -642,7 +671,7 @@ class LayerwiseOptimizer(Optimizer):
                 if name in SCALARS or (loaded is not None and loaded.dtype != value.dtype):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
-    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         """Refuses the state of other parameters before any of it is loaded."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             moments, histories, _ = self._state_keys(group)
@@ -665,7 +694,7 @@ class LayerwiseOptimizer(Optimizer):
         def see(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             # The last hook: it sees what the user's hooks made of it.
             loaded.update(by_name(state_dict, self.param_groups))
-            self._check_shapes(loaded)
+            self._check_loaded(loaded)
             return loaded
 
         def restore(_: Optimizer) -> None:
@@ -708,10 +737,11 @@ def _has_rate(groups: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
     return torch.stack([as_scalar(lr, device) for lr in rates]) != 0
 
 
-def _forget_predecessor(states: Sequence[State]) -> None:
-    """Makes the next step of a layer a first one: a part of x_{t-1} is lost."""
+def forget_predecessor(states: Sequence[State]) -> None:
+    """For a layer of whose x_{t-1} a part is lost: S keeps its value at the next step."""
     for state in states:
-        state["prev_norm"].fill_(NO_PREDECESSOR)
+        norm = state["prev_norm"]
+        norm.masked_fill_(norm != NO_PREDECESSOR, FORGOTTEN)
 
 
 def _unsketchable(what: str) -> NotImplementedError:
@@ -719,11 +749,6 @@ def _unsketchable(what: str) -> NotImplementedError:
         f'history="sketch" needs to know which elements of a parameter {what} hold; use '
         'history="exact" or a dtype there, or FSDP2, whose shards can be sketched'
     )
-
-
-def may_change(nonfinite: str, finite: Tensor, live: Tensor) -> Tensor:
-    """A mask of what may change in a step."""
-    return finite & live if nonfinite == "skip" else live
 
 
 @lru_cache(maxsize=8)

@@ -23,7 +23,7 @@ from .census import Census, Member, Options, as_scalar, real, store
 from .groups import Layers
 from .history import DEFAULT_SKETCH_SIZE, DTYPES, SKETCH
 from .kernels import KernelError
-from .layerwise import Keys, LayerwiseOptimizer, may_change
+from .layerwise import Keys, LayerwiseOptimizer
 from .lipschitz import Estimator, is_number
 from .norms import wide_dtype
 from .rules import Batch, Rule
@@ -41,6 +41,10 @@ _FLAGS = (
     *("nesterov", "eps_in_sqrt", "decoupled_weight_decay"),
     *("maximize", "capturable", "differentiable"),
 )
+
+
+_FOREIGN = {"amsgrad", "centered", "dampening", "momentum", "nesterov"}
+"""Options of torch's SGD, RMSprop and Adam that not all of ours have: false or zero for none."""
 
 
 @dataclass
@@ -102,10 +106,10 @@ class LipOptimizer(LayerwiseOptimizer):
             adds λp to the gradient, and so to what S is estimated from.
         history: how x_{t-1} is remembered. "exact": as a tensor of the parameter's shape and
             dtype; a floating-point dtype (or its name): as one of that dtype; "sketch": as
-            `sketch_size` numbers for each parameter that has more elements than that, from which
+            `sketch_size` numbers for each parameter that takes more memory than they, from which
             ‖x_t - x_{t-1}‖ is estimated with a relative standard deviation of √(1/2k) at most
             (see `hf_adalip.optim.history`). Changing it later converts the history from dtype to
-            dtype, and else starts it anew; S stays.
+            dtype, and else starts it anew: S keeps its value at the next step.
         sketch_size: k, how many numbers a sketch has; a power of two, at least 32.
         foreach: use the multi-tensor form.
         fused: use the compiled form, two passes over memory; tensors that it cannot take (complex
@@ -150,10 +154,7 @@ class LipOptimizer(LayerwiseOptimizer):
         if isinstance(self.signal, Updates):
             defaults = defaults | {"previous": previous or "applied"}
         elif previous is not None:
-            raise ValueError(
-                f"previous={previous!r} is for the -U forms; {type(self).__name__} estimates S "
-                "from gradients"
-            )
+            defaults = defaults | {"previous": previous}  # which is refused
         defaults = defaults | {
             "gamma": gamma,
             "c": c,
@@ -205,6 +206,12 @@ class LipOptimizer(LayerwiseOptimizer):
                 f"no_weight_decay names {min(unknown)!r}, which is not a parameter of the group "
                 "(pass named parameters: model.named_parameters())"
             )
+        differentiable = self.defaults["differentiable"]
+        if group.get("differentiable", differentiable) != differentiable:
+            raise ValueError(
+                f"differentiable={group['differentiable']!r} cannot be for one group: autograd "
+                "runs through the whole step or not at all; give it to the optimizer"
+            )
         if (self.defaults | group)["fused"]:
             fused.refuse_unless_possible(group["params"])
         super().add_param_group(group)
@@ -212,10 +219,16 @@ class LipOptimizer(LayerwiseOptimizer):
 
     def _validate(self, group: dict[str, Any]) -> None:
         """Refuses a bad option of a group (or of the defaults) before anything is changed."""
+        if "previous" in group and not isinstance(self.signal, Updates):
+            raise ValueError(
+                f"previous={group['previous']!r} is for the -U forms; {type(self).__name__} "
+                "estimates S from gradients"
+            )
         _validate(group)
         self._state_keys(group)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._unpack()
         return super().__getstate__() | {"_layers": self._layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -224,15 +237,37 @@ class LipOptimizer(LayerwiseOptimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: the state's tensors themselves, not copies."""
+        self._unpack()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict; S, norms and step come back bit for bit, also for bf16 parameters.
 
         Options that an older state_dict lacks take this optimizer's values, and state that it
-        lacks starts as before a first step. Layers stay as this optimizer has them.
+        lacks starts as before a first step. Layers stay as this optimizer has them. That of the
+        base optimizer of torch will do, too; options come with it (in Adam's,
+        `decoupled_weight_decay` is False, in AdamW's True).
+
+        Raises:
+            ValueError: for the state of other parameters, and for an option of torch's that this
+                optimizer does not have (amsgrad, centered, ...). Nothing has been changed then.
         """
         with self._loading():
             super().load_state_dict(state_dict)
         self._complete_loaded()
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        for name in sorted(_FOREIGN - set(self.defaults)):
+            for group in state_dict["param_groups"]:
+                if group.get(name):
+                    raise ValueError(
+                        f"the state_dict was saved with {name}={group[name]!r}, which "
+                        f"{type(self).__name__} does not have; to go on without it, set it to "
+                        f"{type(group[name])()!r} in the state_dict's param_groups"
+                    )
+        super()._check_loaded(state_dict)
 
     def _manner(self, group: dict[str, Any]) -> object:
         options = ("history", "sketch_size", "foreach", "fused", "differentiable")
@@ -297,14 +332,13 @@ class LipOptimizer(LayerwiseOptimizer):
 
         # Follow: S of every layer, and what it makes of every tensor's learning rate.
         self._keep(census)
-        factor = self._follow(census, norms[:, 1:], finite, live)
-        factor, finite_members, live_members = map(census.spread, (factor, finite, live))
+        followed = self._follow(census, norms[:, 1:], finite, live)
+        factor, may_change = map(census.spread, followed)
 
         # Step.
         for run, batch in zip(runs, batches, strict=True):
             device, here = batch.steps.device, run.here
-            may = may_change(batch.group["nonfinite"], finite_members[here], live_members[here])
-            go = may.to(device)
+            go = may_change[here].to(device)
             numbers: dict[str, Tensor] = {}
             retraces = self.signal.retraces(self.rule, batch.group)
             previous = batch.group.get("previous", "applied")
@@ -488,10 +522,9 @@ def _is_plain(member: Member) -> bool:
 
 def _fits(member: Member) -> bool:
     """Whether a member can be stepped in the fused form."""
-    param, grad = local(member.param), member.grad
-    if grad is not None and grad.dtype != param.dtype:
-        return False
-    return fused.fits(param) and (not member.sketch or start_in_whole(member.param) is not None)
+    grad = member.grad if member.grad is None else local_grad(member.param, member.grad)
+    can_be_sketched = not member.sketch or start_in_whole(member.param) is not None
+    return fused.fits(local(member.param), grad) and can_be_sketched
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -12,9 +12,8 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,8 +21,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .census import Census, Layer, Member
+from .census import Census, Layer
 from .flat import is_held
+from .groups import decays_of
 from .optimizer import LipOptimizer
 from .shards import is_dtensor, is_fsdp1, is_model_parallel
 from .wrapper import Lipschitz
@@ -82,7 +82,7 @@ class GradientRelease:
 
     def __init__(self, optimizer: LipOptimizer) -> None:
         self._optimizer = optimizer
-        self._members: dict[Tensor, tuple[int, Member]] = {}  # with the place in its group
+        self._places: dict[Tensor, _Place] = {}
         self._plans: dict[Tensor, _Plan] = {}
         self._stepped: dict[Tensor, Tensor] = {}  # since the last `optimizer.step()`; which live
         self._groups = len(optimizer.param_groups)
@@ -143,20 +143,21 @@ class GradientRelease:
         plan = self._plans.get(param)
         if plan is not None and plan.holds(self._optimizer):
             return plan
-        if param not in self._members or not _in_place(self._optimizer, *self._members[param]):
-            self._members = {
-                member.tensor: (index, member)
+        if not _is_at(self._optimizer, param, self._places.get(param)):
+            self._places = {
+                here: _Place(group, index)
                 for group in self._optimizer.param_groups
-                for index, member in enumerate(self._optimizer._members(group, group["params"]))
+                for index, here in enumerate(group["params"])
             }
             self._plans = {}
-        if param not in self._members:
+        if param not in self._places:
             return None
-        plan = self._plans[param] = _Plan(self._optimizer, *self._members[param])
+        plan = self._plans[param] = _Plan(self._optimizer, self._places[param])
         return plan
 
     def _name(self, param: Tensor) -> str:
-        return f"the parameter of layer {self._members[param][1].layer!r}"
+        group, index = self._places[param]
+        return f"the parameter of layer {group['layer_names'][index]!r}"
 
     def finish(self) -> list[Tensor]:
         """Ends the step of the parameters that were stepped within backward.
@@ -188,30 +189,40 @@ class GradientRelease:
             param.grad = None
 
 
+class _Place(NamedTuple):
+    """Where a parameter is."""
+
+    group: dict[str, Any]
+    number: int
+
+
 class _Plan:
     """How one parameter is stepped, and what that was made from: it holds until that changes."""
 
-    def __init__(self, optimizer: LipOptimizer, index: int, member: Member) -> None:
-        _refuse_options(member.group)
-        member = replace(member, stored=optimizer._stored(member.tensor))
+    def __init__(self, optimizer: LipOptimizer, place: _Place) -> None:
+        group, index = place
+        _refuse_options(group)
+        name, param = group["layer_names"][index], group["params"][index]
+        member = optimizer._member(name, param, group, decays_of(group)[index])
         optimizer._check(member)
-        layer = Layer(member.layer, [member])
-        optimizer._join(layer, {id(member.group): optimizer._options(member.group)})
+        layer = Layer(name, [member])
+        optimizer._join(layer, {id(group): optimizer._options(group)})
         self.census = Census([layer], [], [], member.sketch, hidden=False)
         self.census.pack()
-        self._index, self._member = index, member
+        self._place, self._member = place, member
         self._made_from = self._facts(optimizer)
 
     def _facts(self, optimizer: LipOptimizer) -> tuple[object, ...]:
         param, group = self._member.tensor, self._member.group
         sparse = param.grad is not None and param.grad.is_sparse
-        kind = (param.device, param.dtype, param.shape, param.stride(), sparse)
-        return optimizer._manner(group), group["capturable"], kind
+        kind = (param.device, param.dtype, param.shape, param.stride(), sparse, type(param.grad))
+        spared = list(group.get("no_weight_decay", ()))
+        return optimizer._manner(group), group["capturable"], spared, kind
 
     def holds(self, optimizer: LipOptimizer) -> bool:
         member = self._member
         return (
-            _in_place(optimizer, self._index, member)
+            _is_at(optimizer, member.tensor, self._place)
             and optimizer.state.get(member.tensor) is member.stored
             and self._facts(optimizer) == self._made_from
             and self.census.intact
@@ -234,11 +245,12 @@ def _parameters(optimizer: Optimizer) -> Iterable[Tensor]:
     return itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
-def _in_place(optimizer: LipOptimizer, index: int, member: Member) -> bool:
+def _is_at(optimizer: LipOptimizer, param: Tensor, place: _Place | None) -> bool:
     """Whether a parameter is still where it was: an engine or a loaded state may move it."""
-    params = member.group["params"]
-    here = index < len(params) and params[index] is member.tensor
-    return here and any(group is member.group for group in optimizer.param_groups)
+    if place is None or not any(group is place.group for group in optimizer.param_groups):
+        return False
+    params = place.group["params"]
+    return place.number < len(params) and params[place.number] is param
 
 
 def _refuse_options(group: dict[str, Any]) -> None:

@@ -6,17 +6,18 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import ASGD, LBFGS, Optimizer
 
 from . import fused as fused_form
-from .census import SCALARS, Census, Layer, Member, Options, State, as_scalar, pick, real, store
+from .census import SCALARS, Census, Layer, Member, Options, State, as_scalar, real, store
 from .groups import Layers, name_layers, restore_structure, structure_of
 from .kernels import KernelError
-from .layerwise import Keys, LayerwiseOptimizer, may_change
+from .layerwise import Keys, LayerwiseOptimizer, forget_predecessor
 from .lipschitz import Estimator
 from .names import by_name
 from .norms import index_tensor, mixed_norms
@@ -62,7 +63,8 @@ class Lipschitz(LayerwiseOptimizer):
 
     Raises:
         TypeError: if `optimizer` is not a torch.optim.Optimizer.
-        ValueError: for a bad value, for LBFGS, and for an optimizer that has an S already.
+        ValueError: for a bad value, for an optimizer that has an S already, for LBFGS, and for
+            one that averages iterates (ASGD, schedule-free ones, which have train() and eval()).
     """
 
     def __init__(
@@ -89,6 +91,11 @@ class Lipschitz(LayerwiseOptimizer):
         if isinstance(optimizer, LBFGS):
             raise ValueError(
                 "LBFGS evaluates several gradients in a step, while S needs one gradient a step"
+            )
+        if isinstance(optimizer, ASGD) or all(hasattr(optimizer, x) for x in ("train", "eval")):
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps iterates of its own beside the parameters, "
+                "which would take the step that S has not scaled; choose another base"
             )
         if signal not in ("gradient", "update"):
             raise ValueError(f'signal must be "gradient" or "update", got {signal!r}')
@@ -136,6 +143,7 @@ class Lipschitz(LayerwiseOptimizer):
         self.optimizer.defaults = value
 
     def __getstate__(self) -> dict[str, Any]:
+        self._unpack()
         names = ("optimizer", "state", "_law", "_signal", "_previous", "_layers", "_fused")
         return {name: self.__dict__[name] for name in names}
 
@@ -165,6 +173,7 @@ class Lipschitz(LayerwiseOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state_dict, with S, norms and history beside the base's own state."""
+        self._unpack()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         packed = self.optimizer.state_dict()
@@ -196,7 +205,7 @@ class Lipschitz(LayerwiseOptimizer):
                     del based[key]
             else:  # of the base as a whole
                 based[key] = saved
-        self._check_shapes({**state_dict, "state": own})
+        self._check_loaded({**state_dict, "state": own})
         self.optimizer.load_state_dict({**state_dict, "state": based})
         for group, own_structure in zip(self.param_groups, structure, strict=True):
             restore_structure(group, own_structure)
@@ -273,7 +282,6 @@ class Lipschitz(LayerwiseOptimizer):
         """Returns which layers live."""
         layers = census.layers
         by_gradient = isinstance(self._signal, Gradients)
-        history = self._history
         members = [m for layer in layers for m in layer.members]
         silent = [m for layer in layers for m in layer.absent]
         order = [(i, m) for i, layer in enumerate(layers) for m in layer.members]
@@ -282,25 +290,25 @@ class Lipschitz(LayerwiseOptimizer):
         home = self._home()
         params = [real(local(m.param)) for m in members]
         grads = [real(local_grad(m.param, m.grad)) for m in members if m.grad is not None]
-        before = [_previous(m, history) for m in members]
-        silence = [_previous(m, history) for m in silent]
-
-        compiled = self._compiled(params)
+        before = [_previous(m, self._history) for m in (*members, *silent)]
+        compiled = self._compiled(params, grads)
 
         def signal_norms(now: list[Tensor]) -> tuple[Tensor, Tensor]:
             """‖x_t‖ and ‖x_t - x_{t-1}‖ of the layers, and which live."""
-            batches = [_batch(kind, members, params, now, before) for kind in compiled]
-            rows = [fused_form.measure(batch)[:, ::2].to(home) for batch in batches]
-            order = list(itertools.chain.from_iterable(compiled))
-            rest = [i for i in range(len(now)) if i not in set(order)]
-            pairs = [(wide(now[i]), wide(before[i])) for i in rest]
-            pairs += [(torch.zeros_like(x), wide(x)) for x in silence]
-            size = mixed_norms([x for x, _ in pairs], home)
-            change = mixed_norms([x - y for x, y in pairs], home)
-            rows.append(torch.stack([size, change], dim=1))
-            order += [*rest, *range(len(now), len(census.members))]
-            places = {i: place for place, i in enumerate(order)}
-            norms = pick(torch.cat(rows), tuple(places[i] for i in range(len(order))))
+            widest = reduce(torch.promote_types, (wide(x).dtype for x in before), torch.float32)
+            norms = torch.zeros(len(before), 2, dtype=widest, device=home)
+            rest = set(range(len(before)))
+            for kind in compiled:
+                rows = fused_form.measure(_batch(kind, members, params, now, before))
+                norms[index_tensor(tuple(kind), home)] = rows[:, ::2].to(norms)
+                rest -= set(kind)
+            if rest:
+                others = [wide(before[i]) for i in sorted(rest)]
+                signals = [wide(now[i]) for i in sorted(rest) if i < len(now)]
+                signals += [torch.zeros_like(x) for x in others[len(signals) :]]
+                changes = [x - y for x, y in zip(signals, others, strict=True)]
+                columns = [mixed_norms(x, home).to(norms) for x in (signals, changes)]
+                norms[index_tensor(tuple(sorted(rest)), home)] = torch.stack(columns, dim=1)
             return self._layer_norms(norms, census)
 
         if by_gradient:
@@ -313,11 +321,20 @@ class Lipschitz(LayerwiseOptimizer):
             size = mixed_norms(grads, home)
             size = torch.cat([size, size.new_zeros(len(silent))])
             grad_norms, live = self._layer_norms(size[:, None], census)
-        finite = self._finite(census, grad_norms)
+        finite, moved = self._movable(layers, self._finite(census, grad_norms))
 
         old = [p.clone() for p in params]
-        finite, moved = self._base_step(layers, finite)
-        updates = grads
+        if by_gradient:  # now, as a base may compute with the gradients in their place
+            here = [i for i, moves in enumerate(moved) if moves]
+            if here:
+                torch._foreach_copy_([before[i] for i in here], [grads[i] for i in here])
+        try:
+            self._base_step(members, moved)
+        except BaseException:
+            if by_gradient:  # S has not followed
+                forget_predecessor([m.state for m in members])
+            raise
+        updates: list[Tensor] = []
         if not by_gradient:
             updates = [wide(p) - wide(q) for p, q in zip(params, old, strict=True)]
             norms, proposed = signal_norms(updates)
@@ -326,51 +343,38 @@ class Lipschitz(LayerwiseOptimizer):
         if not layers:  # other ranks may have gradients; this one took part in the norms
             return live
         self._keep(census)
-        factor = census.spread(self._follow(census, norms, finite, live))
-        go = census.spread(may_change(self._law.nonfinite, finite, live))
+        factor, go = map(census.spread, self._follow(census, norms, finite, live))
         goes = go.unbind()
         left = set(range(len(members)))
         for kind in compiled:
             here = [i for i in kind if moved[i]]
             left -= set(kind)
             if here:
-                self._scale_alike(here, params, old, grads, before, factor, go)
+                index, device = index_tensor(tuple(here), home), params[here[0]].device
+                weights, may = factor[index].to(device), go[index].to(device)
+                fused_form.blend([params[i] for i in here], [old[i] for i in here], weights, may)
         for i in sorted(left):
             if moved[i]:
-                self._scale(members[i], old[i], updates[i], factor[i], goes[i])
-        for member, ok in zip(silent, goes[len(members) :], strict=True):
-            x = real(local(member.state[history]))
+                _scale(params[i], old[i], factor[i], goes[i])
+        for i, update in enumerate(updates):
+            if moved[i]:
+                applied = self._previous == "applied"
+                remembered = update * factor[i].to(update) if applied else update
+                before[i].copy_(_unless_skipped(goes[i], remembered, before[i]))
+        for x, ok in zip(before[len(members) :], goes[len(members) :], strict=True):
             x.copy_(_unless_skipped(ok, torch.zeros_like(x), x))
         self._keep_rates(members, factor, moved, go)
         return live
 
-    def _scale(
-        self,
-        member: Member,
-        old: Tensor,
-        signal: Tensor,
-        factor: Tensor,
-        ok: Tensor,
-    ) -> None:
-        """Makes p_old + S·û of what the base has stepped to, and remembers the signal x_t."""
-        param, history = real(local(member.param)), real(local(member.state[self._history]))
-        scale = factor.to(param.device, wide(param).dtype)
-        remembered = signal * scale if self._previous == "applied" else signal
-        applied = torch.lerp(wide(old), wide(param), scale)
-        # The base has not stepped a layer whose gradient is not finite; this is for an update
-        # that is not finite although the gradient is.
-        param.copy_(_unless_skipped(ok, applied, wide(old)))
-        history.copy_(_unless_skipped(ok, remembered, wide(history)))
-
-    def _compiled(self, params: list[Tensor]) -> list[list[int]]:
+    def _compiled(self, params: list[Tensor], grads: list[Tensor]) -> list[list[int]]:
         """Which parameters are measured and scaled in the fused form, those of a kind together."""
         wanted = self._fused
         if wanted is None and all(p.device.type == "cpu" for p in params):
             wanted = fused_form.pays(sum(p.numel() for p in params))
         kinds: dict[Any, list[int]] = {}
         if wanted and isinstance(self._signal, Gradients) and not torch.compiler.is_compiling():
-            for i, param in enumerate(params):
-                if fused_form.fits(param):
+            for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+                if fused_form.fits(param, grad):
                     kinds.setdefault((param.device, param.dtype), []).append(i)
         return [here for kind, here in kinds.items() if self._compiles(*kind)]
 
@@ -384,32 +388,14 @@ class Lipschitz(LayerwiseOptimizer):
             return False
         return True
 
-    def _scale_alike(
-        self,
-        here: list[int],
-        params: list[Tensor],
-        old: list[Tensor],
-        grads: list[Tensor],
-        before: list[Tensor],
-        factor: Tensor,
-        go: Tensor,
-    ) -> None:
-        """`_scale` of several parameters in one pass. They have finite gradients, unless these
-        are to propagate; where one may not change all the same, it and its gradient are zero."""
-        device, index = params[here[0]].device, index_tensor(tuple(here), factor.device)
-        weights, may = factor[index].to(device), go[index].to(device)
-        fused_form.blend([params[i] for i in here], [old[i] for i in here], weights, may)
-        torch._foreach_copy_([before[i] for i in here], [grads[i] for i in here])
-
-    def _base_step(self, layers: list[Layer], finite: Tensor) -> tuple[Tensor, list[bool]]:
-        """Steps the base, from which non-finite gradients are hidden.
+    def _movable(self, layers: list[Layer], finite: Tensor) -> tuple[Tensor, list[bool]]:
+        """Whose gradients the base is to see.
 
         Returns:
-            which layers were finite and, as the base steps a flat tensor as one, share none with
-            one that was not; and the same for each of their members.
+            which layers are finite and, as the base steps a flat tensor as one, share none with
+            one that is not; and the same for each of their members.
         """
         if self._law.nonfinite != "skip":
-            self.optimizer.step()
             return finite, [True for layer in layers for _ in layer.members]
         fine = finite.tolist()
         bad = {
@@ -421,8 +407,10 @@ class Lipschitz(LayerwiseOptimizer):
         if bad:
             fine = [all(id(m.tensor) not in bad for m in layer.members) for layer in layers]
             finite = index_tensor(tuple(map(int, fine)), finite.device) > 0
-        moved = [ok for layer, ok in zip(layers, fine, strict=True) for _ in layer.members]
-        members = [m for layer in layers for m in layer.members]
+        return finite, [ok for layer, ok in zip(layers, fine, strict=True) for _ in layer.members]
+
+    def _base_step(self, members: list[Member], moved: list[bool]) -> None:
+        """Steps the base, from which the gradients of the others are hidden."""
         hidden = {m.tensor: m.tensor.grad for m, ok in zip(members, moved, strict=True) if not ok}
         for tensor in hidden:
             tensor.grad = None
@@ -431,7 +419,6 @@ class Lipschitz(LayerwiseOptimizer):
         finally:
             for tensor, grad in hidden.items():
                 tensor.grad = grad
-        return finite, moved
 
     def _keep_rates(
         self, members: list[Member], factor: Tensor, moved: list[bool], go: Tensor
@@ -450,6 +437,14 @@ class Lipschitz(LayerwiseOptimizer):
 def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
     """What a state_dict calls the parameters, in the order of the groups."""
     return itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+
+
+def _scale(param: Tensor, old: Tensor, factor: Tensor, ok: Tensor) -> None:
+    """Makes p_old + S·û of what the base has stepped to."""
+    applied = torch.lerp(wide(old), wide(param), factor.to(param.device, wide(param).dtype))
+    # The base has not stepped a layer whose gradient is not finite; this is for an update that is
+    # not finite although the gradient is.
+    param.copy_(_unless_skipped(ok, applied, wide(old)))
 
 
 def _unless_skipped(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:

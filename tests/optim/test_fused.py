@@ -234,11 +234,14 @@ def test_any_memory_order(shape: tuple[int, ...], of_param: str, of_grad: str) -
 def test_what_fits() -> None:
     x = torch.randn(4, 6, 2, 2)
     for dense in (x, x.half(), x.double(), x[1:3], x[:0], x[0, 0, 0, 0], x.transpose(0, 1)):
-        assert fused.fits(dense)
-    assert fused.fits(x.to(memory_format=torch.channels_last))
+        assert fused.fits(dense, None)
+        assert fused.fits(dense, dense.clone())
+    assert fused.fits(x.to(memory_format=torch.channels_last), x)
     gaps = [x[:, 1:], x[..., 0], x[:1].expand(4, 6, 2, 2)]
     for other in (*gaps, x.to(torch.complex64), x.long(), x.to_sparse()):
-        assert not fused.fits(other)
+        assert not fused.fits(other, None)
+    assert not fused.fits(x, x.half())
+    assert not fused.fits(x, x.to_sparse())
     assert fused.missing(torch.device("cpu")) is None
     assert "meta" in (fused.missing(torch.device("meta")) or "")
 

@@ -119,7 +119,7 @@ _LAUNCH: _Options = {"num_warps": 4, "enable_fp_fusion": False}
 @cache
 def _flags(spec: Spec) -> _Options:
     """What every kernel is compiled for."""
-    sgd = "nesterov" if spec.nesterov else "momentum" if spec.momentum else "plain"
+    sgd = "plain" if not spec.momentum else "nesterov" if spec.nesterov else "momentum"
     return {
         "RULE": sgd if spec.rule == "SGD" else spec.rule,
         "SIGNAL": spec.signal,
