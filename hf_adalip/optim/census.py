@@ -142,11 +142,12 @@ class Census:
         """Makes each number of the members a view of one vector, so that all are read or written
         by one operation.
 
-        State that a CUDA graph may have captured stays where it is.
+        State that a CUDA graph may have captured stays where it is; FakeTensors are nowhere.
         """
         # Who does not say (a base that is not ours or Adam's) may be captured all the same.
         capturable = any(m.group.get("capturable", m.tensor.is_cuda) for m in self.members)
-        if capturable or len({m.tensor.device for m in self.members}) > 1:
+        fake = any(type(m.stored["lipschitz_scale"]) is not Tensor for m in self.members)
+        if capturable or fake or len({m.tensor.device for m in self.members}) > 1:
             return
         for key in SCALARS:
             if self.members and all(key in m.stored for m in self.members):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _CHUNK = 4096
 
@@ -94,12 +95,13 @@ def index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
     return _kept(indices, device, lambda: indices)
 
 
-_TENSORS: dict[tuple[object, torch.device], Tensor] = {}
+_TENSORS: dict[tuple[object, torch.device, bool], Tensor] = {}
 
 
 def _kept(key: object, device: torch.device, values: Callable[[], Any]) -> Tensor:
     """torch.tensor(values()), made once; the oldest of 256 goes when another one comes."""
-    place = (key, device)
+    # Apart for modes that may stand in for all tensors (FakeTensorMode), and take no other.
+    place = (key, device, is_in_torch_dispatch_mode())
     found = _TENSORS.get(place)
     if found is not None:
         return found

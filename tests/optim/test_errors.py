@@ -141,8 +141,21 @@ def test_bad_values_in_a_group(name: str, options: dict[str, Any], message: str)
 
 @pytest.mark.parametrize("name", ["adalip", "rmslip", "adamlip"])
 def test_previous_is_an_option_of_updates(name: str) -> None:
-    with pytest.raises(ValueError, match=r"previous=.applied. is for the -U forms"):
-        CLASSES[name](named_params().values(), previous="applied")
+    for given in ("applied", "proposed"):
+        for make in (
+            lambda params, own: CLASSES[name](params, **own),
+            lambda params, own: CLASSES[name]([{"params": params, **own}]),
+        ):
+            with pytest.raises(ValueError, match=f"previous='{given}' is for the -U forms"):
+                make([*named_params().values()], {"previous": given})
+
+
+@six
+def test_differentiable_is_for_the_whole_optimizer(name: str) -> None:
+    """torch's decorator of `step` asks the optimizer."""
+    params = [*named_params().values()]
+    with pytest.raises(ValueError, match="differentiable=True cannot be for one group"):
+        CLASSES[name]([{"params": params, "differentiable": True}])
 
 
 @pytest.mark.parametrize(
@@ -382,6 +395,21 @@ def test_replaced_parameters_are_noticed(
     with pytest.raises(RuntimeError, match="layers cannot be told apart"):
         optimizer.step()
     assert_same([p.detach() for p in replaced], before)
+
+
+@six
+def test_a_parameter_that_gets_another_size(name: str) -> None:
+    """Before it has state, as with torch's own; later, its state says that it cannot be."""
+    params = named_params()
+    optimizer = CLASSES[name](params.items())
+    params["b.weight"].data = torch.ones(5, 3)
+    train(optimizer, params, range(2))
+    before = params["a.bias"].detach().clone()
+    params["b.weight"].data = torch.ones(4, 3)
+    if optimizer.state[params["b.weight"]].keys() & {"exp_avg", "square_avg", "prev_grad"}:
+        with pytest.raises(ValueError, match="belongs to another parameter"):
+            train(optimizer, params, [2])
+        assert_same(params["a.bias"].detach(), before)
 
 
 @six

@@ -16,8 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from hf_adalip import AdamLip, Lipschitz
 from hf_adalip.optim import LipOptimizer, fused, rules
@@ -244,6 +246,55 @@ def test_what_fits() -> None:
     assert not fused.fits(x, x.to_sparse())
     assert fused.missing(torch.device("cpu")) is None
     assert "meta" in (fused.missing(torch.device("meta")) or "")
+
+
+def two(shape: tuple[int, ...]) -> Tensor:
+    return TwoTensor(torch.randn(shape), torch.randn(shape))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_tensors_with_operators_of_their_own(wrapped: bool) -> None:
+    """Their elements are not where kernels would look for them: no address is 0."""
+    results = []
+    for options in ({"fused": True}, {}):
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(two((20, 30)))
+        optimizer: Any
+        if wrapped:
+            base = torch.optim.Adam([param], lr=0.1, foreach=False)
+            optimizer = Lipschitz(base, **options)
+        else:
+            optimizer = AdamLip([param], lr=0.1, **options)
+        for _ in range(3):
+            param.grad = two((20, 30))
+            optimizer.step()
+        results.append(param.detach())
+    assert torch.equal(results[0].a, results[1].a)
+    assert torch.equal(results[0].b, results[1].b)
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        param = torch.nn.Parameter(torch.randn(1100, 1000))  # enough for the default
+        optimizer = AdamLip([param], lr=0.1)
+        for _ in range(2):
+            param.grad = torch.randn(1100, 1000)
+            optimizer.step()
+        assert optimizer.state[param]["prev_grad"].shape == param.shape
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "prev_grad"])
+def test_state_that_is_elsewhere(key: str) -> None:
+    param = torch.nn.Parameter(torch.randn(10, 10))
+    optimizer = AdamLip([param], lr=0.1, fused=True)
+    for _ in range(2):
+        param.grad = torch.randn(10, 10)
+        optimizer.step()
+    optimizer.state[param][key] = optimizer.state[param][key].to("meta")
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match="another shape or device than its parameter"):
+        optimizer.step()
+    assert torch.equal(param, before)
 
 
 # What is not finite, and what must not move

@@ -119,6 +119,7 @@ CASES = [
         _case("SGD", rules.SGD(), updates, momentum=0.0, nesterov=False),
         _case("momentum", rules.SGD(), updates, momentum=0.9, nesterov=False),
         _case("nesterov", rules.SGD(), updates, momentum=0.9, nesterov=True),
+        _case("momentum gone", rules.SGD(), updates, momentum=0.0, nesterov=True),
         _case("RMSprop", rules.RMSprop(), updates, alpha=0.99, eps=1e-8, eps_in_sqrt=False),
         _case("Adam", rules.Adam(), updates, betas=(0.9, 0.999), eps=1e-8, eps_in_sqrt=False),
     )

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_adalip import Lipschitz
 from hf_adalip.optim import LipOptimizer
 from hf_adalip.optim.kernels import cpu
 from tests.optim.cases import (
@@ -799,6 +800,39 @@ def test_nothing_is_kept_alive(history: str, form: dict[str, Any]) -> None:
         assert [ref() for ref in refs] == [None] * 4
     finally:
         gc.enable()
+
+
+@forms
+def test_state_that_is_replaced_is_let_go(form: dict[str, Any]) -> None:
+    """Who moves it to the host does it for the memory."""
+    params = named_params({"a": (100,), "b": (30, 4)})
+    optimizer = build("adamlip", params, **form)
+    train(optimizer, params, range(3))
+    refs = []
+    for state in optimizer.state.values():
+        for key in [key for key, x in state.items() if x.dim()]:
+            refs.append(weakref.ref(state[key]))
+            state[key] = state[key].clone()
+    assert [ref() for ref in refs] == [None] * 6
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_saved_number_has_memory_of_its_own(wrapped: bool) -> None:
+    """Pickle writes the whole memory of each tensor: of a view, that of all others."""
+    params = named_params({str(i): (50,) for i in range(20)})
+    optimizer: Any
+    if wrapped:
+        optimizer = Lipschitz(torch.optim.SGD(list(params.values()), lr=0.01))
+    else:
+        optimizer = build("adamlip", params, **SKETCHED)
+    for step in range(4):
+        train(optimizer, params, [step])
+        states = [*optimizer.state_dict()["state"].values()]
+        values = [x for state in states for x in state.values()]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in values)
+        train(optimizer, params, [step + 10, step + 20])  # packed again
+    kept = optimizer.state[params["0"]]
+    assert optimizer.state_dict()["state"][0]["prev_norm"] is kept["prev_norm"]
 
 
 # Errors

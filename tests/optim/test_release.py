@@ -195,6 +195,37 @@ def test_options_that_change_between_steps() -> None:
     assert_same(*both(maker("adamlip"), run))
 
 
+@pytest.mark.parametrize("history", ["exact", "sketch"])
+def test_options_of_the_members_that_change(history: str) -> None:
+    """What is kept of the gradient, and whose the weight decay is."""
+    now, then = {"history": history, "sketch_size": 32}, {"history": "sketch", "sketch_size": 32}
+    then = then if history == "exact" else {"history": "exact"}
+
+    def run(net: Net, optimizer: LipOptimizer) -> Any:
+        train(net, optimizer, range(3))
+        optimizer.param_groups[0] |= then
+        train(net, optimizer, range(3, 6))
+        optimizer.param_groups[0]["no_weight_decay"] = ["embed.weight", "expert.weight"]
+        return train(net, optimizer, range(6, 9))
+
+    assert_same(*both(maker("adamlip", **now), run))
+
+
+@forms
+def test_state_that_is_replaced(foreach: bool) -> None:
+    """As by code that moves it to the host and back."""
+
+    def run(net: Net, optimizer: LipOptimizer) -> Any:
+        train(net, optimizer, range(3))
+        for state in optimizer.state.values():
+            state |= {key: value.clone() for key, value in state.items()}
+            state["exp_avg"].zero_()
+            state["lipschitz_scale"].fill_(0.5)
+        return train(net, optimizer, range(3, 6))
+
+    assert_same(*both(maker("adamlip", foreach=foreach), run))
+
+
 def test_a_parameter_that_gets_other_strides() -> None:
     """As by `to(memory_format=...)`, or as a view of something larger, which must stay as it is."""
 

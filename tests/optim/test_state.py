@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from hf_adalip import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, create_optimizer
+from hf_adalip import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, create_optimizer
 from hf_adalip.optim import LipOptimizer
 from tests.optim.cases import (
     CLASSES,
@@ -459,6 +459,40 @@ def test_a_checkpoint_of_torch_adam() -> None:
     train(restored, others, [3])
     for rate in restored.layer_learning_rates().values():
         assert rate.lr == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "kind", "option"),
+    [
+        (torch.optim.Adam, {"amsgrad": True}, AdamLip, "amsgrad=True"),
+        (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}, AdaLip, "dampening=0.5"),
+        (torch.optim.RMSprop, {"centered": True}, RMSLip, "centered=True"),
+        (torch.optim.RMSprop, {"momentum": 0.9}, RMSLip, "momentum=0.9"),
+    ],
+)
+def test_an_option_of_torch_that_we_do_not_have(
+    base: Any, options: dict[str, Any], kind: Any, option: str
+) -> None:
+    params, others = named_params(), named_params()
+    saved = base(params.items(), lr=0.01, **options)
+    train(saved, params, range(3))
+    restored = kind(others.items(), lr=0.02)
+    train(restored, others, [0])
+    before = snapshot(restored, others)
+    with pytest.raises(ValueError, match=f"{option}, which {kind.__name__} does not have"):
+        restored.load_state_dict(saved.state_dict())
+    assert_same(snapshot(restored, others), before)
+
+
+def test_the_form_of_weight_decay_comes_with_torchs_state() -> None:
+    """Adam adds it to the gradient, AdamW does not."""
+    for base in (torch.optim.Adam, torch.optim.AdamW):
+        params = named_params()
+        saved = base(params.items()).state_dict()
+        restored = AdamLip(params.items())
+        restored.load_state_dict(saved)
+        expected = saved["param_groups"][0].get("decoupled_weight_decay", True)  # not of torch 2.6
+        assert restored.param_groups[0]["decoupled_weight_decay"] == expected
 
 
 # Hooks

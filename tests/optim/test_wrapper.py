@@ -54,6 +54,7 @@ BASES: dict[str, Base] = {
     "Lion": timm_optimizer("Lion"),
 }
 bases = pytest.mark.parametrize("base", BASES)
+needs_compiler = pytest.mark.skipif(bool(cpu.missing()), reason=f"needs {cpu.missing()}")
 
 
 # Against our own optimizers
@@ -578,6 +579,60 @@ def test_propagate() -> None:
     assert params["a.weight"].isfinite().all()
 
 
+# A base that does not leave things as they are
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("base", [*BASES, "SGD alone"])
+def test_the_history_is_the_gradient(base: str, foreach: bool, fused: bool) -> None:
+    """torch's foreach SGD with Nesterov momentum adds its buffer to p.grad itself."""
+    make = BASES.get(base, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True))
+    params = named_params()
+    inner = make(params.values())
+    for group in inner.param_groups:
+        if "foreach" in group:
+            group["foreach"] = foreach
+    optimizer = Lipschitz(inner, fused=fused)
+    for seed in range(3):
+        grads = random_grads(params, seed)
+        set_grads(params, grads)
+        optimizer.step()
+        for n, p in params.items():
+            assert_same(optimizer.state[p]["prev_grad"], grads[n])
+
+
+@pytest.mark.parametrize("signal", ["gradient", "update"])
+def test_a_base_that_fails_costs_a_step_of_s(signal: Any) -> None:
+    """x_t may be in the place of x_{t-1}: taken for it, S would be that of a gradient that does
+    not change."""
+
+    class Failing(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise OSError("out of luck")
+            return super().step(closure)
+
+    params = named_params()
+    base = Failing(list(params.values()), lr=0.1)
+    optimizer = Lipschitz(base, signal=signal, scale_bounds=None)
+    train(optimizer, params, range(3))
+    before, state = [p.detach().clone() for p in params.values()], copy.deepcopy(optimizer.state)
+    base.fails = True
+    with pytest.raises(OSError, match="out of luck"):
+        train(optimizer, params, [3])
+    base.fails = False
+    assert_same([p.detach() for p in params.values()], before)
+    scales = {n: s["lipschitz_scale"] for n, s in zip(params, state.values(), strict=True)}
+    for n, p in params.items():
+        assert_same(optimizer.state[p]["lipschitz_scale"], scales[n])
+    optimizer.step()
+    kept = [bool(optimizer.state[p]["lipschitz_scale"] == scales[n]) for n, p in params.items()]
+    assert kept == [signal == "gradient"] * len(kept)
+
+
 # Errors
 
 
@@ -591,6 +646,32 @@ def test_needs_an_optimizer() -> None:
 def test_refuses_lbfgs() -> None:
     with pytest.raises(ValueError, match="LBFGS"):
         Lipschitz(torch.optim.LBFGS(named_params().values()))
+
+
+class Averaging(torch.optim.SGD):
+    """As schedule-free optimizers are made."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+@pytest.mark.parametrize("kind", [torch.optim.ASGD, Averaging])
+def test_refuses_what_keeps_iterates_of_its_own(kind: Any) -> None:
+    with pytest.raises(ValueError, match=f"{kind.__name__} keeps iterates of its own"):
+        Lipschitz(kind(named_params().values(), lr=0.1))
+
+
+def test_a_group_added_to_the_base_alone_is_refused() -> None:
+    params, more = named_params(), named_params()
+    optimizer = Lipschitz(torch.optim.SGD(list(params.values()), lr=0.1))
+    train(optimizer, params, [0])
+    optimizer.optimizer.add_param_group({"params": list(more.values())})
+    before = snapshot(optimizer, params)
+    set_grads(params, random_grads(params, 1))
+    with pytest.raises(RuntimeError, match="add_param_group of this optimizer"):
+        optimizer.step()
+    assert_same(snapshot(optimizer, params), before)
 
 
 def test_refuses_a_second_scale() -> None:
