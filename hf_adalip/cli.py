@@ -20,13 +20,14 @@ def main() -> None:
         description="Runs a script, with transformers' Trainer or a loop of its own, stops it "
         "after 20 steps of its optimizer, and says what is wrong, why, and the line to change. "
         "Recipes and Trainers write to a folder that is removed, and resume nothing. "
-        "The exit status is 1 if anything is, 2 if the script does not train with a learning rate "
-        "per layer.",
+        "The exit status is 1 if anything is, and 2 if nothing is found and no optimizer with a "
+        "learning rate per layer took a step.",
     )
     check.add_argument("script", metavar="SCRIPT", help="a Python file that trains")
-    check.add_argument(
+    called_with = check.add_argument(
         "arguments", nargs=argparse.REMAINDER, help="what SCRIPT is called with, options too"
     )
+    called_with.required = False  # which argparse says of any REMAINDER
     publishing = commands.add_parser(
         "publish",
         help="upload a recipe's run to the Hub",

@@ -62,7 +62,11 @@ def examine_run(
     Args:
         steps: of the whole training.
     """
-    found = (decay_set_twice(trainer, optimizer), early_end(optimizer, scheduler, steps))
+    found = (
+        decay_set_twice(trainer, optimizer),
+        clip_of_nothing(trainer, optimizer),
+        early_end(optimizer, scheduler, steps),
+    )
     return [finding for finding in found if finding is not None]
 
 
@@ -171,6 +175,17 @@ def decay_set_twice(trainer: Trainer, optimizer: LayerwiseOptimizer) -> Finding 
             f"set TrainingArguments(weight_decay={own:g}), or use trainer_kwargs(...)",
         )
     return None
+
+
+def clip_of_nothing(trainer: Trainer, optimizer: LayerwiseOptimizer) -> Finding | None:
+    """Trainer's clipping beside `release_gradients`, whose gradients end within backward."""
+    if not optimizer.releases_gradients or not trainer.args.max_grad_norm:
+        return None
+    return Finding(
+        f"TrainingArguments(max_grad_norm={trainer.args.max_grad_norm:g}) clips nothing",
+        "with release_gradients, parameters are stepped and gradients are gone before it",
+        "set max_grad_norm=0, or take ordinary steps (release.remove())",
+    )
 
 
 NOT_TRAINED = "nothing is trained after that, whatever S is"

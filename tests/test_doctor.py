@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from accelerate.state import AcceleratorState, GradientState
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from hf_adalip import AdamLip, AdamLipU, attach, trainer_kwargs
+from hf_adalip import AdamLip, AdamLipU, attach, release_gradients, trainer_kwargs
 from hf_adalip.doctor import LOOKS, Watch, WrongOptimizerError, examine
 from hf_adalip.trial import doctor
 
@@ -202,6 +202,17 @@ def test_weight_decay_that_is_used_is_not(tmp_path):
     way = {"optimizer_cls_and_kwargs": (AdamLip, {"lr": 1e-3, "weight_decay": 0.01})}
     assert told(tmp_path, way=way, weight_decay=0.01) == []
     assert told(tmp_path, way={"optimizer_cls_and_kwargs": (AdamLip, {"lr": 1e-3})}) == []
+
+
+def test_a_clip_of_released_gradients_is_told(tmp_path):
+    def released(net):
+        optimizer = AdamLip(net.named_parameters(), lr=1e-3)
+        release_gradients(optimizer)
+        return optimizer, None
+
+    (text,) = told(tmp_path, optimizers=released, max_grad_norm=1.0)
+    assert text.startswith("TrainingArguments(max_grad_norm=1) clips nothing: ")
+    assert told(tmp_path, optimizers=released) == []
 
 
 def scheduled(name, steps, **options):

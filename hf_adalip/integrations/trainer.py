@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _NEEDS = (
-    "hf_adalip knows transformers 5.2 to 5.23 here; install one of these, or pass "
+    "hf_adalip knows transformers 5.2 to 5.24 here; install one of these, or pass "
     "`optimizers=(optimizer, None)` to Trainer"
 )
 

@@ -146,6 +146,11 @@ class LayerwiseOptimizer(Optimizer):
         """What shares one S: "tensor", "module", or the name of a function."""
         return self._layers if isinstance(self._layers, str) else _name_of(self._layers)
 
+    @property
+    def releases_gradients(self) -> bool:
+        """Whether parameters are stepped within backward (`release_gradients`)."""
+        return False
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_given" not in self.__dict__:  # a copy, with parameters of its own

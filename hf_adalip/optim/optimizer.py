@@ -178,6 +178,10 @@ class LipOptimizer(LayerwiseOptimizer):
     def _signal(self) -> Signal:  # type: ignore[override]
         return self.signal
 
+    @property
+    def releases_gradients(self) -> bool:
+        return self._release is not None
+
     def _options(self, group: dict[str, Any]) -> Options:
         bounds = group["scale_bounds"]
         bounds = bounds and tuple(bounds)  # some checkpoint formats make a list of it
