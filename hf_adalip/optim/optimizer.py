@@ -526,7 +526,7 @@ def _is_plain(member: Member) -> bool:
 
 def _fits(member: Member) -> bool:
     """Whether a member can be stepped in the fused form."""
-    grad = member.grad if member.grad is None else local_grad(member.param, member.grad)
+    grad = None if member.grad is None else local(member.grad)
     can_be_sketched = not member.sketch or start_in_whole(member.param) is not None
     return fused.fits(local(member.param), grad) and can_be_sketched
 
