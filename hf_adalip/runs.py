@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -84,13 +87,40 @@ def check_publishing(args: Run) -> None:
             raise UsageError(f"--push_to_hub: {error}") from error
 
 
-def check_untouched(folder: Path, files: Sequence[Path], args: Run) -> None:
-    """Raises UsageError if a run has left files in the folder, and nobody said what to do."""
+def check_folder(folder: Path, own_files: Callable[[Path], Sequence[Path]], args: Run) -> None:
+    """Raises UsageError if a run cannot write in the folder, or would replace what is there and
+    nobody said what to do.
+
+    Args:
+        folder: to be made, or there already.
+        own_files: those of a folder that a run writes.
+        args: of the run.
+    """
+    try:
+        nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+        if not stat.S_ISDIR(nearest.stat().st_mode):
+            raise UsageError(f"--output_dir {folder}: {nearest} is a file; choose another")
+        with tempfile.TemporaryDirectory(dir=nearest):  # root may write anywhere but in /proc
+            files = own_files(folder)
+    except OSError as error:  # a name too long, a link to nowhere
+        raise _no_folder(folder, error) from error
     if files and not args.resume_from_checkpoint and not args.overwrite_output_dir:
         raise UsageError(
-            f"{folder} has results already: choose another --output_dir, or "
+            f"{folder} has results already ({files[0].name}): choose another --output_dir, or "
             "--overwrite_output_dir, or --resume_from_checkpoint latest"
         )
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder that `check_folder` has seen; raises UsageError if it cannot be any more."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_folder(folder, error) from error
+
+
+def _no_folder(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"--output_dir {path} cannot be made: {error.strerror}; choose another")
 
 
 def check_same_run(path: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ import logging
 import os
 import shlex
 import shutil
-import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ from .options import (
     scheduler_factory,
     trackers,
 )
-from .runs import INTERRUPTED, RATES, Interrupted, check_publishing, check_untouched
+from .runs import INTERRUPTED, RATES, Interrupted, check_folder, check_publishing, make_folder
 from .script import SCRIPT
 
 try:
@@ -56,16 +55,7 @@ def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
             or there can be none.
     """
     path = Path(args.output_dir or f"outputs/{recipe.name}-{args.optim.lower()}")
-    try:
-        nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
-        if not stat.S_ISDIR(nearest.stat().st_mode):
-            raise UsageError(f"--output_dir {path}: {nearest} is a file; choose another")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise UsageError(f"--output_dir {path}: cannot write in {nearest}; choose another")
-        files = _own_files(path)
-    except OSError as error:  # a name too long, a link to nowhere
-        raise _no_folder(path, error) from error
-    check_untouched(path, files, args)
+    check_folder(path, _own_files, args)
     return path
 
 
@@ -82,10 +72,6 @@ def _elsewhere_in_a_trial(args: TrainingArguments) -> TrainingArguments:
         with_tracking=False,
         push_to_hub=False,
     )
-
-
-def _no_folder(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"--output_dir {path} cannot be made: {error.strerror}; choose another")
 
 
 def _own_files(folder: Path) -> list[Path]:
@@ -126,10 +112,7 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
     elif args.resume_from_checkpoint is not None:
         logger.info(f"no checkpoint in {folder} yet: starting from the beginning")
     if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _no_folder(folder, error) from error
+        make_folder(folder)
         for path in _own_files(folder):
             if path.suffix == PARTIAL or (
                 args.overwrite_output_dir and path.name != SCRIPT  # which may be what is running

@@ -46,6 +46,7 @@ from transformers import (
 from hf_adalip import attach
 from hf_adalip.data import DataError
 from hf_adalip.integrations.recipes import (
+    RecipeArguments,
     check_pretrained,
     exit_status,
     optimizer_kwargs,
@@ -159,8 +160,8 @@ def override(config: PretrainedConfig, text: str) -> None:
         raise ValueError(f"{error} (--config_overrides takes {takes}, got {text})") from error
 
 
-def check(args: Arguments) -> None:
-    check_pretrained("tokenizer_name", args.tokenizer_name)
+def check(args: Arguments, training: RecipeArguments) -> None:
+    check_pretrained("tokenizer_name", args.tokenizer_name, training)
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     # the first token of a block is not predicted
     for name, least in {"block_size": 2, **dict.fromkeys(sizes, 1)}.items():
@@ -180,7 +181,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         per_device_train_batch_size=32,
         per_device_eval_batch_size=32,
     )
-    check(args)
+    check(args, training)
     tokenizer = load_tokenizer(args)
     train, validation = load_blocks(args, tokenizer)
     set_seed(training.seed)

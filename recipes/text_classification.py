@@ -48,6 +48,7 @@ from transformers import (
 from hf_adalip import attach
 from hf_adalip.data import DataError, load_splits
 from hf_adalip.integrations.recipes import (
+    RecipeArguments,
     check_pretrained,
     exit_status,
     optimizer_kwargs,
@@ -243,8 +244,8 @@ def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
-def check(args: Arguments) -> None:
-    check_pretrained("model_name_or_path", args.model_name_or_path)
+def check(args: Arguments, training: RecipeArguments) -> None:
+    check_pretrained("model_name_or_path", args.model_name_or_path, training)
     if args.max_seq_length < 1:
         raise UsageError(f"--max_seq_length must be at least 1, got {args.max_seq_length}")
     if args.lora_alpha is not None and args.lora_r is None:
@@ -267,7 +268,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
     )
-    check(args)
+    check(args, training)
     with training.main_process_first():  # the others find what it put in the cache
         data = load_texts(args)
     set_seed(training.seed)

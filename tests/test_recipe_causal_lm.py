@@ -310,6 +310,48 @@ def test_a_folder_that_trainer_would_take_for_a_checkpoint(
     assert mine.exists()
 
 
+@pytest.mark.parametrize("name", ["train.py", "tokenizer.json", "training_args.bin"])
+def test_files_of_the_user_that_a_run_would_replace(
+    name: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert recipe(options(text, tmp_path / "out", *SHORT)) == 2
+    assert f"has results already ({name}): choose another" in capsys.readouterr().err
+    assert [path.read_text() for path in mine.parent.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("how", ["--overwrite_output_dir", "--resume_from_checkpoint=latest"])
+def test_a_tokenizer_that_the_run_would_replace(
+    how: str, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for folder in (out, out / "checkpoint-1"):
+        AutoTokenizer.from_pretrained(whole).save_pretrained(folder)
+        assert recipe(options(text, out, *SHORT, f"--tokenizer_name={folder}", how)) == 2
+        message = f"--tokenizer_name {folder} is in the --output_dir, whose files the run replaces"
+        assert message in capsys.readouterr().err
+        assert (folder / "tokenizer_config.json").exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/none", "/dev/null/out", "x" * 300, "file", "link"])
+def test_a_folder_that_cannot_be_made(
+    folder: str,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("link").symlink_to("nowhere")
+    assert recipe(options(text, Path(folder), *SHORT)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"causal_lm: error: --output_dir {folder}")
+    assert "choose another" in line
+
+
 def test_gradients_are_clipped_on_demand_only(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

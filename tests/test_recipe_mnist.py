@@ -387,12 +387,12 @@ def test_what_is_the_users_stays(tmp_path: Path) -> None:
         assert (folder / "mine").exists()
 
 
-@pytest.mark.parametrize("folder", ["/proc/none/out", "/dev/null/out", "x" * 300])
+@pytest.mark.parametrize("folder", ["/proc/none", "/dev/null/out", "x" * 300])
 def test_a_folder_that_cannot_be_made(
     folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert recipe(*SHORT, f"--output_dir={folder}") == 2
+    assert recipe(*SHORT, "--dataset_name=/no/such/folder", f"--output_dir={folder}") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"mnist: error: --output_dir {folder}")
     assert "choose another" in line

@@ -54,10 +54,11 @@ from ..runs import (
     Interrupted,
     any_asked_to_stop,
     asked_to_stop,
+    check_folder,
     check_publishing,
     check_same_run,
-    check_untouched,
     device_name,
+    make_folder,
     write_results,
 )
 from ..script import SCRIPT, running_script, versions
@@ -195,12 +196,9 @@ def parse(
     if training.fp16 and training.device.type == "cpu":
         raise UsageError("--fp16 needs a GPU; --bf16 does not")
     folder = Path(training.output_dir)
-    try:
-        check_untouched(folder, _own_files(folder), training)
-        if training.save_strategy != SaveStrategy.NO and (limit := training.save_total_limit):
-            _check_rotation(folder, limit)
-    except OSError as error:
-        raise UsageError(f"--output_dir {folder}: {error.strerror}; choose another") from error
+    check_folder(folder, _own_files, training)
+    if training.save_strategy != SaveStrategy.NO and (limit := training.save_total_limit):
+        _check_rotation(folder, limit)
     # `run` publishes: Trainer would upload whatever is in the folder, and not what a card needs
     training.publish_to = training.hub_model_id if training.push_to_hub else None
     training.push_to_hub = False
@@ -370,7 +368,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         check_same_run(Path(checkpoint), saved, same)
         watch.rates = LayerRateHistory.load(Path(checkpoint) / f"{RATES}.json")
     if args.should_save:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _clean(folder, checkpoint, args.overwrite_output_dir)
     trainer.add_callback(watch)
     with asked_to_stop(watch):
@@ -467,7 +465,9 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
 
 
 _OWN = re.compile(
-    rf"{re.escape(RESULTS)}|{RATES}\.(json|png)|checkpoint-[0-9]+|config\.json"
+    rf"{re.escape(RESULTS)}|{RATES}\.(json|png)|{re.escape(SCRIPT)}|checkpoint-[0-9]+"
+    r"|config\.json|training_args\.bin|tokenizer(_config)?\.json|special_tokens_map\.json"
+    r"|added_tokens\.json|chat_template\.jinja|vocab\.(txt|json)|merges\.txt"
     r"|generation_config\.json|adapter_config\.json|adapter_model\.safetensors"
     r"|model(-[0-9]+-of-[0-9]+)?\.safetensors|model\.safetensors\.index\.json"
 )
@@ -497,7 +497,8 @@ def _check_rotation(folder: Path, limit: int) -> None:
 def _clean(folder: Path, checkpoint: str | None, overwrite: bool) -> None:
     """Removes what --overwrite_output_dir replaces, or the checkpoints whose saving was cut off,
     which Trainer would count among those to keep."""
-    stale = _own_files(folder) if overwrite else []
+    # the script may be what is running; it is replaced at the end
+    stale = [path for path in _own_files(folder) if overwrite and path.name != SCRIPT]
     if checkpoint and Path(checkpoint).parent == folder:
         checkpoints = [path for path in _own_files(folder) if path.name.startswith("checkpoint-")]
         stale = [path for path in checkpoints if not (path / MANIFEST).exists()]
@@ -580,10 +581,18 @@ def _table(results: Mapping[str, Any], rates: LayerRateHistory) -> str:
     return "\n".join(lines)
 
 
-def check_pretrained(option: str, name: str | None) -> None:
-    """Raises UsageError if the option's value is neither a folder nor may be an id of the Hub."""
+def check_pretrained(option: str, name: str | None, training: RecipeArguments) -> None:
+    """Raises UsageError if the option's value is neither a folder nor may be an id of the Hub, or
+    is a folder whose files the run would replace."""
     if name and not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         raise UsageError(f"--{option}: there is no folder {name}")
+    folder = Path(str(training.output_dir)).resolve()
+    place = Path(name or "").resolve()
+    if name and (place == folder or any(map(place.is_relative_to, _own_files(folder)))):
+        raise UsageError(
+            f"--{option} {name} is in the --output_dir, whose files the run replaces; choose "
+            "another --output_dir"
+        )
 
 
 def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
