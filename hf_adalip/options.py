@@ -260,12 +260,12 @@ def _config_options(path: str, recipe: Recipe) -> list[str]:
     for key, value in read_config(path, kinds).items():
         if kinds[key] is bool and not isinstance(value, bool):
             raise UsageError(f"--config {path}: {key} must be true or false, got {value!r}")
-        if isinstance(value, bool):
+        if kinds[key] is bool:
             options.append(f"--{key}" if value else f"--no-{key}")
         elif isinstance(value, (list, dict)):
             raise UsageError(f"--config {path}: {key} must be one value, got {value!r}")
         elif value is not None:
-            options.append(f"--{key}={value}")
+            options.append(f"--{key}={'no' if value is False else value}")  # which YAML reads so
     return options
 
 

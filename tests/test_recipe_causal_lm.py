@@ -188,6 +188,31 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert numbers(folder) == numbers(whole)
 
 
+def test_checkpoints_of_the_model_alone_are_no_run_to_go_on_with(
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ["--save_only_model", "--lr_scheduler_type=constant"]
+    run = options(text, tmp_path / "out", *RUN, *more)
+    monkeypatch.setattr(recipes, "any_asked_to_stop", lambda *_: True)
+    assert recipe(run) == 130
+    message = capsys.readouterr().err
+    assert "checkpoint-1; with --save_only_model, no run can go on from there" in message
+    assert "latest" not in message
+    assert recipe([*run, "--resume_from_checkpoint=latest"]) == 2
+    assert "checkpoint-1 has the model alone (--save_only_model)" in capsys.readouterr().err
+
+
+def test_the_weights_are_not_rounded_for_the_evaluation(text: Path, tmp_path: Path) -> None:
+    run = [*SHORT, "--bf16_full_eval"]
+    assert recipe(options(text, tmp_path / "a", *SHORT)) == 0
+    assert recipe(options(text, tmp_path / "b", *run)) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
 DYING = """
 import importlib.util, os, signal, sys
 from hf_adalip.integrations import recipes
@@ -372,7 +397,7 @@ def test_a_config_file_is_under_the_command_line(text: Path, tmp_path: Path) -> 
     config = tmp_path / "config.yaml"
     config.write_text(
         f"train_file: {text}\nblock_size: 16\nhidden_size: 16\nnum_attention_heads: 2\n"
-        "use_cpu: true\nlearning_rate: 3e-3\nmax_steps: 3\nseed: 9\neval_strategy: 'no'\n"
+        "use_cpu: true\nlearning_rate: 3e-3\nmax_steps: 3\nseed: 9\neval_strategy: no\n"
         "save_strategy: 'no'\noptim: adalip\noptim_args: gamma=0.7,scale_bounds=none\n"
         "accelerator_config: {split_batches: false}\nreport_to: [none]\n"
     )
@@ -413,6 +438,7 @@ def test_a_run_that_diverges_says_so(text: Path, tmp_path: Path) -> None:
     ("more", "message"),
     [
         ("--num_train_epochs=-1", "--num_train_epochs must be a positive number, got -1"),
+        ("--max_steps=0", "--max_steps must be at least 1, or -1 for --num_train_epochs, got 0"),
         ("--num_train_epochs=two", "invalid float value: 'two'"),
         ("--per_device_train_batch_size=0", "--per_device_train_batch_size must be at least 1"),
         ("--learning_rate=nan", "--learning_rate must be a positive number, got nan"),

@@ -402,7 +402,7 @@ def test_a_config_file_is_under_the_command_line(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(
         "dataset_name: digits\ncpu: true\nlearning_rate: 1e-3\nmax_train_steps: 4\nseed: 9\n"
-        "optim: adalip\noptim_args: gamma=0.7\nscale_bounds: 0.5:2\n"
+        "mixed_precision: no\noptim: adalip\noptim_args: gamma=0.7\nscale_bounds: 0.5:2\n"
     )
     out = f"--output_dir={tmp_path / 'out'}"
     assert recipe(f"--config={config}", "--seed=2", "--max_train_samples=300", out) == 0

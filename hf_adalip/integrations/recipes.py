@@ -204,6 +204,12 @@ def parse(
     training.push_to_hub = False
     training.hub_private_repo = training.hub_private_repo or None  # trackio's False is public
     checkpoint = find_checkpoint(cast("Any", training), folder)
+    # of those that Trainer leaves out of a checkpoint then, the ones that every engine has
+    if checkpoint and not any(checkpoint[0].glob("rng_state*.pth")):
+        raise UsageError(
+            f"--resume_from_checkpoint: {checkpoint[0]} has the model alone (--save_only_model), "
+            "without the optimizer and the schedule to go on with; choose another, or begin again"
+        )
     training.resume_from_checkpoint = str(checkpoint[0]) if checkpoint else None
     training.command = shlex.join([sys.argv[0], *given])
     return own, training
@@ -216,7 +222,8 @@ def _config_options(path: str, known: Collection[str]) -> list[str]:
         if isinstance(value, list):
             options += [f"--{key}", *map(str, value)]
         elif value is not None:
-            options.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+            written = json.dumps(value) if isinstance(value, dict) else value
+            options.append(f"--{key}={'no' if value is False else written}")  # which YAML reads so
     return options
 
 
@@ -241,6 +248,10 @@ def _check(chosen: argparse.Namespace) -> None:
     for name in ("learning_rate", "num_train_epochs"):
         if not 0 < (value := getattr(chosen, name)) < math.inf:
             raise UsageError(f"--{name} must be a positive number, got {value}")
+    if chosen.max_steps < 1 and chosen.max_steps != -1:  # Trainer would go by the epochs
+        raise UsageError(
+            f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {chosen.max_steps}"
+        )
     for name in ("do_train", "do_eval", "do_predict"):
         if getattr(chosen, name):
             raise UsageError(f"--{name}: leave it out; a recipe trains and evaluates, always")
@@ -375,6 +386,10 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
     epochs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     best = None if watch.stopped else _best_step(trainer)
+    if not watch.stopped:
+        # on all processes: where the model is sharded, each has a part of it; and before it is
+        # evaluated, for which bf16_full_eval and fp16_full_eval round its weights
+        trainer.save_model()
     if not watch.stopped and not _evaluated(trainer, best):
         trainer.evaluate()
         if best is None:
@@ -393,8 +408,6 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         "command": args.command,
         "epochs": epochs,
     }
-    if not watch.stopped:
-        trainer.save_model()  # on all processes: where the model is sharded, each has a part of it
     if args.should_save:
         if watch.rates.steps:
             watch.rates.save(folder / f"{RATES}.json")
@@ -404,10 +417,12 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
             whole(folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
         write_results(folder, results)
     if watch.stopped:
+        on = "to go on, run the same command with --resume_from_checkpoint latest"
+        if args.save_only_model:
+            on = "with --save_only_model, no run can go on from there"
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} and saved "
-            f"{folder / f'checkpoint-{trainer.state.global_step}'}; to go on, run the same command "
-            "with --resume_from_checkpoint latest"
+            f"{folder / f'checkpoint-{trainer.state.global_step}'}; {on}"
         )
     if args.should_save:
         print(f"\n{_table(results, watch.rates)}\n\nresults in {folder}")
