@@ -42,6 +42,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_adalip import attach
 from hf_adalip.data import DataError
@@ -145,9 +146,37 @@ def build_model(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrain
             config.intermediate_size = 4 * args.hidden_size
         if args.config_overrides:
             override(config, args.config_overrides)
-        return AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError) as error:
+        model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # each architecture has its own
         raise UsageError(f"no such model: {' '.join(str(error).split())}") from error
+    if (size := config.get_text_config().vocab_size) < len(tokenizer):
+        raise UsageError(
+            f"--config_overrides {args.config_overrides}: vocab_size must be at least "
+            f"{len(tokenizer)}, the tokens of the tokenizer, got {size}"
+        )
+    return model
+
+
+def check_causal(model: PreTrainedModel, block: Tensor, args: Arguments) -> None:
+    """Raises UsageError if the model takes no such block, or sees the tokens that it predicts."""
+    if is_deepspeed_zero3_enabled():  # the weights are not here
+        return
+    blocks = block.repeat(2, 1)
+    blocks[1, -1] = block[-1] == 0  # another token
+    try:
+        with torch.no_grad():
+            a, b = model.eval()(input_ids=blocks).logits[:, :-1]
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"--model_type {args.model_type} cannot take a block of {len(block)} tokens: {reason}; "
+            "choose other sizes"
+        ) from error
+    if not torch.allclose(a, b, atol=1e-6, equal_nan=True):
+        raise UsageError(
+            f"--model_type {args.model_type} sees the tokens that it is to predict; choose a "
+            "decoder, or give --config_overrides is_decoder=True to one that can be both"
+        )
 
 
 def override(config: PretrainedConfig, text: str) -> None:
@@ -185,9 +214,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     tokenizer = load_tokenizer(args)
     train, validation = load_blocks(args, tokenizer)
     set_seed(training.seed)
+    model = build_model(args, tokenizer)
+    check_causal(model, train[0], args)
     optimizer = optimizer_kwargs(training)
     trainer = Trainer(
-        model=build_model(args, tokenizer),
+        model=model,
         args=training,
         train_dataset=examples(train),
         eval_dataset=examples(validation),

@@ -155,6 +155,12 @@ def test_llama_and_overrides(text: Path, tmp_path: Path) -> None:
     assert {key: config[key] for key in expected} == expected
 
 
+def test_an_encoder_that_can_be_a_decoder(text: Path, tmp_path: Path) -> None:
+    more = ["--model_type=bert", "--config_overrides=is_decoder=True"]
+    assert recipe(options(text, tmp_path / "out", *SHORT, *more)) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["is_decoder"]
+
+
 # the last step of an epoch has an evaluation and a save to come: the run stops after them
 @pytest.mark.parametrize("step", [6, 7])
 def test_ctrl_c_saves_and_says_how_to_go_on(
@@ -393,6 +399,15 @@ def test_gradients_are_clipped_on_demand_only(
     assert norms[2:] == [0.5, 0.5]
 
 
+def test_a_last_batch_that_is_dropped_is_not_the_only_one(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--dataloader_drop_last", "--per_device_train_batch_size=113"]
+    assert recipe(options(text, tmp_path / "out", *more)) == 2
+    message = "--dataloader_drop_last leaves nothing of 112 samples to train on: a batch has 113"
+    assert message in capsys.readouterr().err
+
+
 def test_a_config_file_is_under_the_command_line(text: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -467,6 +482,11 @@ def test_a_run_that_diverges_says_so(text: Path, tmp_path: Path) -> None:
         ("--hidden_size=15", "no such model"),
         ("--config_overrides=depth=3", "no such model: key depth isn't in"),
         ("--config_overrides=depth=3", "(--config_overrides takes NAME=VALUE,NAME=VALUE with nam"),
+        ("--config_overrides=vocab_size=10", "vocab_size=10: vocab_size must be at least 259"),
+        ("--config_overrides=n_positions=4", "--model_type gpt2 cannot take a block of 16 tokens"),
+        ("--model_type=llama --num_attention_heads=3", "not a multiple of the number of attention"),
+        ("--model_type=bert", "--model_type bert sees the tokens that it is to predict; choose a"),
+        ("--model_type=xlnet", "no such model: The model xlnet"),
         ("--config_overrides=depth", "'depth' has no value (--config_overrides takes"),
         ("--optim=lip-sgd --optim_args=momentum=abc", "--optim_args momentum=abc: it must be a n"),
         ("--optim_args=scale_bounds=3", "--optim_args scale_bounds=3 (LOW:HIGH, as in 0.1:10, or"),

@@ -373,6 +373,12 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     settings = json.loads(json.dumps({**settings, **_settings(trainer)}))
     same = {**_same_arguments(args), **settings}
     script = running_script()
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and batch > (size := len(trainer.train_dataset)):
+        raise DataError(
+            f"--dataloader_drop_last leaves nothing of {size} samples to train on: a batch has "
+            f"{batch}; choose a smaller --per_device_train_batch_size"
+        )
     watch = _Run(trainer, same)
     if checkpoint:
         saved = json.loads(Path(checkpoint, MANIFEST).read_text())["settings"]
