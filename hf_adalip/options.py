@@ -348,6 +348,7 @@ def optimizer_arguments(args: TrainingArguments, recipe: Recipe) -> dict[str, An
         given = parse_arguments(args.optim_args)
         for key in set(given) & set(OWN_OPTION):
             raise UsageError(f"--optim_args: give {key} as --{OWN_OPTION[key]}")
+        info.check_names(given)
         arguments = {**recipe.optimizer_defaults.get(info.base or info.optimizer_class, {})}
         arguments |= {**given, "weight_decay": args.weight_decay}
         if args.learning_rate is not None:

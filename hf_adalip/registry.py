@@ -29,6 +29,9 @@ _NOT_DESCRIBED = {  # structure, or how rather than what is computed
     *("foreach", "fused", "capturable", "differentiable"),
 }
 
+_WHAT_AND_WHICH = {"model_or_params", "params", "optimizer", "name"}
+"""What an optimizer is for, and which it is, are no arguments among others."""
+
 _UNSUITED = {"lbfgs", "sparseadam", "asgd"}
 """Several gradients a step; sparse gradients; iterates of its own."""
 
@@ -82,7 +85,8 @@ class OptimizerInfo:
         """Whether it has an S per layer, and so a `layers` argument."""
         return self.signal is not None
 
-    def _check_names(self, arguments: Mapping[str, Any]) -> None:
+    def check_names(self, arguments: Mapping[str, Any]) -> None:
+        """Raises TypeError for an argument that it does not take, or that is not the user's."""
         known = {
             **inspect.signature(self.optimizer_class).parameters,
             **inspect.signature(self.arguments_of).parameters,
@@ -90,10 +94,10 @@ class OptimizerInfo:
         if issubclass(self.optimizer_class, LipOptimizer):  # whose **options are that class's
             known.pop("options", None)
             known |= inspect.signature(LipOptimizer).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            return
+        known = {name: p for name, p in known.items() if name not in _WHAT_AND_WHICH}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
         for name in arguments:
-            if name not in known:
+            if name in _WHAT_AND_WHICH or (name not in known and not takes_any):
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
                 raise TypeError(f"{self.name} has no argument {name!r}; {hint}")
@@ -109,7 +113,7 @@ class OptimizerInfo:
         """
         arguments = {**self.defaults, **arguments}
         make = cast("Any", self.optimizer_class)
-        self._check_names(arguments)
+        self.check_names(arguments)
         if not issubclass(self.optimizer_class, Lipschitz):
             return cast("Optimizer", make(params, **arguments))
         base = cast("Any", self.base)

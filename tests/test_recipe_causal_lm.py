@@ -460,6 +460,8 @@ def test_a_run_that_diverges_says_so(text: Path, tmp_path: Path) -> None:
         ("--save_total_limit=1", "--save_total_limit must be at least 2, got 1"),
         ("--optim=adamw", "unknown optimizer 'adamw'; did you mean adamw_torch"),
         ("--optim_args=momentum=0.9", "adamlip has no argument 'momentum'"),
+        ("--optim_args=name=adamlipu", "adamlip has no argument 'name'"),
+        ("--optim_args=model_or_params=1", "adamlip has no argument 'model_or_params'"),
         ("--optim_args=gamma=2", "gamma must be a number between 0 and 1"),
         ("--optim_args=gamma", "optimizer arguments are key=value"),
         ("--optim_args=lr=1", "give lr as --learning_rate"),

@@ -443,6 +443,8 @@ def test_a_run_that_diverges_ends_with_valid_json(tmp_path: Path) -> None:
         ("--weight_decay=-0.1", "--weight_decay must be a number from 0 on"),
         ("--optim=adamlp", "unknown optimizer 'adamlp'; did you mean adamlip"),
         ("--optim_args=momentum=0.9", "adamlip has no argument 'momentum'"),
+        ("--optim_args=name=adamlipu", "adamlip has no argument 'name'"),
+        ("--optim_args=model_or_params=1", "adamlip has no argument 'model_or_params'"),
         ("--optim=lip-sgd --optim_args=momentum=abc", "--optim_args momentum=abc: it must be a n"),
         ("--optim_args=gamma=2", "gamma must be a number between 0 and 1"),
         ("--optim_args=gamma", "optimizer arguments are key=value"),

@@ -111,11 +111,9 @@ def _handler(name: str) -> Callable[[Any], tuple[Any, dict[str, Any]]]:
         takes = inspect.signature(info.arguments_of).parameters
         if "betas" in takes:
             arguments |= {k: v for k, v in context.adam_kwargs.items() if k in takes}
-        return ModelOptimizer, {
-            "name": name,
-            **arguments,
-            **convert_arguments(context.optim_args),
-        }
+        given = convert_arguments(context.optim_args)
+        info.check_names(given)  # `name` would be another optimizer's
+        return ModelOptimizer, {"name": name, **arguments, **given}
 
     return handler
 

@@ -351,6 +351,16 @@ def test_an_unmodified_script_takes_optim(tmp_path, launcher):
     assert "RAN AdamLip 0.9 adamlip" in done.stdout
 
 
+@pytest.mark.parametrize("given", ["name=adamlipu", "model_or_params=1", "params=1"])
+def test_arguments_that_are_not_the_users(given, tmp_path):
+    register()
+    trainer = Trainer(
+        model=bert(), args=arguments(tmp_path, optim="adamlip", optim_args=given), train_dataset=[]
+    )
+    with pytest.raises(TypeError, match=f"adamlip has no argument '{given.split('=')[0]}'"):
+        trainer.create_optimizer()
+
+
 def test_run_says_how_it_is_used(tmp_path):
     done = run("hf_adalip.run", cwd=tmp_path)
     assert done.returncode == 2
