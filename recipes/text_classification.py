@@ -29,10 +29,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from math import isfinite
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
+from safetensors import SafetensorError
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
@@ -128,6 +130,8 @@ def load_texts(args: Arguments) -> TextData:
     for needed in ("train", split):
         if needed not in splits:
             raise DataError(f"{name} has no {needed} split; it has {', '.join(splits)}")
+    if split == "train":
+        raise UsageError("--validation_split_name train: it is trained on; choose another")
     features = splits["train"].features
     label = args.label_column_name
     dtypes = {key: getattr(kind, "dtype", "") for key, kind in features.items() if key != label}
@@ -135,6 +139,21 @@ def load_texts(args: Arguments) -> TextData:
     texts = args.text_column_names.split(",") if args.text_column_names else strings
     if missing := [column for column in (*texts, label) if column not in features]:
         raise DataError(f"{name} has no column {missing[0]!r}; it has {', '.join(features)}")
+    if label in texts or len(set(texts)) < len(texts):
+        raise UsageError(
+            f"--text_column_names {args.text_column_names}: each column once, and not the labels' "
+            f"({label})"
+        )
+    if wrong := [column for column in texts if column not in strings]:
+        raise UsageError(
+            f"--text_column_names {args.text_column_names}: {wrong[0]} of {name} is no text but "
+            f"{features[wrong[0]]}; choose one or two of {', '.join(strings) or 'another dataset'}"
+        )
+    if not isinstance(features[label], Value | ClassLabel):
+        raise DataError(
+            f"{name}: {label} must be a class or a number, and is {features[label]}; choose "
+            "another --label_column_name"
+        )
     if len(texts) not in (1, 2):
         raise DataError(
             f"{name} has {len(texts)} columns of strings ({', '.join(texts)}); "
@@ -143,6 +162,9 @@ def load_texts(args: Arguments) -> TextData:
     limits = {"train": args.max_train_samples, split: args.max_eval_samples}
     labelled = {key: _without_unlabelled(splits[key], label, f"{name}, {key}") for key in limits}
     parts = {key: _part(labelled[key], [*texts, label], limits[key]) for key in limits}
+    for key, part in parts.items():
+        for column in (*texts, label):
+            _check_filled(part[column][:], f"{name}, {key}", column)
     names = _names(features, label, parts["train"])
     train, validation = (_labelled(parts[s], label, names, f"{name}, {s}") for s in limits)
     classes = None if names is None else list(map(str, names))
@@ -169,6 +191,16 @@ def _part(split: Dataset, columns: list[str], limit: int | None) -> Dataset:
     if limit is not None and limit < len(split):
         split = split.shuffle(seed=0).select(range(limit))
     return split.select_columns(columns)
+
+
+def _check_filled(values: list[Any], where: str, column: str) -> None:
+    """Raises DataError for rows with no text, class or finite number there."""
+    missing = sum(v is None or (isinstance(v, float) and not isfinite(v)) for v in values)
+    if missing:
+        raise DataError(
+            f"{where}: {column} is missing in {missing} of {len(values)} rows, or no finite "
+            "number; leave these out"
+        )
 
 
 def _names(features: Features, label: str, train: Dataset) -> list[Any] | None:
@@ -202,14 +234,22 @@ def build_model(args: Arguments, names: list[str] | None) -> tuple[nn.Module, An
     if names is not None:
         known = {
             "problem_type": "single_label_classification",
+            "num_labels": len(names),
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
         }
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, **known)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model_name_or_path: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--model_name_or_path {args.model_name_or_path}: {reason}") from error
+    except RuntimeError as error:
+        raise UsageError(
+            f"--model_name_or_path {args.model_name_or_path}: its weights have other shapes, as "
+            f"those of a head for other labels than these {known['num_labels']}; choose one "
+            "without a head"
+        ) from error
     if tokenizer.pad_token is None:  # of decoders
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -224,6 +264,23 @@ def add_lora(model: nn.Module, r: int, alpha: int) -> nn.Module:
 
     config = LoraConfig(task_type="SEQ_CLS", r=r, lora_alpha=alpha, target_modules="all-linear")
     return get_peft_model(model, config)
+
+
+def check_length(args: Arguments, model: nn.Module, tokenizer: Any, *parts: Dataset) -> None:
+    """Raises UsageError if a text has more tokens than the model has positions for."""
+    limits = [tokenizer.model_max_length]  # of a tokenizer that does not say, 10^30
+    if positions := getattr(model.config, "max_position_embeddings", None):
+        for key, module in model.named_modules():
+            first = getattr(module, "padding_idx", None)
+            if key.endswith(".position_embeddings") and first is not None:
+                positions -= first + 1  # RoBERTa begins to count after it
+        limits.append(positions)
+    longest = max(len(tokens) for part in parts for tokens in part["input_ids"])
+    if longest > min(limits):
+        raise UsageError(
+            f"--max_seq_length {args.max_seq_length}: a text has {longest} tokens then, and "
+            f"{args.model_name_or_path} takes {min(limits)}; choose {min(limits)} or fewer"
+        )
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -283,6 +340,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             part.map(tokenize, batched=True, remove_columns=data.texts, desc="tokenizing")
             for part in (data.train, data.validation)
         )
+    check_length(args, model, tokenizer, train, validation)
     optimizer = optimizer_kwargs(training)
     trainer = Trainer(
         model=model,

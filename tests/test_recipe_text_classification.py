@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 pytest.importorskip("transformers")
 
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -28,12 +28,15 @@ from transformers import (
     BertModel,
     EvalPrediction,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
 )
 
 from hf_adalip import AdamLip
 from hf_adalip.data import DataError
 from hf_adalip.integrations import recipes
 from hf_adalip.monitor import layerwise
+from hf_adalip.options import UsageError
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "text_classification.py"
 spec = importlib.util.spec_from_file_location("recipe_text_classification", SCRIPT)
@@ -260,6 +263,73 @@ def test_splits_and_columns_are_found_or_refused(films: Path, tmp_path: Path) ->
     three = reviews(8).add_column("title", ["a"] * 8).add_column("author", ["b"] * 8)
     with pytest.raises(DataError, match=r"has 3 columns of strings \(text, title, author\)"):
         load(write(tmp_path / "b", train=three, test=three))
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "message"),
+    [
+        (Value("float32"), [0.0, float("nan"), None, 1.0], "label is missing in 2 of 4 rows"),
+        (Value("string"), ["a", None, "b", "a"], "label is missing in 1 of 4 rows"),
+        (ClassLabel(names=["a", "b"]), [0, None, 1, 0], "label is missing in 1 of 4 rows"),
+        (List(Value("int64")), [[0], [1], [0], [1]], "label must be a class or a number, and is L"),
+    ],
+)
+def test_labels_that_are_none(kind: Any, labels: list[Any], message: str, tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": kind})
+    part = Dataset.from_dict({"text": list("wxyz"), "label": labels}, features=features)
+    with pytest.raises(DataError, match=message):
+        load(write(tmp_path, train=part, validation=part))
+
+
+def test_texts_that_are_none(films: Path, tmp_path: Path) -> None:
+    rows = reviews(4).to_dict()
+    part = Dataset.from_dict(rows | {"text": ["a", None, "b", "c"]}, features=REVIEWS)
+    part = part.add_column("stars", [1, 2, 3, 4])
+    data = write(tmp_path, train=part, validation=part)
+    with pytest.raises(DataError, match="train: text is missing in 1 of 4 rows"):
+        load(data)
+    for names, message in (
+        ("stars", "stars of .* is no text but .*int64.*; choose one or two of text"),
+        ("text,text", "text,text: each column once"),
+        ("text,label", r"text,label: each column once, and not the labels' \(label\)"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load(data, text_column_names=names)
+    with pytest.raises(UsageError, match="--validation_split_name train: it is trained on"):
+        load(films, validation_split_name="train")
+
+
+def test_a_text_that_is_longer_than_the_model_takes(
+    encoder: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    config = RobertaConfig(vocab_size=len(WORDS), pad_token_id=1, **sizes)
+    for takes, refused in ((3, False), (2, True)):
+        config.max_position_embeddings = 2 + takes  # which are counted from 2
+        folder = tmp_path / f"takes{takes}"
+        shutil.copytree(encoder, folder)
+        RobertaModel(config).save_pretrained(folder)
+        more = ["--max_steps=1", "--save_strategy=no"]
+        assert recipe(options(folder, films, tmp_path / f"out{takes}", *more)) == 2 * refused
+    message = f"--max_seq_length 128: a text has 3 tokens then, and {folder} takes 2; choose 2"
+    assert message in capsys.readouterr().err
+
+
+def test_weights_that_are_of_another_model_or_torn(
+    encoder: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder, folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    model.save_pretrained(folder)
+    assert recipe(options(folder, films, tmp_path / "out")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{folder}: its weights have other shapes, as those of a head for other labels" in line
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert recipe(options(folder, films, tmp_path / "out")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"text_classification: error: --model_name_or_path {folder}: ")
 
 
 @pytest.mark.parametrize(
