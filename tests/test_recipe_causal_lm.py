@@ -600,6 +600,21 @@ def test_what_publishing_would_lack_is_said_at_the_beginning(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_optimizer_that_no_card_describes_is_said_at_the_beginning(
+    as_script: None,
+    text: Path,
+    tmp_path: Path,
+    loopback_hub: LoopbackHub,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Trainer's Adafactor is another than torch's."""
+    push = ["--push_to_hub", "--hub_model_id=me/lm", "--optim=adafactor"]
+    assert recipe(options(text, tmp_path / "out", *SHORT, *push)) == 2
+    message = "a model card can say what torch's optimizers and ours are, and adafactor is neither"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_scores_are_of_the_model_that_is_saved(text: Path, tmp_path: Path) -> None:
     """The best checkpoint is the first: every later step makes the model worse."""
     folder = tmp_path / "out"

@@ -193,6 +193,11 @@ def parse(
         optimizer_kwargs(training)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UsageError(" ".join(str(error).split())) from error
+    if training.push_to_hub and not _registered(training):
+        raise UsageError(
+            "--push_to_hub: a model card can say what torch's optimizers and ours are, and "
+            f"{training.optim.value} is neither; choose another --optim, or do not publish"
+        )
     if training.fp16 and training.device.type == "cpu":
         raise UsageError("--fp16 needs a GPU; --bf16 does not")
     folder = Path(training.output_dir)
@@ -304,6 +309,16 @@ def optimizer_kwargs(training: TrainingArguments) -> dict[str, Any]:
                 "of these"
             )
     return {}
+
+
+def _registered(training: TrainingArguments) -> str | None:
+    """What the registry calls --optim's optimizer; None for one of Trainer's that it has not."""
+    factory, _ = Trainer.get_optimizer_cls_and_kwargs(training)
+    if factory is ModelOptimizer:
+        return cast("str", training.optim.value)
+    name: str = factory.__name__
+    # transformers and others have an Adafactor or AdamW of their own, with other arguments
+    return name.lower() if getattr(torch.optim, name, None) is factory else None
 
 
 class _Run(TrainerCallback):  # type: ignore[misc]
@@ -466,12 +481,10 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
     args = trainer.args
     constant = args.lr_scheduler_type == "constant"
     names = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "data_seed")
-    factory, arguments = Trainer.get_optimizer_cls_and_kwargs(args)
-    ours = factory is ModelOptimizer
+    _, arguments = Trainer.get_optimizer_cls_and_kwargs(args)
     arguments = {key: value for key, value in arguments.items() if key != "name"}
     return {
-        # as the registry calls it
-        "optimizer": args.optim.value if ours else factory.__name__.lower(),
+        "optimizer": _registered(args) or args.optim.value,
         "optimizer_arguments": {"weight_decay": args.weight_decay, **arguments},
         "lr_scheduler_type": args.lr_scheduler_type.value,
         # a constant rate can be gone on with for longer; a schedule has one length
