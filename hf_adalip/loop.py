@@ -492,7 +492,7 @@ class Training:
         # asked of all processes: where the model is sharded, each has a part of it
         state = self.accelerator.get_state_dict(self.model) if finished else {}
         if results:
-            model = self.accelerator.unwrap_model(self.model)
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             if self.average is not None:
                 model = self.average.module
                 state = model.state_dict()

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from . import hub
-from .checkpoints import RESULTS, whole
+from .checkpoints import MANIFEST, PARTIAL, RESULTS, whole
 from .options import UsageError
 
 RECORDS = 500
@@ -89,7 +89,7 @@ def check_publishing(args: Run) -> None:
 
 def check_folder(folder: Path, own_files: Callable[[Path], Sequence[Path]], args: Run) -> None:
     """Raises UsageError if a run cannot write in the folder, or would replace what is there and
-    nobody said what to do.
+    nobody said what to do: to begin anew where there is no checkpoint is not what `latest` asks for.
 
     Args:
         folder: to be made, or there already.
@@ -109,6 +109,19 @@ def check_folder(folder: Path, own_files: Callable[[Path], Sequence[Path]], args
             f"{folder} has results already ({files[0].name}): choose another --output_dir, or "
             "--overwrite_output_dir, or --resume_from_checkpoint latest"
         )
+    others = [path.name for path in files if not _of_first_save(path)]
+    saved = any((path / MANIFEST).exists() for path in files)
+    if args.resume_from_checkpoint == "latest" and others and not saved:
+        raise UsageError(
+            f"--resume_from_checkpoint latest: nothing to resume in {folder}: there is no "
+            f"checkpoint, and a run would replace {', '.join(others)}; choose another --output_dir"
+        )
+
+
+def _of_first_save(path: Path) -> bool:
+    """Whether it is all that a run leaves that was killed before it had a checkpoint (Trainer's
+    has its name from the start)."""
+    return path.is_dir() and (path.suffix == PARTIAL or path.name.startswith("checkpoint-"))
 
 
 def make_folder(folder: Path) -> None:

@@ -271,6 +271,29 @@ def test_the_latest_checkpoint_of_an_empty_folder_is_the_beginning(
     assert "nothing to resume in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "train.py", "step_2"])
+def test_the_latest_checkpoint_of_a_folder_of_the_users_replaces_nothing(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / name
+    if name == "step_2":
+        mine.mkdir()
+        mine /= "mine"
+    mine.write_text("mine")
+    run = (*SHORT, f"--output_dir={tmp_path}", "--checkpointing_steps=2")
+    assert recipe(*run, "--resume_from_checkpoint=latest") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"there is no checkpoint, and a run would replace {name}; choose another" in line
+    assert mine.read_text() == "mine"
+
+
+def test_killed_in_the_first_save_the_same_command_begins_again(tmp_path: Path) -> None:
+    (tmp_path / "step_2.partial").mkdir()
+    run = (*SHORT, f"--output_dir={tmp_path}", "--checkpointing_steps=2")
+    assert recipe(*run, "--resume_from_checkpoint=latest") == 0
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_2"]
+
+
 def test_resuming_a_different_run(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
