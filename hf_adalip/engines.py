@@ -60,8 +60,12 @@ def make_accelerator(args: TrainingArguments, folder: Path) -> Accelerator:
     except ValueError as error:
         raise UsageError(str(error)) from error
     check_engine(accelerator, args)
-    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UsageError("--mixed_precision fp16 needs a GPU; accelerate would ignore it here")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        of = "" if args.mixed_precision else ", of accelerate's configuration,"
+        raise UsageError(
+            f"--mixed_precision fp16{of} needs a GPU, accelerate would ignore it here; give bf16 "
+            "or no"
+        )
     return accelerator
 
 

@@ -323,7 +323,9 @@ class Training:
         if self.scheduler is not None and not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         if self.average is not None:
-            self.average.update(self.accelerator.unwrap_model(self.model), step=progress.step)
+            # accelerate would take DDP out of a compiled model that it keeps compiled
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            self.average.update(model, step=progress.step)
         self.bar.update()
         if progress.step == 1 or progress.step % self.record_every == 0:
             self._record(loss)
@@ -489,10 +491,11 @@ class Training:
     def _write_results(self, finished: bool) -> dict[str, Any]:
         self.nonfinite_steps = self._nonfinite_steps()
         results = self.results(finished) if self.accelerator.is_main_process else {}
+        model = getattr(self.model, "_orig_mod", self.model)  # torch.compile would rename weights
         # asked of all processes: where the model is sharded, each has a part of it
-        state = self.accelerator.get_state_dict(self.model) if finished else {}
+        state = self.accelerator.get_state_dict(model) if finished else {}
         if results:
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model = self.accelerator.unwrap_model(model)
             if self.average is not None:
                 model = self.average.module
                 state = model.state_dict()

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .augment import Augmentation
-from .integrations.arguments import parse_arguments
+from .integrations.arguments import convert_arguments, parse_arguments
 from .registry import create_optimizer, get_optimizer_info
 
 try:
@@ -356,8 +356,9 @@ def optimizer_arguments(args: TrainingArguments, recipe: Recipe) -> dict[str, An
         own = {"layers": args.layers, "scale_bounds": args.scale_bounds}
         if info.takes_layers:
             usual = {name: recipe.defaults.get(name, value) for name, value in PAPERS.items()}
-            bounds = parse_arguments(f"scale_bounds={args.scale_bounds or usual['scale_bounds']}")
-            arguments |= {"layers": args.layers or usual["layers"], **bounds}
+            bounds = usual["scale_bounds"] if args.scale_bounds is None else args.scale_bounds
+            arguments |= {"layers": args.layers or usual["layers"]}
+            arguments |= convert_arguments({"scale_bounds": bounds})
         elif unused := [f"--{key}" for key, value in own.items() if value is not None]:
             raise UsageError(
                 f"{' and '.join(unused)} cannot be used: "

@@ -371,6 +371,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert numbers(tmp_path / "out") == numbers(whole)
 
 
+def test_the_weights_of_a_compiled_run_have_the_models_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    assert recipe(*SHORT, f"--output_dir={tmp_path / 'out'}") == 0
+    assert isinstance(mnist.MNISTNet.from_pretrained(tmp_path / "out"), mnist.MNISTNet)
+
+
 def test_the_log_has_no_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert recipe(*SHORT, f"--output_dir={tmp_path / 'out'}") == 0
     assert any(message.startswith("epoch 1: ") for message in caplog.messages)
@@ -480,6 +488,8 @@ def test_a_run_that_diverges_ends_with_valid_json(tmp_path: Path) -> None:
         ("--scale_bounds=3", "--scale_bounds 3 (LOW:HIGH, as in 0.1:10, or none): "),
         ("--seed=4294967296", "--seed must be at most 4294967295, got 4294967296"),
         ("--learning_rat=1", "; did you mean --learning_rate?"),
+        ("--scale_bounds=0.1:10,gamma=0.5", "--scale_bounds 0.1:10,gamma=0.5 (LOW:HIGH, as in"),
+        ("--scale_bounds=", "--scale_bounds  (LOW:HIGH, as in 0.1:10, or none): "),
         ("--scale_bounds=2:1", "scale_bounds must be None or (low, high)"),
         ("--layers=block", "--layers must be one of tensor, module, got 'block'"),
         ("--lr_scheduler_type=cosin", "--lr_scheduler_type must be one of constant"),
@@ -511,6 +521,17 @@ def test_bad_options_are_one_line_and_touch_nothing(
     assert line.startswith("mnist: error: ")
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_fp16_of_accelerates_configuration_needs_a_gpu_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert recipe(*SHORT, f"--output_dir={tmp_path / 'out'}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "fp16, of accelerate's configuration, needs a GPU" in line
+    assert not (tmp_path / "out").exists()
+    assert recipe(*SHORT, f"--output_dir={tmp_path / 'out'}", "--mixed_precision=no") == 0
 
 
 @pytest.mark.parametrize(
