@@ -30,6 +30,7 @@ from accelerate.logging import MultiProcessAdapter
 from accelerate.utils import DistributedType, broadcast, set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
@@ -144,7 +145,7 @@ class Training:
             optimizer = create_optimizer(params, args.optim, **arguments)
         except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error
-        _check_batches(model, len(data.train), args, accelerator.num_processes)
+        _check_batches(model, data, args, accelerator.num_processes)
         self.recipe = recipe
         self.parameters = sum(p.numel() for p in model.parameters())  # ZeRO-3 leaves none
         self.average = self._average(model)
@@ -574,20 +575,36 @@ def _shown(number: float) -> str:
 
 
 def _check_batches(
-    model: nn.Module, size: int, args: TrainingArguments, num_processes: int
+    model: nn.Module, data: ImageData, args: TrainingArguments, num_processes: int
 ) -> None:
-    """Batch normalisation without pixels takes no batch of one image.
+    """Batch normalisation of one value per image and channel takes no batch of one image.
 
     Raises:
         UsageError: if there would be one, perhaps at the end of the first epoch only.
     """
-    batch_size = args.per_device_train_batch_size
+    batch_size, size = args.per_device_train_batch_size, len(data.train)
     last = size % batch_size if num_processes == 1 else batch_size  # accelerate fills up the others
-    if 1 in (batch_size, last) and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
+    if 1 in (batch_size, last) and _normalises_single_values(model, data.image_shape):
         raise UsageError(
             f"--per_device_train_batch_size {batch_size} makes a batch of one of {size} images, "
             "which the network's batch normalisation cannot take; choose another number"
         )
+
+
+def _normalises_single_values(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
+    _train_mode(model)
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    found: list[bool] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0].numel() == 2 * inputs[0].shape[1])
+
+    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
+    with torch.no_grad():
+        model.eval()(torch.zeros(2, *image_shape))  # evaluation leaves the statistics as they are
+    for hook in hooks:
+        hook.remove()
+    return any(found)
 
 
 def _loader(

@@ -466,6 +466,18 @@ def test_any_images_in_a_folder(pictures: Path, tmp_path: Path) -> None:
     assert results(tmp_path / "out")["train_samples"] == 6
 
 
+@pytest.mark.parametrize(("size", "head", "status"), [(32, 0, 2), (64, 0, 0), (32, 1, 0)])
+def test_a_last_image_alone_where_a_channel_has_one_value(
+    size: int, head: int, status: int, pictures: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """resnet18 ends in 1x1 maps for 32x32 pixels; frozen, batch normalisation takes one, too."""
+    options = [f"--dataset_name={pictures}", f"--image_size={size}", "--model=resnet18"]
+    options += ["--per_device_train_batch_size=5", *(["--head_only"] if head else [])]
+    assert recipe(*BASE, *options, f"--output_dir={tmp_path / 'out'}") == status
+    message = "--per_device_train_batch_size 5 makes a batch of one of 6 images"
+    assert (message in capsys.readouterr().err) == (status == 2)
+
+
 def test_a_config_file_has_its_own_options_too(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: test_vit\nmixup: 0.3\npretrained: false\n")
     args = parse(finetune.RECIPE, [f"--config={tmp_path / 'config.yaml'}", "--mixup=0.5"])
