@@ -28,6 +28,7 @@ DIGITS = "digits"
 _DIGITS_TEST = 360
 _DECODE = 1000  # images decoded at a time
 _MODES = ("L", "RGB")
+_MOST_CLASSES = 1_000_000  # of numbers without names: the network gets an output for each up to it
 _ALTERNATIVES = f"--dataset_name /path/to/a/copy or --dataset_name {DIGITS} (no download)"
 
 
@@ -155,8 +156,10 @@ def load_image_dataset(
     features = splits["train"].features
     image = _column(features, datasets.Image, image_column_name, "image", name)
     label = _column(features, datasets.ClassLabel, label_column_name, "label", name)
+    classes = getattr(features[label], "num_classes", _MOST_CLASSES)
     train, test = (
-        _decode(splits[s], image, label, n, f"{name}, {s}", image_size) for s, n in limits.items()
+        _decode(splits[s], image, label, classes, n, f"{name}, {s}", image_size)
+        for s, n in limits.items()
     )
     if train.images.shape[1:] != test.images.shape[1:]:
         shapes = f"{tuple(train.images.shape[1:])} and {tuple(test.images.shape[1:])}"
@@ -289,7 +292,13 @@ def _sample(dataset: ImageDataset, limit: int | None) -> ImageDataset:
 
 
 def _decode(
-    split: Any, image: str, label: str, limit: int | None, where: str, size: int | None
+    split: Any,
+    image: str,
+    label: str,
+    classes: int,
+    limit: int | None,
+    where: str,
+    size: int | None,
 ) -> ImageDataset:
     """Decodes a split; without a size, every image must be of the mode and size of the first."""
     if not len(split):
@@ -320,8 +329,12 @@ def _decode(
         stacked = torch.from_numpy(np.stack(arrays))
         parts.append(stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2))
         labels += rows[label]
-    if not all(isinstance(value, int) and value >= 0 for value in labels):
-        raise DataError(f"{where}: column {label!r} must have class numbers, from 0 on")
+    for value in labels:
+        if type(value) is not int or not 0 <= value < classes:  # a bool is an int, too
+            raise DataError(
+                f"{where}: column {label!r} must have class numbers from 0 to {classes - 1}, and "
+                f"has {value!r}; choose another with --label_column_name"
+            )
     return ImageDataset(torch.cat(parts).contiguous(), torch.tensor(labels))
 
 

@@ -143,6 +143,17 @@ def test_images_that_do_not_fit(tmp_path: Path, pictures: list[Any], message: st
         load_image_dataset(write_both(tmp_path / "set", pictures))
 
 
+@pytest.mark.parametrize("label", [True, 10**10, -1, 0.5, "cat", None])
+def test_labels_that_are_no_class_numbers(tmp_path: Path, label: Any) -> None:
+    for split in ("train", "test"):
+        columns = {"image": [picture(), picture()], "label": [label, label]}
+        made = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        (tmp_path / "set").mkdir(exist_ok=True)
+        made.to_parquet(tmp_path / "set" / f"{split}.parquet")
+    with pytest.raises(DataError, match=rf"column 'label' must have .* has {label!r}; choose"):
+        load_image_dataset(str(tmp_path / "set"), label_column_name="label")
+
+
 def test_train_and_test_differ(tmp_path: Path) -> None:
     write(tmp_path / "set", [picture(size=(9, 9))], "test")
     with pytest.raises(DataError, match="differ in shape"):
