@@ -24,7 +24,7 @@ from .optim.optimizer import LipOptimizer
 
 LIP_PREFIX = "lip-"
 
-_NOT_DESCRIBED = {  # structure, or how rather than what is computed
+NOT_DESCRIBED = {  # structure, or how rather than what is computed
     *("params", *STRUCTURE, "lr", "initial_lr", "lipschitz_step"),
     *("foreach", "fused", "capturable", "differentiable"),
 }
@@ -131,10 +131,10 @@ def register_optimizer(info: OptimizerInfo) -> None:
     """Adds an optimizer under its name.
 
     Raises:
-        ValueError: if the name is taken.
+        ValueError: if the name is taken, by what was registered or as `get_optimizer_info` has it.
     """
-    if info.name in _REGISTRY:
-        raise ValueError(f"an optimizer is registered as {info.name!r} already")
+    if _find(info.name) is not None:
+        raise ValueError(f"there is an optimizer {info.name!r} already; choose another name")
     _REGISTRY[info.name] = info
 
 
@@ -170,6 +170,18 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
         ValueError: for an unknown name, with the nearest known ones.
     """
     key = name.lower()
+    if (info := _find(key)) is not None:
+        return info
+    known = [*list_optimizers(), *_torch_optimizers()]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    raise ValueError(
+        f"unknown optimizer {name!r}; {hint}list_optimizers() has {', '.join(_REGISTRY)}, "
+        "and lip-NAME for NAME of torch or timm"
+    )
+
+
+def _find(key: str) -> OptimizerInfo | None:
     if key in _REGISTRY:
         return _REGISTRY[key]
     if key.startswith(LIP_PREFIX):
@@ -187,13 +199,7 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     elif key in _torch_optimizers():
         cls = _torch_optimizers()[key]
         return OptimizerInfo(key, cls, base=cls, description=f"torch.optim.{cls.__name__}")
-    known = [*list_optimizers(), *_torch_optimizers()]
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise ValueError(
-        f"unknown optimizer {name!r}; {hint}list_optimizers() has {', '.join(_REGISTRY)}, "
-        "and lip-NAME for NAME of torch or timm"
-    )
+    return None
 
 
 def create_optimizer(
@@ -243,7 +249,7 @@ def describe_optimizer(optimizer: Optimizer) -> str:
     """
     group = max(optimizer.param_groups, key=lambda group: group.get("weight_decay", 0.0))
     shown = {"lr": group.get("initial_lr", group["lr"])}
-    shown |= {key: value for key, value in group.items() if key not in _NOT_DESCRIBED}
+    shown |= {key: value for key, value in group.items() if key not in NOT_DESCRIBED}
     name = type(optimizer).__name__
     if isinstance(optimizer, Lipschitz):
         name = f"{name}({type(optimizer.optimizer).__name__})"

@@ -187,8 +187,17 @@ def test_an_optimizer_can_be_registered_once(monkeypatch):
     made = create_optimizer(model(), "slowlip", weight_decay=0.0, layers="module")
     assert made.layers == "module"
     assert {group["weight_decay"] for group in made.param_groups} == {0.0}
-    with pytest.raises(ValueError, match="registered as 'slowlip' already"):
+    with pytest.raises(ValueError, match="there is an optimizer 'slowlip' already"):
         register_optimizer(info)
+
+
+@pytest.mark.parametrize("name", ["adamlip", "sgd", "adafactor", "lip-adam", "lip-lamb"])
+def test_a_name_that_is_taken_is_refused(name):
+    if name == "lip-lamb":
+        pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=f"there is an optimizer '{name}' already; choose another"):
+        register_optimizer(OptimizerInfo(name, torch.optim.SGD))
+    assert list_optimizers().count(name) <= 1
 
 
 @pytest.mark.parametrize("name", ["Adam", "adam_lip", ""])

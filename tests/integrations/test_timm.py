@@ -50,6 +50,17 @@ def test_timms_factory_trains_a_vit(model, name):
     model.load_state_dict(dict(zip(dict(model.named_parameters()), before, strict=True)), False)
 
 
+def test_what_timm_cannot_have_is_told(monkeypatch):
+    monkeypatch.setattr("hf_adalip.registry._REGISTRY", {})
+    hf_adalip.register_optimizer(hf_adalip.OptimizerInfo("mine", torch.optim.Rprop))
+    with pytest.warns(UserWarning, match="mine is not registered with timm, which .*: Rprop takes"):
+        hf_adalip.timm.register()
+    assert "mine" not in list_optimizers()
+    hf_adalip.register_optimizer(hf_adalip.OptimizerInfo("lamb", torch.optim.SGD))
+    with pytest.raises(ValueError, match="cannot register 'lamb' with timm"):
+        hf_adalip.timm.register()
+
+
 def test_momentum_is_timms_default_unless_given(model):
     assert create_optimizer_v2(model, "adalip").defaults["momentum"] == 0.9
     assert create_optimizer_v2(model, "adalip", momentum=0.0).defaults["momentum"] == 0.0
