@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .monitor import layerwise
 from .optim.layerwise import LayerRate, LayerwiseOptimizer
-from .registry import list_optimizers
+from .registry import NOT_DESCRIBED, list_optimizers
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -63,6 +63,7 @@ def examine_run(
         steps: of the whole training.
     """
     found = (
+        unused_learning_rate(trainer, optimizer),
         decay_set_twice(trainer, optimizer),
         clip_of_nothing(trainer, optimizer),
         early_end(optimizer, scheduler, steps),
@@ -152,6 +153,42 @@ def flat_shards(trainer: Trainer) -> Finding | None:
             'remove "round_robin_gradients" from "zero_optimization" in DeepSpeed\'s configuration',
         )
     return None
+
+
+def unused_learning_rate(trainer: Trainer, optimizer: LayerwiseOptimizer) -> Finding | None:
+    """A learning rate in TrainingArguments, and another one in the optimizer's own arguments."""
+    asked = float(trainer.args.learning_rate)
+    default = type(trainer.args).__dataclass_fields__["learning_rate"].default
+    used = {float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups}
+    used.add(float(optimizer.defaults["lr"]))
+    if asked == default or any(math.isclose(asked, lr, rel_tol=1e-6) for lr in used):
+        return None
+    return Finding(
+        f"TrainingArguments(learning_rate={asked:g}) is not used",
+        "the optimizer was made with arguments of its own, and lr="
+        + " and ".join(f"{lr:g}" for lr in sorted(used)),
+        "give the optimizer that one, as in "
+        'trainer_kwargs("adamlip", lr=args.learning_rate), or leave it out of TrainingArguments',
+    )
+
+
+def replaced_options(
+    optimizer: LayerwiseOptimizer, made: Sequence[Mapping[str, Any]]
+) -> Finding | None:
+    """Options that an optimizer, of groups that were made with others, has from a checkpoint."""
+    changed = []
+    for key in made[0].keys() - NOT_DESCRIBED:
+        before = [group[key] for group in made if key in group]
+        now = [group[key] for group in optimizer.param_groups if key in group]
+        if other := [value for value in before if value not in now]:
+            changed.append(f"{key}={now[0]} for {other[0]}")
+    if not changed:
+        return None
+    return Finding(
+        f"the checkpoint has other options than the optimizer: {', '.join(sorted(changed))}",
+        "to load a state replaces the options that an optimizer was made with",
+        "make it with those of the checkpoint, or set them in its param_groups after loading",
+    )
 
 
 def decay_set_twice(trainer: Trainer, optimizer: LayerwiseOptimizer) -> Finding | None:

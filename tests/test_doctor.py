@@ -195,6 +195,14 @@ def test_weight_decay_that_is_not_used_is_told(tmp_path):
     assert "TrainingArguments(weight_decay=0.01)" in text
 
 
+def test_a_learning_rate_that_is_not_used_is_told(tmp_path):
+    (text,) = told(tmp_path, learning_rate=0.1)
+    assert text.startswith("TrainingArguments(learning_rate=0.1) is not used: ")
+    assert "lr=0.001. Give the optimizer that one" in text
+    assert told(tmp_path, learning_rate=1e-3) == []
+    assert told(tmp_path, learning_rate=1e-3, lr_scheduler_type="constant") == []
+
+
 def test_weight_decay_that_is_used_is_not(tmp_path):
     way = trainer_kwargs("adamlip", lr=1e-3, weight_decay=0.01)
     assert told(tmp_path, way=way) == []

@@ -19,6 +19,7 @@ from ..doctor import (
     dropped_optimizer,
     examine_run,
     flat_shards,
+    replaced_options,
 )
 from ..monitor import layerwise, summary
 from ..registry import create_optimizer, describe_optimizer, get_optimizer_info, list_optimizers
@@ -61,7 +62,7 @@ def trainer_kwargs(name: str, **hyperparameters: Any) -> dict[str, Any]:
             does not take, now rather than when training starts.
     """
     get_optimizer_info(name)
-    if "lr" not in hyperparameters:
+    if hyperparameters.get("lr") is None:
         raise ValueError(
             "trainer_kwargs needs lr: Trainer does not pass TrainingArguments.learning_rate on; "
             f'write trainer_kwargs("{name}", lr=args.learning_rate)'
@@ -82,13 +83,23 @@ def register() -> None:
 
     Raises:
         ImportError: if transformers is not there, or is a version whose tables are unknown here.
+        ValueError: if Trainer has an optimizer of its own by a name of the registry.
     """
     try:
         from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
         from transformers.training_args import OptimizerNames
     except ImportError as error:
         raise ImportError(f"cannot register with transformers: {error}. {_NEEDS}") from error
-    for name in list_optimizers():
+    names = list_optimizers()
+    for name in names:
+        if name in OptimizerNames._value2member_map_:
+            handler = _OPTIMIZER_HANDLERS.get(OptimizerNames(name))
+            if getattr(handler, "__module__", None) != __name__:  # it is none of an earlier call
+                raise ValueError(
+                    f"cannot register {name!r} with transformers, where Trainer has an optimizer "
+                    "of that name; give it another in OptimizerInfo"
+                )
+    for name in names:
         if name not in OptimizerNames._value2member_map_:
             _add_member(OptimizerNames, name)
         _OPTIMIZER_HANDLERS[OptimizerNames(name)] = _handler(name)
@@ -126,9 +137,10 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
     `create_model_card` and `push_to_hub` write names the optimizer that ran, its arguments and
     its learning rate, where Trainer would print the unused `args.optim`.
 
-    It warns, once each, of what `hf-adalip doctor` finds too: weight decay that is set and not
-    used, a schedule that ends too early, and, by the last ten logs, a clipping of gradients that
-    changes and layers that no gradient reaches.
+    It warns, once each, of what `hf-adalip doctor` finds too: a learning rate or weight decay that
+    is set and not used, a schedule that ends too early, and, by the last ten logs, a clipping of
+    gradients that changes and layers that no gradient reaches; and, in a resumed training, of
+    options that the checkpoint has replaced.
 
     Args:
         trainer: before `train()`.
@@ -144,6 +156,7 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
     if wrong := dropped_optimizer(trainer) or flat_shards(trainer):
         raise WrongOptimizerError(wrong)
     watch, told = Watch(), set()
+    made = [dict(group) for group in trainer.optimizer.param_groups] if trainer.optimizer else None
 
     def warn_once(findings: list[Finding]) -> None:
         for finding in findings:
@@ -168,6 +181,8 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
                 )
             scheduler = kwargs.get("lr_scheduler")
             warn_once(examine_run(trainer, found, scheduler, state.max_steps))
+            if state.global_step and (other := replaced_options(found, made or [found.defaults])):
+                warn_once([other])
 
     log, create_model_card = trainer.log, trainer.create_model_card
 

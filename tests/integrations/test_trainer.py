@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,10 +25,11 @@ from transformers import (
 )
 
 import hf_adalip
-from hf_adalip import attach, register, trainer_kwargs
+from hf_adalip import OptimizerInfo, attach, register, register_optimizer, trainer_kwargs
 from hf_adalip.cli import main
 from hf_adalip.doctor import examine
 from hf_adalip.monitor import layerwise
+from hf_adalip.registry import _REGISTRY
 from hf_adalip.trial import doctor
 
 SIX = ["adalip", "rmslip", "adamlip", "adalipu", "rmslipu", "adamlipu"]
@@ -219,6 +221,43 @@ def test_registered_names_take_the_training_arguments(tmp_path):
     assert optimizer.layers == "module"
 
 
+def test_an_optimizer_of_trainers_own_is_not_replaced(monkeypatch):
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+    from transformers.training_args import OptimizerNames
+
+    register()
+    before = _OPTIMIZER_HANDLERS[OptimizerNames.LOMO]
+    monkeypatch.setattr("hf_adalip.registry._REGISTRY", dict(_REGISTRY))
+    register_optimizer(OptimizerInfo("lomo", hf_adalip.AdamLip))
+    with pytest.raises(ValueError, match="cannot register 'lomo' with transformers"):
+        register()
+    assert _OPTIMIZER_HANDLERS[OptimizerNames.LOMO] is before
+
+
+@pytest.mark.parametrize("way", ["kwargs", "optimizers"])
+def test_options_that_a_checkpoint_replaces_are_told(tmp_path, way):
+    def run(gamma, **options):
+        model = bert()
+        if way == "kwargs":
+            given = trainer_kwargs("adamlip", lr=1e-3, weight_decay=0.1, gamma=gamma)
+        else:  # groups that have other options than the optimizer's defaults
+            group = {"params": list(model.named_parameters()), "gamma": gamma}
+            given = {"optimizers": (hf_adalip.AdamLip([group], layers="module"), None)}
+        args = arguments(tmp_path, save_strategy="steps", save_steps=6, logging_steps=20)
+        trainer = Trainer(model=model, args=args, train_dataset=texts(), **given)
+        attach(trainer)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            trainer.train(**options)
+        return [str(one.message) for one in seen if "checkpoint has" in str(one.message)]
+
+    resume = {"resume_from_checkpoint": str(tmp_path / "checkpoint-6")}
+    assert run(0.7) == []
+    assert run(0.7, **resume) == []
+    (text,) = run(0.5, **resume)
+    assert "other options than the optimizer: gamma=0.7 for 0.5: " in text
+
+
 def test_logs_reach_the_history_and_every_callback(tmp_path):
     seen = []
 
@@ -273,6 +312,7 @@ def test_attach_refuses_a_trainer_without_s(tmp_path):
     ("arguments_", "error", "message"),
     [
         ({"name": "adamlip"}, ValueError, "needs lr"),
+        ({"name": "adamlip", "lr": None}, ValueError, "needs lr"),
         ({"name": "adamlp", "lr": 1e-3}, ValueError, "did you mean adamlip"),
         ({"name": "adamlip", "lr": -1.0}, ValueError, r"lr must be .* got -1\.0"),
         ({"name": "adamlip", "lr": 1e-3, "gama": 0.9}, TypeError, "gama"),
