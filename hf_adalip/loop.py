@@ -437,6 +437,9 @@ class Training:
     def load(self, path: Path, manifest: Mapping[str, Any]) -> None:
         """Goes back to a checkpoint.
 
+        One of DeepSpeed is read by DeepSpeed, which unpickles it and so runs what is in it: resume
+        only from one that you trust.
+
         Raises:
             UsageError: if it was made with other settings, naming them, or has more than tensors
                 and numbers in it.

@@ -31,6 +31,7 @@ Writes step-MODEL.json, .md (the table) and .png (bytes of state against ratio) 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import random
@@ -99,6 +100,18 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert_base": bert_base,
     "llama_0.5b": llama,
 }
+
+
+def known_model(name: str) -> str:
+    """The name of one of MODELS, or of timm's."""
+    if name not in MODELS:
+        import timm
+
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name, [*MODELS, *timm.list_models()], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(MODELS)}"
+            raise argparse.ArgumentTypeError(f"timm has no model {name!r}; {hint}")
+    return name
 
 
 def shapes(model: str) -> dict[str, torch.Size]:
@@ -352,6 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--model",
         nargs="+",
+        type=known_model,
         default=["resnet50"],
         metavar="NAME",
         help=f"{', '.join(MODELS)}, or any of timm's (default: resnet50)",

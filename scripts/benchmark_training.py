@@ -30,7 +30,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmark_step import MODELS, PACKAGES, timm_model
+from benchmark_step import MODELS, PACKAGES, known_model, timm_model
 from measuring import (
     add_arguments,
     at_least,
@@ -188,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--model",
         nargs="+",
+        type=known_model,
         default=["resnet50"],
         metavar="NAME",
         help="resnet50, vit_small, bert_base, or any of timm's (default: resnet50)",

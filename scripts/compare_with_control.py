@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
 from mnist import RECIPE
 
+from hf_adalip.data import DataError
+from hf_adalip.options import UsageError
 from hf_adalip.registry import get_optimizer_info
 from hf_adalip.training import train
 
@@ -49,7 +52,7 @@ def interval(values: list[float], sign: str = "") -> str:
     return f"{mean:{sign}.4f} ± {half:.4f}"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,14 +60,26 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at most 10")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/comparison"))
-    own = sys.argv[1:]
+    own = list(sys.argv[1:] if argv is None else argv)
     rest = own[own.index("--") + 1 :] if "--" in own else []
     args = parser.parse_args(own[: own.index("--")] if "--" in own else own)
-    base = get_optimizer_info(args.optim).base
-    if base is None or not 1 <= len(args.seeds) <= len(T) + 1:
-        parser.error(f"--optim needs a base and --seeds 1 to {len(T) + 1} values")
-    base_name = base.__name__.lower()
+    if not 1 <= len(args.seeds) <= len(T) + 1:
+        parser.error(f"--seeds takes 1 to {len(T) + 1} values, got {len(args.seeds)}")
+    try:
+        info = get_optimizer_info(args.optim)
+        if info.base is None or not info.takes_layers:
+            parser.error(f"--optim {args.optim} has no learning rate per layer on top of a base")
+        base_name = info.base.__name__.lower()
+        get_optimizer_info(base_name)  # a base of timm's has none
+    except ValueError as error:
+        parser.error(f"--optim: {error}")
+    try:
+        compare(args, base_name, rest)
+    except (UsageError, DataError) as error:
+        parser.error(str(error))
 
+
+def compare(args: argparse.Namespace, base_name: str, rest: list[str]) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for lr in args.learning_rate:
         for name in (args.optim, base_name):

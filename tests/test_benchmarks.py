@@ -17,8 +17,9 @@ pytest.importorskip("timm", reason="the benchmarks' models are timm's: extra [ti
 pytest.importorskip("transformers", reason="and transformers': extra [trainer]")
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-peers, measuring, benchmark_step, benchmark_training = map(
-    importlib.import_module, ("peers", "measuring", "benchmark_step", "benchmark_training")
+peers, measuring, benchmark_step, benchmark_training, compare = map(
+    importlib.import_module,
+    ("peers", "measuring", "benchmark_step", "benchmark_training", "compare_with_control"),
 )
 
 
@@ -33,6 +34,13 @@ peers, measuring, benchmark_step, benchmark_training = map(
         (benchmark_step, ["--dtype", "int8"], "invalid choice: 'int8'"),
         (benchmark_training, ["--batch_size", "1"], "must be at least 2, got 1"),
         (benchmark_training, ["--model", "llama_0.5b"], "is for benchmark_step.py only"),
+        (benchmark_step, ["--model", "resnet5000"], "no model 'resnet5000'; did you mean resnet50"),
+        (benchmark_training, ["--model", "nope"], "timm has no model 'nope'; "),
+        (compare, ["--learning_rate=1", "--optim=sgd"], "--optim sgd has no learning rate per lay"),
+        (compare, ["--learning_rate=1", "--optim=nope"], "--optim: unknown optimizer 'nope'"),
+        (compare, ["--learning_rate=1", "--optim=lip-lamb"], "unknown optimizer 'lamb'"),
+        (compare, ["--learning_rate=-1", "--", "--cpu"], "--learning_rate must be a positive num"),
+        (compare, ["--learning_rate=1", "--seeds", *"01234567899"], "--seeds takes 1 to 10 values"),
     ],
 )
 def test_a_bad_argument_is_an_error_in_a_line(script, arguments, message, capsys):
