@@ -441,10 +441,15 @@ class Training:
         only from one that you trust.
 
         Raises:
-            UsageError: if it was made with other settings, naming them, or has more than tensors
-                and numbers in it.
+            UsageError: if it was made with other settings, naming them, is from after the end of
+                this run, or has more than tensors and numbers in it.
         """
         check_same_run(path, manifest["settings"], self.settings)
+        if manifest["step"] > self.total_steps:
+            raise UsageError(
+                f"--resume_from_checkpoint: {path} is of step {manifest['step']}, and this run "
+                f"ends at step {self.total_steps}; train for longer, or choose an earlier one"
+            )
         _refuse_code(path)
         self.accelerator.load_state(str(path))
         self.rates = LayerRateHistory.load(path / f"{RATES}.json")

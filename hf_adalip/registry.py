@@ -168,7 +168,10 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
 
     Raises:
         ValueError: for an unknown name, with the nearest known ones.
+        TypeError: for what is no name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'name must be a string such as "adamlip", got {name!r}')
     key = name.lower()
     if (info := _find(key)) is not None:
         return info
@@ -177,7 +180,7 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise ValueError(
         f"unknown optimizer {name!r}; {hint}list_optimizers() has {', '.join(_REGISTRY)}, "
-        "and lip-NAME for NAME of torch or timm"
+        f"and lip-NAME for NAME of torch or timm{'' if _has_timm() else ', which is not installed'}"
     )
 
 
@@ -269,11 +272,15 @@ def _torch_optimizers() -> dict[str, type[Optimizer]]:
     return {name: cls for name, cls in sorted(found.items()) if name not in _UNSUITED}
 
 
+def _has_timm() -> bool:
+    return importlib.util.find_spec("timm") is not None
+
+
 def _base_optimizer(name: str) -> tuple[type[Optimizer], dict[str, Any]] | None:
     """The class that a name of torch or timm stands for, and the arguments that it stands for."""
     if name in _torch_optimizers():
         return _torch_optimizers()[name], {}
-    if importlib.util.find_spec("timm") is None:
+    if not _has_timm():
         return None
     from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 

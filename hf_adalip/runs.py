@@ -89,7 +89,7 @@ def check_publishing(args: Run) -> None:
 
 def check_folder(folder: Path, own_files: Callable[[Path], Sequence[Path]], args: Run) -> None:
     """Raises UsageError if a run cannot write in the folder, or would replace what is there and
-    nobody said what to do: to begin anew where there is no checkpoint is not what `latest` asks for.
+    nobody said what to do: that is not what `latest` asks for where there is no checkpoint.
 
     Args:
         folder: to be made, or there already.

@@ -30,19 +30,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    ByT5Tokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    default_data_collator,
-    set_seed,
-)
-from transformers.integrations import is_deepspeed_zero3_enabled
+
+try:
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        ByT5Tokenizer,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Trainer,
+        default_data_collator,
+        set_seed,
+    )
+    from transformers.integrations import is_deepspeed_zero3_enabled
+except ImportError as error:
+    raise ImportError(
+        "this recipe needs transformers: pip install 'hf-adalip[recipes,trainer]'"
+    ) from error
 
 from hf_adalip import attach
 from hf_adalip.data import DataError
@@ -172,7 +178,7 @@ def check_causal(model: PreTrainedModel, block: Tensor, args: Arguments) -> None
             f"--model_type {args.model_type} cannot take a block of {len(block)} tokens: {reason}; "
             "choose other sizes"
         ) from error
-    if not torch.allclose(a, b, atol=1e-6, equal_nan=True):
+    if (a - b).abs().max() > 1e-5 * a.abs().max():  # rounding is less, BERTs were seen from 1e-4 on
         raise UsageError(
             f"--model_type {args.model_type} sees the tokens that it is to predict; choose a "
             "decoder, or give --config_overrides is_decoder=True to one that can be both"

@@ -38,14 +38,20 @@ from safetensors import SafetensorError
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    Trainer,
-    set_seed,
-)
+
+try:
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        EvalPrediction,
+        Trainer,
+        set_seed,
+    )
+except ImportError as error:
+    raise ImportError(
+        "this recipe needs transformers: pip install 'hf-adalip[recipes,trainer]'"
+    ) from error
 
 from hf_adalip import attach
 from hf_adalip.data import DataError, load_splits

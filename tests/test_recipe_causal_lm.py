@@ -353,14 +353,14 @@ def test_files_of_the_user_that_a_run_would_replace(
     assert [path.read_text() for path in mine.parent.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("how", ["--overwrite_output_dir", "--resume_from_checkpoint=latest"])
 def test_a_tokenizer_that_the_run_would_replace(
-    how: str, whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     for folder in (out, out / "checkpoint-1"):
         AutoTokenizer.from_pretrained(whole).save_pretrained(folder)
-        assert recipe(options(text, out, *SHORT, f"--tokenizer_name={folder}", how)) == 2
+        given = (f"--tokenizer_name={folder}", "--overwrite_output_dir")
+        assert recipe(options(text, out, *SHORT, *given)) == 2
         message = f"--tokenizer_name {folder} is in the --output_dir, whose files the run replaces"
         assert message in capsys.readouterr().err
         assert (folder / "tokenizer_config.json").exists()

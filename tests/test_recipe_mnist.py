@@ -304,6 +304,15 @@ def test_resuming_a_different_run(
     assert "seed was 0, is 4" in message
 
 
+def test_resuming_from_after_the_end(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole / "step_8", tmp_path / "out" / "step_8")
+    assert resume(tmp_path / "out", "--max_train_steps=7") == 2
+    assert "step_8 is of step 8, and this run ends at step 7" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["step_8"]
+
+
 def test_a_schedule_accumulation_and_dropout_resume(tmp_path: Path) -> None:
     class Dropping(nn.Sequential):
         def __init__(self, shape: tuple[int, int, int], classes: int) -> None:

@@ -167,6 +167,18 @@ def test_an_unknown_name_is_named_with_its_neighbours(name):
         assert "did you mean adamlip" in str(error.value)
 
 
+def test_without_timm_its_names_are_not_unknown_but_missing(monkeypatch):
+    monkeypatch.setattr("hf_adalip.registry._has_timm", lambda: False)
+    with pytest.raises(ValueError, match="of torch or timm, which is not installed"):
+        create_optimizer(model(), "lip-lamb")
+
+
+@pytest.mark.parametrize("name", [hf_adalip.AdamLip, None, 3])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(TypeError, match="name must be a string such as"):
+        create_optimizer(model(), name)
+
+
 def test_an_argument_that_the_optimizer_does_not_take_is_refused():
     with pytest.raises(TypeError, match="momentum"):
         create_optimizer(model(), "adamlip", momentum=0.9)

@@ -147,12 +147,15 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
         log_layers: log every layer's values too.
 
     Raises:
+        TypeError: for anything but a Trainer.
         RuntimeError: if DeepSpeed is on and Trainer was given `optimizers=`, which it would drop;
             if an engine's flat tensors do not tell layers apart; or, when training starts, if the
             optimizer has no S.
     """
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
 
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"attach needs a transformers.Trainer, got {type(trainer).__name__}")
     if wrong := dropped_optimizer(trainer) or flat_shards(trainer):
         raise WrongOptimizerError(wrong)
     watch, told = Watch(), set()

@@ -299,6 +299,12 @@ def test_the_model_card_names_what_ran(tmp_path):
     assert "OptimizerNames" not in card
 
 
+def test_attach_is_for_trainers():
+    optimizer = hf_adalip.AdamLip([torch.ones(1, requires_grad=True)])
+    with pytest.raises(TypeError, match=r"attach needs a transformers\.Trainer, got AdamLip"):
+        attach(optimizer)
+
+
 def test_attach_refuses_a_trainer_without_s(tmp_path):
     trainer = Trainer(model=bert(), args=arguments(tmp_path), train_dataset=texts())
     attach(trainer)
