@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,8 +205,8 @@ def _check_filled(values: list[Any], where: str, column: str) -> None:
     missing = sum(v is None or (isinstance(v, float) and not isfinite(v)) for v in values)
     if missing:
         raise DataError(
-            f"{where}: {column} is missing in {missing} of {len(values)} rows, or no finite "
-            "number; leave these out"
+            f"{where}: {column} is missing or not finite in {missing} of {len(values)} rows; "
+            "leave these out"
         )
 
 
@@ -320,6 +321,13 @@ def check(args: Arguments, training: RecipeArguments) -> None:
         args.lora_alpha = args.lora_alpha or 2 * args.lora_r
         if find_spec("peft") is None:
             raise UsageError("--lora_r needs peft: pip install 'hf-adalip[peft]'")
+        readme = Path(str(training.output_dir), "README.md")
+        said = training.overwrite_output_dir or training.resume_from_checkpoint
+        if readme.exists() and not said:
+            raise UsageError(
+                f"--lora_r: peft would write into {readme}; choose another --output_dir, or "
+                "--overwrite_output_dir"
+            )
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

@@ -268,9 +268,17 @@ def test_splits_and_columns_are_found_or_refused(films: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("kind", "labels", "message"),
     [
-        (Value("float32"), [0.0, float("nan"), None, 1.0], "label is missing in 2 of 4 rows"),
-        (Value("string"), ["a", None, "b", "a"], "label is missing in 1 of 4 rows"),
-        (ClassLabel(names=["a", "b"]), [0, None, 1, 0], "label is missing in 1 of 4 rows"),
+        (
+            Value("float32"),
+            [0.0, float("nan"), None, 1.0],
+            "label is missing or not finite in 2 of 4 rows",
+        ),
+        (Value("string"), ["a", None, "b", "a"], "label is missing or not finite in 1 of 4 rows"),
+        (
+            ClassLabel(names=["a", "b"]),
+            [0, None, 1, 0],
+            "label is missing or not finite in 1 of 4 rows",
+        ),
         (List(Value("int64")), [[0], [1], [0], [1]], "label must be a class or a number, and is L"),
     ],
 )
@@ -286,7 +294,7 @@ def test_texts_that_are_none(films: Path, tmp_path: Path) -> None:
     part = Dataset.from_dict(rows | {"text": ["a", None, "b", "c"]}, features=REVIEWS)
     part = part.add_column("stars", [1, 2, 3, 4])
     data = write(tmp_path, train=part, validation=part)
-    with pytest.raises(DataError, match="train: text is missing in 1 of 4 rows"):
+    with pytest.raises(DataError, match="train: text is missing or not finite in 1 of 4 rows"):
         load(data)
     for names, message in (
         ("stars", "stars of .* is no text but .*int64.*; choose one or two of text"),
@@ -379,6 +387,17 @@ def test_lora_without_peft_says_what_to_install(
     monkeypatch.setattr(recipe_module, "find_spec", lambda name: None)
     assert recipe(options(encoder, films, tmp_path / "out", "--lora_r=2")) == 2
     assert "--lora_r needs peft: pip install 'hf-adalip[peft]'" in capsys.readouterr().err
+
+
+def test_peft_does_not_write_into_a_readme_of_the_user(
+    encoder: Path, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    readme = tmp_path / "README.md"
+    readme.write_text("mine")
+    assert recipe(options(encoder, films, tmp_path, "--lora_r=2")) == 2
+    assert f"--lora_r: peft would write into {readme}" in capsys.readouterr().err
+    assert readme.read_text() == "mine"
 
 
 def test_the_optimizer_sees_what_lora_trains_and_resumes(
