@@ -176,11 +176,15 @@ def replaced_options(
     optimizer: LayerwiseOptimizer, made: Sequence[Mapping[str, Any]]
 ) -> Finding | None:
     """Options that an optimizer, of groups that were made with others, has from a checkpoint."""
+
+    def values(groups: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+        found = [group[key] for group in groups if key in group]
+        return [tuple(x) if isinstance(x, list) else x for x in found]  # JSON knows lists only
+
     changed = []
     for key in made[0].keys() - NOT_DESCRIBED:
-        before = [group[key] for group in made if key in group]
-        now = [group[key] for group in optimizer.param_groups if key in group]
-        if other := [value for value in before if value not in now]:
+        now = values(optimizer.param_groups, key)
+        if now and (other := [value for value in values(made, key) if value not in now]):
             changed.append(f"{key}={now[0]} for {other[0]}")
     if not changed:
         return None

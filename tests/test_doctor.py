@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from hf_adalip import AdamLip, AdamLipU, attach, release_gradients, trainer_kwargs
-from hf_adalip.doctor import LOOKS, Watch, WrongOptimizerError, examine
+from hf_adalip.doctor import LOOKS, Watch, WrongOptimizerError, examine, replaced_options
 from hf_adalip.trial import doctor
 
 ROOT = Path(__file__).parents[1]
@@ -221,6 +222,21 @@ def test_a_clip_of_released_gradients_is_told(tmp_path):
     (text,) = told(tmp_path, optimizers=released, max_grad_norm=1.0)
     assert text.startswith("TrainingArguments(max_grad_norm=1) clips nothing: ")
     assert told(tmp_path, optimizers=released) == []
+
+
+def test_options_that_a_checkpoint_replaces():
+    params = [nn.Parameter(torch.ones(3))]
+    saved = AdamLip(params, betas=(0.8, 0.9), gamma=0.5).state_dict()
+    for own, replaced in (
+        ({"gamma": 0.5, "betas": [0.8, 0.9]}, None),
+        ({"gamma": 0.5, "betas": (0.8, 0.9), "tag": "mine"}, None),
+        ({"betas": (0.8, 0.9)}, "gamma=0.5 for 0.8"),
+    ):
+        optimizer = AdamLip([{"params": params, **own}])
+        made = [dict(group) for group in optimizer.param_groups]
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        finding = replaced_options(optimizer, made)
+        assert (finding and finding.what.partition(": ")[2]) == replaced
 
 
 def scheduled(name, steps, **options):

@@ -161,14 +161,6 @@ class Census:
         self._places = list(map(Tensor.data_ptr, self._packed))
         self.note()
 
-    def unpack(self) -> None:
-        """Gives each number, and each packed sketch, memory of its own again: who pickles one
-        would write all of them. The census is not for another step then."""
-        packed = set(map(id, self._packed))
-        for member in self.members:
-            for key in [key for key, x in member.stored.items() if id(x) in packed]:
-                member.stored[key] = member.stored[key].clone()
-
     def note(self) -> None:
         """Takes the members' state as it is now for `intact`, without keeping it alive."""
         self._noted = list(map(_weak, self._values()))

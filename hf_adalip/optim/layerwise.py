@@ -33,7 +33,7 @@ from .census import (
 )
 from .flat import Original, Part, flat_tensors, is_held, parts_of, unknown
 from .groups import Layers, decays_of, name_layers, restore_structure, structure_of
-from .history import HISTORIES, Exact, history_of
+from .history import HISTORIES, SKETCH, Exact, history_of
 from .lipschitz import FORGOTTEN, NO_PREDECESSOR, Estimator, LayerState
 from .names import by_name
 from .norms import index_tensor, layer_norms
@@ -329,12 +329,6 @@ class LayerwiseOptimizer(Optimizer):
                     *(layer, flat, group, stored, param, decays, over),
                     *(i, (len(parts),), here),
                 )
-
-    def _unpack(self) -> None:
-        """Makes every tensor of the state one of its own, for who takes the state elsewhere."""
-        kept: Kept | None = self.__dict__.pop("_kept", None)
-        if kept is not None:
-            kept.census.unpack()
 
     def _stored(self, tensor: Tensor) -> State:
         state = self.state.get(tensor, {})
@@ -740,6 +734,17 @@ def _has_rate(groups: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
     if not any(isinstance(lr, Tensor) for lr in rates):
         return index_tensor(tuple(int(lr != 0) for lr in rates), device) > 0
     return torch.stack([as_scalar(lr, device) for lr in rates]) != 0
+
+
+def apart(state: State) -> State:
+    """A parameter's state, of which each number and sketch has memory of its own: pickle writes
+    the whole memory of a tensor, and `Census.pack` puts many into one."""
+
+    def is_packed(key: str, x: Any) -> bool:
+        small = key in SCALARS or key.endswith(SKETCH)
+        return small and isinstance(x, Tensor) and x.untyped_storage().nbytes() > x.nbytes
+
+    return {key: x.clone() if is_packed(key, x) else x for key, x in state.items()}
 
 
 def forget_predecessor(states: Sequence[State]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,7 +24,7 @@ from .census import Census, Member, Options, as_scalar, real, store
 from .groups import Layers
 from .history import DEFAULT_SKETCH_SIZE, DTYPES, SKETCH
 from .kernels import KernelError
-from .layerwise import Keys, LayerwiseOptimizer
+from .layerwise import Keys, LayerwiseOptimizer, apart
 from .lipschitz import Estimator, is_number
 from .norms import wide_dtype
 from .rules import Batch, Rule
@@ -232,8 +233,8 @@ class LipOptimizer(LayerwiseOptimizer):
         self._state_keys(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._unpack()
-        return super().__getstate__() | {"_layers": self._layers}
+        state = defaultdict(dict, {p: apart(kept) for p, kept in self.state.items()})
+        return super().__getstate__() | {"state": state, "_layers": self._layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -242,9 +243,10 @@ class LipOptimizer(LayerwiseOptimizer):
                 group.setdefault(name, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: the state's tensors themselves, not copies."""
-        self._unpack()
-        return super().state_dict()
+        """As torch's; numbers and sketches may be copies."""
+        packed: dict[str, Any] = super().state_dict()
+        packed["state"] = {key: apart(kept) for key, kept in packed["state"].items()}
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict; S, norms and step come back bit for bit, also for bf16 parameters.
@@ -263,7 +265,8 @@ class LipOptimizer(LayerwiseOptimizer):
         self._complete_loaded()
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        for name in sorted(_FOREIGN - set(self.defaults)):
+        own = {key for group in self.param_groups for key in group}
+        for name in sorted(_FOREIGN - own):
             for group in state_dict["param_groups"]:
                 if group.get(name):
                     raise ValueError(

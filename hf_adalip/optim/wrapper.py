@@ -17,7 +17,7 @@ from . import fused as fused_form
 from .census import SCALARS, Census, Layer, Member, Options, State, as_scalar, real, store
 from .groups import Layers, name_layers, restore_structure, structure_of
 from .kernels import KernelError
-from .layerwise import Keys, LayerwiseOptimizer, forget_predecessor
+from .layerwise import Keys, LayerwiseOptimizer, apart, forget_predecessor
 from .lipschitz import Estimator
 from .names import by_name
 from .norms import index_tensor, mixed_norms
@@ -143,9 +143,9 @@ class Lipschitz(LayerwiseOptimizer):
         self.optimizer.defaults = value
 
     def __getstate__(self) -> dict[str, Any]:
-        self._unpack()
-        names = ("optimizer", "state", "_law", "_signal", "_previous", "_layers", "_fused")
-        return {name: self.__dict__[name] for name in names}
+        names = ("optimizer", "_law", "_signal", "_previous", "_layers", "_fused")
+        state = defaultdict(dict, {p: apart(kept) for p, kept in self.state.items()})
+        return {name: self.__dict__[name] for name in names} | {"state": state}
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -173,7 +173,6 @@ class Lipschitz(LayerwiseOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state_dict, with S, norms and history beside the base's own state."""
-        self._unpack()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         packed = self.optimizer.state_dict()
@@ -181,7 +180,7 @@ class Lipschitz(LayerwiseOptimizer):
         for key, param in zip(_ids(packed), self._parameters(), strict=True):
             if param in self.state:
                 based = state.get(key, {})
-                own = {_OURS * (n in based) + n: value for n, value in self.state[param].items()}
+                own = {_OURS * (n in based) + n: x for n, x in apart(self.state[param]).items()}
                 state[key] = {**based, **own}
         packed = {**packed, "state": state}
         for after in self._optimizer_state_dict_post_hooks.values():
@@ -332,7 +331,7 @@ class Lipschitz(LayerwiseOptimizer):
             self._base_step(members, moved)
         except BaseException:
             if by_gradient:  # S has not followed
-                forget_predecessor([m.state for m in members])
+                forget_predecessor([m.state for m in census.members])
             raise
         updates: list[Tensor] = []
         if not by_gradient:

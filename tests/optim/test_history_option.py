@@ -830,9 +830,39 @@ def test_a_saved_number_has_memory_of_its_own(wrapped: bool) -> None:
         states = [*optimizer.state_dict()["state"].values()]
         values = [x for state in states for x in state.values()]
         assert all(x.untyped_storage().nbytes() == x.nbytes for x in values)
-        train(optimizer, params, [step + 10, step + 20])  # packed again
-    kept = optimizer.state[params["0"]]
-    assert optimizer.state_dict()["state"][0]["prev_norm"] is kept["prev_norm"]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in pickled(optimizer))
+        if step == 2:  # who takes part is worked out anew
+            set_grads(params, dict.fromkeys(params) | {"1": torch.ones(50)})
+            optimizer.step()
+
+
+def pickled(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    copied = pickle.loads(pickle.dumps(optimizer))
+    return [x for state in copied.state.values() for x in state.values()]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("history", ["exact", "sketch"])
+def test_looking_at_the_state_within_a_step_changes_nothing(wrapped: bool, history: str) -> None:
+    """As hooks do, and threads that save."""
+    results = []
+    for looks in (False, True):
+        params = named_params(SHAPES)
+        base = torch.optim.SGD(list(params.values()), lr=0.01)
+        own = {"history": history, "sketch_size": 32} if not wrapped else {}
+        optimizer: Any = Lipschitz(base) if wrapped else build("adamlip", params, **own)
+
+        def closure(optimizer: Any = optimizer) -> None:
+            copy.deepcopy(optimizer)
+            optimizer.state_dict()
+
+        if looks and wrapped:
+            base.register_step_post_hook(lambda *_, look=closure: look())
+        for step in range(6):
+            set_grads(params, random_grads(params, step))
+            optimizer.step(closure if looks else None)
+        results.append(snapshot(optimizer, params))
+    assert_same(*results)
 
 
 # Errors

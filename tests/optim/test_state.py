@@ -484,6 +484,14 @@ def test_an_option_of_torch_that_we_do_not_have(
     assert_same(snapshot(restored, others), before)
 
 
+def test_a_key_of_the_users_group_is_loaded_again() -> None:
+    params = named_params()
+    optimizer = AdamLip([{"params": list(params.items()), "momentum": 0.9}])
+    train(optimizer, params, [0])
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
 def test_the_form_of_weight_decay_comes_with_torchs_state() -> None:
     """Adam adds it to the gradient, AdamW does not."""
     for base in (torch.optim.Adam, torch.optim.AdamW):

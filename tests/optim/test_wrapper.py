@@ -633,6 +633,23 @@ def test_a_base_that_fails_costs_a_step_of_s(signal: Any) -> None:
     assert kept == [signal == "gradient"] * len(kept)
 
 
+def test_a_base_that_fails_costs_silent_tensors_of_the_layer_the_same() -> None:
+    params = named_params()
+    base = torch.optim.SGD(list(params.items()), lr=0.1)
+    optimizer = Lipschitz(base, layers="module")
+    train(optimizer, params, range(3))
+    scale = optimizer.state[params["a.bias"]]["lipschitz_scale"].clone()
+    grads = random_grads(params, 3)
+    fail = base.register_step_pre_hook(lambda *_: 1 / 0)
+    set_grads(params, {"a.weight": grads["a.weight"]})
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    fail.remove()
+    set_grads(params, {"a.bias": grads["a.bias"]})
+    optimizer.step()
+    assert_same(optimizer.state[params["a.bias"]]["lipschitz_scale"], scale)
+
+
 # Errors
 
 
