@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -330,6 +330,10 @@ class LayerwiseOptimizer(Optimizer):
                     *(i, (len(parts),), here),
                 )
 
+    def _state_apart(self) -> defaultdict[Tensor, State]:
+        """The state as it is pickled, see `apart`."""
+        return defaultdict(dict, {p: apart(kept) for p, kept in self.state.items()})
+
     def _stored(self, tensor: Tensor) -> State:
         state = self.state.get(tensor, {})
         return state if "lipschitz_scale" in state else {}
@@ -588,7 +592,7 @@ class LayerwiseOptimizer(Optimizer):
             old = LayerState(*(census.read_layers(key, here, norms.device) for key in keys))
             step = self._steps_taken(norms) + 1.0 if estimator.theoretical else None
             new, factor = estimator.update(old, norms[here, 0], norms[here, 1], step)
-            norm = self._signal.remembered_norm(new.prev_norm, factor, previous)
+            norm = self._signal.remembered(new.prev_norm, factor, previous)
             is_none = new.prev_norm < 0
             new = new._replace(prev_norm=torch.where(is_none, new.prev_norm, norm))
             if estimator.nonfinite == "skip":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -233,8 +232,7 @@ class LipOptimizer(LayerwiseOptimizer):
         self._state_keys(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = defaultdict(dict, {p: apart(kept) for p, kept in self.state.items()})
-        return super().__getstate__() | {"state": state, "_layers": self._layers}
+        return super().__getstate__() | {"state": self._state_apart(), "_layers": self._layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -362,7 +360,7 @@ class LipOptimizer(LayerwiseOptimizer):
                     numbers["prev_lr"] = remembered * self.rule.gain(batch.steps, batch.group)
             if sketches is not None and run.sketch:
                 x = sketches[run.rows, : run.sketch].to(device)
-                x = self.signal.remembered_norm(x, factor[here, None].to(x), previous)
+                x = self.signal.remembered(x, factor[here, None].to(x), previous)
                 run.keep_sketches(x, go)
             for name, values in numbers.items():
                 before = census.read(name, here, device)

@@ -46,9 +46,9 @@ class Signal(ABC):
         """Whether x_{t-1} is computed again, which needs the scalar `prev_lr` in the state."""
         return False
 
-    def remembered_norm(self, norm: Tensor, factor: Tensor, previous: str | None) -> Tensor:
-        """The norm of what is remembered, from ‖x_t‖ and A_t/α_t."""
-        return norm
+    def remembered(self, x: Tensor, factor: Tensor, previous: str | None) -> Tensor:
+        """What is remembered of x_t: of x_t itself, its norm or its sketch, from A_t/α_t."""
+        return x
 
 
 class Gradients(Signal):
@@ -92,8 +92,8 @@ class Updates(Signal):
     def remember(self, grad: X, update: Lazy) -> dict[str, X]:
         return {"prev_update": update()}
 
-    def remembered_norm(self, norm: Tensor, factor: Tensor, previous: str | None) -> Tensor:
-        return norm * factor if previous == "applied" else norm
+    def remembered(self, x: Tensor, factor: Tensor, previous: str | None) -> Tensor:
+        return x * factor if previous == "applied" else x
 
 
 def remembered_rates(rates: Tensor, lr: Tensor | float, previous: str) -> Tensor:

@@ -144,8 +144,7 @@ class Lipschitz(LayerwiseOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("optimizer", "_law", "_signal", "_previous", "_layers", "_fused")
-        state = defaultdict(dict, {p: apart(kept) for p, kept in self.state.items()})
-        return {name: self.__dict__[name] for name in names} | {"state": state}
+        return {name: self.__dict__[name] for name in names} | {"state": self._state_apart()}
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -296,18 +295,17 @@ class Lipschitz(LayerwiseOptimizer):
             """‖x_t‖ and ‖x_t - x_{t-1}‖ of the layers, and which live."""
             widest = reduce(torch.promote_types, (wide(x).dtype for x in before), torch.float32)
             norms = torch.zeros(len(before), 2, dtype=widest, device=home)
-            rest = set(range(len(before)))
             for kind in compiled:
                 rows = fused_form.measure(_batch(kind, members, params, now, before))
                 norms[index_tensor(tuple(kind), home)] = rows[:, ::2].to(norms)
-                rest -= set(kind)
+            rest = sorted(set(range(len(before))).difference(*compiled))
             if rest:
-                others = [wide(before[i]) for i in sorted(rest)]
-                signals = [wide(now[i]) for i in sorted(rest) if i < len(now)]
+                others = [wide(before[i]) for i in rest]
+                signals = [wide(now[i]) for i in rest if i < len(now)]
                 signals += [torch.zeros_like(x) for x in others[len(signals) :]]
                 changes = [x - y for x, y in zip(signals, others, strict=True)]
                 columns = [mixed_norms(x, home).to(norms) for x in (signals, changes)]
-                norms[index_tensor(tuple(sorted(rest)), home)] = torch.stack(columns, dim=1)
+                norms[index_tensor(tuple(rest), home)] = torch.stack(columns, dim=1)
             return self._layer_norms(norms, census)
 
         if by_gradient:
@@ -344,21 +342,19 @@ class Lipschitz(LayerwiseOptimizer):
         self._keep(census)
         factor, go = map(census.spread, self._follow(census, norms, finite, live))
         goes = go.unbind()
-        left = set(range(len(members)))
         for kind in compiled:
             here = [i for i in kind if moved[i]]
-            left -= set(kind)
             if here:
                 index, device = index_tensor(tuple(here), home), params[here[0]].device
                 weights, may = factor[index].to(device), go[index].to(device)
                 fused_form.blend([params[i] for i in here], [old[i] for i in here], weights, may)
-        for i in sorted(left):
+        for i in sorted(set(range(len(members))).difference(*compiled)):
             if moved[i]:
                 _scale(params[i], old[i], factor[i], goes[i])
         for i, update in enumerate(updates):
             if moved[i]:
-                applied = self._previous == "applied"
-                remembered = update * factor[i].to(update) if applied else update
+                scale = factor[i].to(update)
+                remembered = self._signal.remembered(update, scale, self._previous)
                 before[i].copy_(_unless_skipped(goes[i], remembered, before[i]))
         for x, ok in zip(before[len(members) :], goes[len(members) :], strict=True):
             x.copy_(_unless_skipped(ok, torch.zeros_like(x), x))
