@@ -104,18 +104,28 @@ def check_folder(folder: Path, own_files: Callable[[Path], Sequence[Path]], args
             files = own_files(folder)
     except OSError as error:  # a name too long, a link to nowhere
         raise _no_folder(folder, error) from error
-    if files and not args.resume_from_checkpoint and not args.overwrite_output_dir:
-        raise UsageError(
-            f"{folder} has results already ({files[0].name}): choose another --output_dir, or "
-            "--overwrite_output_dir, or --resume_from_checkpoint latest"
-        )
-    others = [path.name for path in files if not _of_first_save(path)]
     saved = any((path / MANIFEST).exists() for path in files)
+    if files and not args.overwrite_output_dir and not _goes_on_in(folder, args):
+        ways = ["choose another --output_dir"]
+        if not args.resume_from_checkpoint:  # which excludes the next one
+            ways.append("--overwrite_output_dir")
+        if saved:
+            ways.append("--resume_from_checkpoint latest")
+        raise UsageError(f"{folder} has results already ({files[0].name}): {', or '.join(ways)}")
+    others = [path.name for path in files if not _of_first_save(path)]
     if args.resume_from_checkpoint == "latest" and others and not saved:
         raise UsageError(
             f"--resume_from_checkpoint latest: nothing to resume in {folder}: there is no "
             f"checkpoint, and a run would replace {', '.join(others)}; choose another --output_dir"
         )
+
+
+def _goes_on_in(folder: Path, args: Run) -> bool:
+    """Whether what is in the folder is of the run that is resumed."""
+    checkpoint = args.resume_from_checkpoint
+    if not checkpoint or checkpoint == "latest":
+        return bool(checkpoint)
+    return folder.resolve() in Path(checkpoint).resolve().parents
 
 
 def _of_first_save(path: Path) -> bool:

@@ -400,10 +400,26 @@ def test_results_are_not_written_over_by_accident(
     out = f"--output_dir={tmp_path / 'out'}"
     assert recipe(*SHORT, out, "--checkpointing_steps=2") == 0
     assert recipe(*SHORT, out) == 2
-    assert "has results already" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "has results already" in message
+    assert "--resume_from_checkpoint latest" in message
     assert recipe(*SHORT, out, "--seed=5", "--overwrite_output_dir") == 0
     assert results(tmp_path / "out")["seed"] == 5
     assert not list((tmp_path / "out").glob("step_*"))
+
+
+def test_a_checkpoint_of_elsewhere_replaces_no_results(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert recipe(*SHORT, f"--output_dir={folder}", "--seed=5") == 0
+    resumed = [f"--output_dir={folder}", f"--resume_from_checkpoint={whole / 'step_10'}"]
+    assert recipe(*RUN, *resumed) == 2
+    message = capsys.readouterr().err
+    assert "has results already" in message
+    assert "latest" not in message  # there is no checkpoint in it
+    assert "--overwrite_output_dir" not in message  # which resuming excludes
+    assert results(folder)["seed"] == 5
 
 
 def test_what_is_the_users_stays(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ class Census:
         self.runs: list[Any] = []  # an optimizer's, of members that are stepped together
         self.kept = False  # whether the optimizer has the members' state
         self._vectors: dict[str, Tensor] = {}
+        self._is_packed = False
         self._packed: list[Tensor] = []  # the members' views of those and of packed sketches
         self._places: list[int] = []  # where these were
         self._noted: list[Callable[[], Any]] = []  # weak references to the members' state
@@ -140,10 +141,13 @@ class Census:
 
     def pack(self) -> None:
         """Makes each number of the members a view of one vector, so that all are read or written
-        by one operation.
+        by one operation. For a census that is used again; their order may no longer change.
 
         State that a CUDA graph may have captured stays where it is; FakeTensors are nowhere.
         """
+        if self._is_packed:
+            return
+        self._is_packed = True
         # Who does not say (a base that is not ours or Adam's) may be captured all the same.
         capturable = any(m.group.get("capturable", m.tensor.is_cuda) for m in self.members)
         fake = any(type(m.stored["lipschitz_scale"]) is not Tensor for m in self.members)

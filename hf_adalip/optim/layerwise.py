@@ -71,7 +71,6 @@ class Kept:
     def __init__(self, optimizer: LayerwiseOptimizer, census: Census) -> None:
         self.census = census
         self.census.note()
-        self._used = False
         self._state = list(optimizer.state), list(optimizer.state.values())
         self._groups = [
             (
@@ -103,9 +102,7 @@ class Kept:
             return False
         if not same_objects(list(optimizer.state.values()), states) or not self.census.intact:
             return False
-        if not self._used:  # packing is for those that are used again
-            self._used = True
-            self.census.pack()
+        self.census.pack()
         return True
 
 
@@ -398,9 +395,7 @@ class LayerwiseOptimizer(Optimizer):
         options = {id(group): self._options(group) for group in self.param_groups}
         for layer in layers.values():
             self._join(layer, options)
-        order = dict.fromkeys(options.values())
-        sorted_layers = [x for kind in order for x in layers.values() if x.options == kind]
-        return Census(sorted_layers, over, sketched, width, hidden)
+        return Census(by_kind(list(layers.values())), over, sketched, width, hidden)
 
     def _join(self, layer: Layer, options: dict[int, Options]) -> None:
         layer.options, *others = dict.fromkeys(options[id(m.group)] for m in layer.all)
@@ -749,6 +744,12 @@ def apart(state: State) -> State:
         return small and isinstance(x, Tensor) and x.untyped_storage().nbytes() > x.nbytes
 
     return {key: x.clone() if is_packed(key, x) else x for key, x in state.items()}
+
+
+def by_kind(layers: Sequence[Layer]) -> list[Layer]:
+    """Those with the same options side by side, else in their order."""
+    kinds = dict.fromkeys(layer.options for layer in layers)
+    return [layer for kind in kinds for layer in layers if layer.options == kind]
 
 
 def forget_predecessor(states: Sequence[State]) -> None:

@@ -1,8 +1,9 @@
-"""Gradient release: a parameter is stepped as soon as its gradient is there, within backward.
+"""Gradient release: parameters are stepped as soon as their gradients are there, within backward.
 
-The gradient is freed before the next one is made, so that never more than a few are alive. Its
-memory does not become the history's: that would save none, since ‖g_t - g_{t-1}‖ needs both, and
-it may be shared with other gradients (autograd gives a.view(n) + b.view(n) one for both).
+A step costs some hundred calls, whatever it steps. So gradients wait for each other until there
+are enough of them, and are freed once their parameters are stepped: only that much of them is ever
+alive. Their memory does not become the history's: that would save none, since ‖g_t - g_{t-1}‖ needs
+both, and it may be shared with other gradients (autograd gives a.view(n) + b.view(n) one for both).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import gc
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -21,16 +23,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .census import Census, Layer
+from .census import Census, Layer, Member, same_objects
 from .flat import is_held
 from .groups import decays_of
+from .layerwise import by_kind
+from .lipschitz import is_number
 from .optimizer import LipOptimizer
 from .shards import is_dtensor, is_fsdp1, is_model_parallel
 from .wrapper import Lipschitz
 
 
-def release_gradients(optimizer: LipOptimizer) -> GradientRelease:
-    """Steps each parameter within backward, and frees its gradient there.
+def release_gradients(optimizer: LipOptimizer, *, bucket_cap_mb: float = 25) -> GradientRelease:
+    """Steps parameters within backward, and frees their gradients there.
 
     The numbers are those of the ordinary step, bit for bit. The loop, schedulers and profilers
     stay as they are: `optimizer.step()` ends the step. It also steps what has a gradient and no
@@ -50,6 +54,9 @@ def release_gradients(optimizer: LipOptimizer) -> GradientRelease:
     Args:
         optimizer: one of the six, with one parameter per layer (layers="tensor"), of an unsharded
             model on one process.
+        bucket_cap_mb: parameters are stepped together when so many MiB of their gradients are
+            there, and the last of them at the end of backward. 0 for each on its own: the least
+            memory, for about a millisecond for each parameter.
 
     Returns:
         a handle, which need not be kept: `remove()`, or the end of its with statement, makes
@@ -57,8 +64,9 @@ def release_gradients(optimizer: LipOptimizer) -> GradientRelease:
 
     Raises:
         TypeError: if it is not one of the six.
-        ValueError: for an option that needs the gradients of several parameters, and for a
-            parameter whose gradient is released already. No hook has been set then.
+        ValueError: for an option that needs the gradients of several parameters, for a
+            parameter whose gradient is released already, and for a bucket_cap_mb that is no
+            number from 0 on. No hook has been set then.
         NotImplementedError: for a parameter that is sharded, or that DistributedDataParallel has.
     """
     if isinstance(optimizer, Lipschitz):
@@ -71,20 +79,25 @@ def release_gradients(optimizer: LipOptimizer) -> GradientRelease:
             "optimizer must be one of the six (AdaLip, RMSLip, AdamLip, AdaLipU, RMSLipU, "
             f"AdamLipU) itself, not what wraps it, got {type(optimizer).__name__}"
         )
+    if not is_number(bucket_cap_mb) or not bucket_cap_mb >= 0:
+        raise ValueError(f"bucket_cap_mb must be a number >= 0, got {bucket_cap_mb!r}")
     for group in optimizer.param_groups:
         _refuse_options(group)
     _refuse_parameters(optimizer)
-    return GradientRelease(optimizer)
+    return GradientRelease(optimizer, bucket_cap_mb * 2**20)
 
 
 class GradientRelease:
     """What `release_gradients` returns."""
 
-    def __init__(self, optimizer: LipOptimizer) -> None:
+    def __init__(self, optimizer: LipOptimizer, cap: float) -> None:
         self._optimizer = optimizer
+        self._cap = cap  # bytes
         self._places: dict[Tensor, _Place] = {}
         self._plans: dict[Tensor, _Plan] = {}
-        self._stepped: dict[Tensor, Tensor] = {}  # since the last `optimizer.step()`; which live
+        self._buckets: dict[Hashable, _Bucket] = {}
+        self._stepped: set[Tensor] = set()  # since the last `optimizer.step()`
+        self._lives: list[Tensor] = []  # which layers of those live
         self._groups = len(optimizer.param_groups)
         self._started = False
         # Parameters hold their hooks where the garbage collector does not see it.
@@ -118,31 +131,53 @@ class GradientRelease:
     ) -> None:
         self.remove()
 
-    @torch.no_grad()
     def _take(self, param: Tensor) -> None:
-        """Steps a parameter that has just got its gradient."""
-        optimizer = self._optimizer
-        if param in self._stepped:
+        """Steps a parameter that has just got its gradient, or lets it wait for others."""
+        bucket = self._buckets.setdefault(_place_of_work(param.device), {})
+        if param in self._stepped or param in bucket:
             raise RuntimeError(
                 f"{self._name(param)} got a second gradient since the last optimizer.step(), and "
-                "has been stepped with the first: gradient release excludes gradient accumulation "
+                "is stepped with its first: gradient release excludes gradient accumulation "
                 "and, for a parameter used in two of them, checkpoint(use_reentrant=True); call "
                 "optimizer.step() after every backward, or release.remove()"
             )
         if not self._started:  # it may have come after the release
             _refuse_ddp(self._hooks)
             self._started = True
-        optimizer._capture_check()
-        plan = self._plan(param)
-        if plan is not None:
-            self._stepped[param] = optimizer._step(plan.census)
+        if self._place(param) is None or param.grad is None:
+            return
+        if not bucket:
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(partial(self._empty, bucket))  # at the end of this backward
+        bucket[param] = param.nbytes
+        if sum(bucket.values()) >= self._cap:
+            self._empty(bucket)
+
+    @torch.no_grad()
+    def _empty(self, bucket: _Bucket) -> None:
+        """Steps what waits in it."""
+        params = [p for p in bucket if p.grad is not None]  # a backward that failed may be over
+        bucket.clear()
+        if not params:
+            return
+        self._optimizer._capture_check()
+        self._lives.append(self._optimizer._step(self._plan(params).census))
+        self._stepped.update(params)
+        for param in params:
             param.grad = None
 
-    def _plan(self, param: Tensor) -> _Plan | None:
+    def _plan(self, params: list[Tensor]) -> _Plan:
+        plan = self._plans.get(params[0])
+        if plan is None or not plan.holds(self._optimizer, params):
+            # Their numbers are packed for one plan at a time.
+            stale = {id(self._plans[param]) for param in params if param in self._plans}
+            self._plans = {p: x for p, x in self._plans.items() if id(x) not in stale}
+            plan = _Plan(self._optimizer, [self._places[param] for param in params])
+            self._plans |= dict.fromkeys(params, plan)
+        return plan
+
+    def _place(self, param: Tensor) -> _Place | None:
         """None for a parameter that is no longer the optimizer's."""
-        plan = self._plans.get(param)
-        if plan is not None and plan.holds(self._optimizer):
-            return plan
         if not _is_at(self._optimizer, param, self._places.get(param)):
             self._places = {
                 here: _Place(group, index)
@@ -150,10 +185,7 @@ class GradientRelease:
                 for index, here in enumerate(group["params"])
             }
             self._plans = {}
-        if param not in self._places:
-            return None
-        plan = self._plans[param] = _Plan(self._optimizer, self._places[param])
-        return plan
+        return self._places.get(param)
 
     def _name(self, param: Tensor) -> str:
         group, index = self._places[param]
@@ -163,7 +195,7 @@ class GradientRelease:
         """Ends the step of the parameters that were stepped within backward.
 
         Returns:
-            which of their layers live, each of shape [1].
+            which of their layers live, in several vectors.
 
         Raises:
             RuntimeError: if one has a gradient again. Nothing has been changed.
@@ -180,13 +212,18 @@ class GradientRelease:
                     "gradients); call release.remove() to have ordinary steps, or zero_grad() to "
                     "go on without it"
                 )
-        lives = list(self._stepped.values())
-        self._stepped = {}
+        for bucket in self._buckets.values():  # of a backward that failed
+            self._empty(bucket)
+        lives, self._lives = self._lives, []
+        self._stepped = set()
         return lives
 
     def _free(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for param in _parameters(optimizer):
             param.grad = None
+
+
+_Bucket = dict[Tensor, int]  # parameters, and the bytes of each, and so of its gradient
 
 
 class _Place(NamedTuple):
@@ -197,36 +234,61 @@ class _Place(NamedTuple):
 
 
 class _Plan:
-    """How one parameter is stepped, and what that was made from: it holds until that changes."""
+    """How some parameters are stepped together, and what that was made from: it holds until that
+    changes."""
 
-    def __init__(self, optimizer: LipOptimizer, place: _Place) -> None:
-        group, index = place
-        _refuse_options(group)
-        name, param = group["layer_names"][index], group["params"][index]
-        member = optimizer._member(name, param, group, decays_of(group)[index])
-        optimizer._check(member)
-        layer = Layer(name, [member])
-        optimizer._join(layer, {id(group): optimizer._options(group)})
-        self.census = Census([layer], [], [], member.sketch, hidden=False)
-        self.census.pack()
-        self._place, self._member = place, member
+    def __init__(self, optimizer: LipOptimizer, places: Sequence[_Place]) -> None:
+        self._places = places
+        self._members = [_member(optimizer, place) for place in places]
+        layers = [Layer(member.layer, [member]) for member in self._members]
+        options = {id(group): optimizer._options(group) for group, _ in places}
+        for layer in layers:
+            optimizer._join(layer, options)
+        width = max(member.sketch for member in self._members)
+        self.census = Census(by_kind(layers), [], [], width, hidden=False)
+        self.census.note()
         self._made_from = self._facts(optimizer)
 
-    def _facts(self, optimizer: LipOptimizer) -> tuple[object, ...]:
-        param, group = self._member.tensor, self._member.group
-        sparse = param.grad is not None and param.grad.is_sparse
-        kind = (param.device, param.dtype, param.shape, param.stride(), sparse, type(param.grad))
-        spared = list(group.get("no_weight_decay", ()))
-        return optimizer._manner(group), group["capturable"], spared, kind
+    def _facts(self, optimizer: LipOptimizer) -> list[object]:
+        groups = {id(group): group for group, _ in self._places}.values()
+        manners = [
+            (optimizer._manner(g), g["capturable"], list(g.get("no_weight_decay", ())))
+            for g in groups
+        ]
+        return [manners, *(_kind(member.tensor) for member in self._members)]
 
-    def holds(self, optimizer: LipOptimizer) -> bool:
-        member = self._member
-        return (
-            _is_at(optimizer, member.tensor, self._place)
-            and optimizer.state.get(member.tensor) is member.stored
-            and self._facts(optimizer) == self._made_from
-            and self.census.intact
-        )
+    def holds(self, optimizer: LipOptimizer, params: Sequence[Tensor]) -> bool:
+        if not same_objects(params, [member.tensor for member in self._members]):
+            return False
+        for member, place in zip(self._members, self._places, strict=True):
+            if not _is_at(optimizer, member.tensor, place):
+                return False
+            if optimizer.state.get(member.tensor) is not member.stored:
+                return False
+        if self._facts(optimizer) != self._made_from or not self.census.intact:
+            return False
+        self.census.pack()
+        return True
+
+
+def _member(optimizer: LipOptimizer, place: _Place) -> Member:
+    group, index = place
+    _refuse_options(group)
+    name, param = group["layer_names"][index], group["params"][index]
+    member = optimizer._member(name, param, group, decays_of(group)[index])
+    optimizer._check(member)
+    return member
+
+
+def _kind(param: Tensor) -> tuple[object, ...]:
+    sparse = param.grad is not None and param.grad.is_sparse
+    return param.device, param.dtype, param.shape, param.stride(), sparse, type(param.grad)
+
+
+def _place_of_work(device: torch.device) -> Hashable:
+    """Gradients of one are there in the order in which they come: each device has a thread, and
+    may have several streams."""
+    return device, torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 _ACTIVE: weakref.WeakSet[GradientRelease] = weakref.WeakSet()

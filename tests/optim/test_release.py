@@ -92,16 +92,22 @@ def result(net: Net, optimizer: LipOptimizer) -> dict[str, Any]:
     }
 
 
+CAPS = (0, 2**-12, 25)  # MiB: each parameter alone, some together, all together
+
+
 def both(make: Make, run: Callable[[Net, LipOptimizer], Any], **to: Any) -> list[Any]:
-    """What `run` returns with ordinary steps, and with gradients released."""
+    """What `run` returns with ordinary steps, and with gradients released, whatever the cap."""
     results = []
-    for released in (False, True):
+    for cap in (None, *CAPS):
         torch.manual_seed(0)
         net = Net().to(**to)
         optimizer = make(net)
-        with release_gradients(optimizer) if released else nullcontext():
+        released = nullcontext() if cap is None else release_gradients(optimizer, bucket_cap_mb=cap)
+        with released:
             results.append(run(net, optimizer))
-    return results
+    for other in results[2:]:
+        assert_same(other, results[1])
+    return results[:2]
 
 
 def options_of(name: str) -> dict[str, dict[str, Any]]:
@@ -423,6 +429,65 @@ def test_a_copy_is_an_ordinary_one() -> None:
     assert net.embed.weight.grad is not None
 
 
+def bytes_waiting(cap: float, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The bytes of each gradient that is stepped with others, in the order of the steps."""
+    net = deep()
+    optimizer = AdamLip(net.parameters())
+    steps = []
+    step = optimizer._step
+
+    def see(census: Any) -> Tensor:
+        steps.append([member.grad.nbytes for member in census.members])
+        return step(census)
+
+    monkeypatch.setattr(optimizer, "_step", see)
+    release_gradients(optimizer, bucket_cap_mb=cap / 2**20)
+    net(torch.randn(2, WIDTH)).square().sum().backward()
+    return steps
+
+
+def test_gradients_wait_until_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = 4 * WIDTH * WIDTH
+    assert all(len(step) == 1 for step in bytes_waiting(0, monkeypatch))
+    for cap in (1, weight, 3 * weight, SET, 10 * SET):
+        steps = bytes_waiting(cap, monkeypatch)
+        assert sum(map(sum, steps)) == SET
+        assert all(cap <= sum(step) < cap + weight for step in steps[:-1])
+    assert len(steps) == 1
+
+
+def test_a_backward_that_fails_leaves_its_last_gradients_to_the_step() -> None:
+    """What waited then is stepped as well, unless its gradient has been thrown away."""
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(_: Any, grad: Tensor) -> Tensor:
+            raise MemoryError("in backward")
+
+    for throws_away in (False, True):
+        first, last = (nn.Parameter(torch.ones(3)) for _ in range(2))
+        optimizer = AdamLip([first, last], lr=0.1)
+        release_gradients(optimizer)
+        with pytest.raises(MemoryError):
+            (Fails.apply(first * 2) * last).sum().backward()
+        assert last.grad is not None
+        if throws_away:
+            optimizer.zero_grad()
+        optimizer.step()
+        assert first.grad is None
+        assert last.grad is None
+        assert torch.equal(first, torch.ones(3))
+        assert torch.equal(last, torch.ones(3)) == throws_away
+        (first * last).sum().backward()  # and it goes on
+        optimizer.step()
+        assert optimizer.state[first]["step"] == 1
+        assert optimizer.state[last]["step"] == 2 - throws_away
+
+
 # What it cannot do
 
 
@@ -446,7 +511,7 @@ def test_gradient_accumulation_is_refused() -> None:
 def test_a_sparse_gradient_is_refused() -> None:
     table = nn.Embedding(4, 2, sparse=True)
     release_gradients(AdamLip(table.parameters()))
-    with pytest.raises(RuntimeError, match="sparse"):
+    with pytest.raises(RuntimeError, match="AdamLip does not support sparse gradients"):
         table(torch.arange(2)).sum().backward()
 
 
@@ -514,6 +579,14 @@ def test_optimizers_that_are_refused(make: Callable[[Net], Any]) -> None:
     net = Net()
     with pytest.raises(TypeError, match=r"optimizer (is|must be) .*one of the six"):
         release_gradients(make(net))
+    assert_untouched(net)
+
+
+@pytest.mark.parametrize("cap", [-1, math.nan, "25", None])
+def test_caps_that_are_refused(cap: Any) -> None:
+    net = Net()
+    with pytest.raises(ValueError, match=f"bucket_cap_mb must be a number >= 0, got {cap!r}"):
+        release_gradients(maker("adamlip")(net), bucket_cap_mb=cap)
     assert_untouched(net)
 
 
@@ -609,7 +682,7 @@ def peak_of_gradients_and_history(released: bool) -> int:
 
     for p in net.parameters():
         p.register_post_accumulate_grad_hook(look)
-    with release_gradients(optimizer) if released else nullcontext():
+    with release_gradients(optimizer, bucket_cap_mb=0) if released else nullcontext():
         for _ in range(3):
             optimizer.zero_grad()
             net(torch.randn(2, WIDTH)).square().sum().backward()
@@ -627,7 +700,7 @@ def peak_of_everything(released: bool) -> int:
         net(torch.randn(2, WIDTH)).square().sum().backward()
         optimizer.step()
 
-    with release_gradients(optimizer) if released else nullcontext():
+    with release_gradients(optimizer, bucket_cap_mb=0) if released else nullcontext():
         for _ in range(2):
             step()
         optimizer.zero_grad()
