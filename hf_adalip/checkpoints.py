@@ -11,13 +11,18 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .options import TrainingArguments, UsageError
+if TYPE_CHECKING:
+    from .options import TrainingArguments
 
 MANIFEST, RESULTS = "checkpoint.json", "all_results.json"
 PARTIAL, _REPLACED = ".partial", ".replaced.partial"
 _SAVED = re.compile(rf"(step|epoch)_[0-9]+({re.escape(PARTIAL)}|{re.escape(_REPLACED)})?")
+
+
+class UsageError(ValueError):
+    """What is wrong with the arguments, in one line for the user."""
 
 
 def write_manifest(folder: Path, step: int, settings: Mapping[str, Any]) -> None:

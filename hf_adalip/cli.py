@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 from .registry import list_optimizers
+from .version import __version__
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="hf-adalip", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser("optimizers", help="list the optimizers by name")
     listing.add_argument("filter", nargs="?", default="*", help="a wildcard, as in 'ada*'")
@@ -83,7 +85,7 @@ def publish(args: argparse.Namespace) -> int:
                     args.output_dir, args.repo_id, private=args.private, exclude=args.exclude
                 )
             )
-    except hub.PublishError as error:
+    except (hub.PublishError, ImportError) as error:  # it needs an extra
         print(f"hf-adalip publish: error: {error}", file=sys.stderr)
         return 1
     return 0

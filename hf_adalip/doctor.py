@@ -16,7 +16,11 @@ from .registry import NOT_DESCRIBED, list_optimizers
 if TYPE_CHECKING:
     from transformers import Trainer
 
-INSTEAD = 'pass Trainer(..., **trainer_kwargs("adamlip", lr=...)), which is right under any engine'
+INSTEAD = (
+    'pass Trainer(..., **trainer_kwargs("adamlip", lr=...)), which is right under any engine '
+    "(a Trainer that takes no optimizer_cls_and_kwargs, as some of TRL's: call register(), and set "
+    'optim="adamlip")'
+)
 
 LOOKS = 10
 """What is watched is judged by the last so many looks at it: of steps in the doctor, of logs in
@@ -63,6 +67,7 @@ def examine_run(
         steps: of the whole training.
     """
     found = (
+        nothing_to_train(optimizer),
         unused_learning_rate(trainer, optimizer),
         decay_set_twice(trainer, optimizer),
         clip_of_nothing(trainer, optimizer),
@@ -153,6 +158,18 @@ def flat_shards(trainer: Trainer) -> Finding | None:
             'remove "round_robin_gradients" from "zero_optimization" in DeepSpeed\'s configuration',
         )
     return None
+
+
+def nothing_to_train(optimizer: LayerwiseOptimizer) -> Finding | None:
+    """An optimizer that was made of what was frozen then, or of another model's parameters."""
+    if _trained_layers(optimizer):
+        return None
+    return Finding(
+        "none of the optimizer's parameters requires a gradient",
+        "they are frozen, maybe since after the optimizer was made, as PEFT freezes a model's own",
+        "make the optimizer of the model that is trained, once it is as it will be; with "
+        'Trainer(..., **trainer_kwargs("adamlip", lr=...)) it is made then',
+    )
 
 
 def unused_learning_rate(trainer: Trainer, optimizer: LayerwiseOptimizer) -> Finding | None:
@@ -285,6 +302,7 @@ class Watch:
         self.left_out: Counter[str] = Counter()  # steps of a layer whose gradient was not finite
         self.ended: dict[int, int] = {}  # looks at a group's lr at 0, in a row, after it was not
         self.rates: Mapping[str, LayerRate] = {}  # at the last look
+        self.nothing: Finding | None = None  # to train, at the last look
 
     def clip(self, norm: float, max_norm: float, words: str = "") -> None:
         """A gradient of this norm was clipped to `max_norm`, if that is less."""
@@ -293,6 +311,7 @@ class Watch:
             self.clipped_to = words or f"a norm of {max_norm:g}"
 
     def layers(self, optimizer: LayerwiseOptimizer, rates: Mapping[str, LayerRate]) -> None:
+        self.nothing = nothing_to_train(optimizer)
         for name in _trained_layers(optimizer):
             rate = rates.get(name)
             # without a gradient, a layer keeps the numbers of its last step
@@ -311,7 +330,7 @@ class Watch:
                 self.ended[i] += 1
 
     def findings(self) -> list[Finding]:
-        looked = (self._clip(), self._dead(), self._ended(), self._nonfinite())
+        looked = (self.nothing, self._clip(), self._dead(), self._ended(), self._nonfinite())
         return [found for found in looked if found is not None]
 
     def _clip(self) -> Finding | None:

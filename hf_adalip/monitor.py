@@ -72,14 +72,6 @@ class LayerRateHistory:
             self.scale[name].append(None if rate is None else rate.scale)
             self.lr[name].append(None if rate is None else rate.lr)
 
-    def truncate(self, step: int) -> None:
-        """Forgets what came after a step, so that a resumed run does not record it twice."""
-        keep = sum(s <= step for s in self.steps)
-        self.steps = self.steps[:keep]
-        for table in (self.scale, self.lr):
-            for name in table:
-                table[name] = table[name][:keep]
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON with the keys steps, scale and lr; the file is whole or not there."""
         text = json.dumps({"steps": self.steps, "scale": self.scale, "lr": self.lr})

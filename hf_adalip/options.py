@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .augment import Augmentation
+from .checkpoints import UsageError as UsageError
 from .integrations.arguments import convert_arguments, parse_arguments
 from .registry import create_optimizer, get_optimizer_info
 
@@ -40,10 +41,6 @@ SCHEDULERS = (
 
 PAPERS = {"layers": "tensor", "scale_bounds": "none"}
 """Of an optimizer with S, unless the recipe or the user says otherwise."""
-
-
-class UsageError(ValueError):
-    """What is wrong with the arguments, in one line for the user."""
 
 
 def option(default: Any, help: str, type: Callable[[str], Any] = str) -> Any:

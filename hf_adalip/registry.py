@@ -29,7 +29,7 @@ NOT_DESCRIBED = {  # structure, or how rather than what is computed
     *("foreach", "fused", "capturable", "differentiable"),
 }
 
-_WHAT_AND_WHICH = {"model_or_params", "params", "optimizer", "name"}
+_WHAT_AND_WHICH = {"model_or_params", "params", "optimizer", "name", "defaults"}
 """What an optimizer is for, and which it is, are no arguments among others."""
 
 _UNSUITED = {"lbfgs", "sparseadam", "asgd"}
@@ -131,7 +131,7 @@ def register_optimizer(info: OptimizerInfo) -> None:
     """Adds an optimizer under its name.
 
     Raises:
-        ValueError: if the name is taken, by what was registered or as `get_optimizer_info` has it.
+        ValueError: if `get_optimizer_info` knows the name already.
     """
     if _find(info.name) is not None:
         raise ValueError(f"there is an optimizer {info.name!r} already; choose another name")
@@ -164,7 +164,8 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     """The record of a name.
 
     A registered name; `lip-NAME`, for `Lipschitz` over the optimizer NAME of torch or, if it is
-    installed, timm; or the plain name of a torch optimizer ("adam", "sgd"), to compare with.
+    installed, timm; or the plain name of a torch optimizer ("adam", "sgd"), to compare with. Not
+    LBFGS, SparseAdam and ASGD, which S cannot be put on top of.
 
     Raises:
         ValueError: for an unknown name, with the nearest known ones.
@@ -181,6 +182,7 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     raise ValueError(
         f"unknown optimizer {name!r}; {hint}list_optimizers() has {', '.join(_REGISTRY)}, "
         f"and lip-NAME for NAME of torch or timm{'' if _has_timm() else ', which is not installed'}"
+        f" (none for {', '.join(sorted(_UNSUITED))})"
     )
 
 

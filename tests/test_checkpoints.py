@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -75,3 +78,26 @@ def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
     with pytest.raises(ValueError, match=f"{name} is missing"):
         check_distributed(saved)
+
+
+BARE = """
+import sys
+class TorchAlone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("accelerate", "huggingface_hub", "transformers", "yaml"):
+            raise ImportError(f"No module named {name}")
+sys.meta_path.insert(0, TorchAlone())
+"""
+
+
+def test_what_is_for_torch_alone_needs_nothing_more():
+    """And what does need more says which extra has it."""
+    use = "from hf_adalip.checkpoints import check_distributed; check_distributed('nowhere')"
+    publish = (
+        "from hf_adalip.cli import main; sys.argv += 'publish . --repo_id a/b'.split(); main()"
+    )
+    for code, message in ((use, "nowhere"), (publish, "pip install 'hf-adalip[recipes]'")):
+        command = [sys.executable, "-c", BARE + code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 1
+        assert message in done.stderr.splitlines()[-1]

@@ -127,6 +127,39 @@ def test_what_of_a_clip_s_sees():
     assert "from 0.33 to 1" in found.what
 
 
+def test_an_optimizer_of_frozen_parameters_alone_is_told_once(tmp_path):
+    """As PEFT leaves one that was made of the model before its adapters."""
+
+    def too_early(net):
+        optimizer = AdamLip(net.named_parameters(), lr=1e-3)
+        net.requires_grad_(False)
+        net.add_module("adapter", nn.Linear(4, 4))
+        net.forward = lambda x, labels: {"loss": (net.adapter(x).sum(1) - labels).square().mean()}
+        return optimizer, None
+
+    (text,) = told(tmp_path, Net(), too_early)
+    assert text.startswith("none of the optimizer's parameters requires a gradient: ")
+    assert "once it is as it will be" in text
+    watch, weight = Watch(), nn.Parameter(torch.ones(2), requires_grad=False)
+    watch.layers(AdamLip([weight]), {})  # in a loop
+    assert [str(found) for found in watch.findings()] == [text]
+
+
+def test_attaching_again_changes_what_is_logged_and_no_more(tmp_path):
+    trainer = Trainer(
+        Net(),
+        arguments(tmp_path, max_grad_norm=1.0),
+        train_dataset=rows(),
+        **trainer_kwargs("adamlip", lr=1e-3),
+    )
+    attach(trainer)
+    attach(trainer, log_layers=True)
+    with pytest.warns(UserWarning, match="gradients are clipped") as seen:
+        trainer.train()
+    assert len([one for one in seen if "gradients are clipped" in str(one.message)]) == 1
+    assert any(key.startswith("layer_lr/first") for key in trainer.state.log_history[0])
+
+
 def test_layers_without_a_gradient_are_told(tmp_path):
     (text,) = told(tmp_path, Net(head=nn.Linear(3, 3), spare=nn.Linear(2, 2)))
     assert text.startswith("no gradient reaches head, spare: ")

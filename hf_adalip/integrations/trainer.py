@@ -19,6 +19,7 @@ from ..doctor import (
     dropped_optimizer,
     examine_run,
     flat_shards,
+    nothing_to_train,
     replaced_options,
 )
 from ..monitor import layerwise, summary
@@ -26,12 +27,13 @@ from ..registry import create_optimizer, describe_optimizer, get_optimizer_info,
 from .arguments import convert_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import Trainer
 
 _NEEDS = (
-    "hf_adalip knows transformers 5.2 to 5.24 here; install one of these, or pass "
+    "hf_adalip knows transformers 5.2 to 5.24 here; install one of these (pip install "
+    "'hf-adalip[trainer]'), or pass "
     "`optimizers=(optimizer, None)` to Trainer"
 )
 
@@ -39,8 +41,36 @@ _NEEDS = (
 class ModelOptimizer:
     """What Trainer takes for an optimizer factory: it is given the model, so names are known."""
 
-    def __call__(self, model: nn.Module, *, name: str, **arguments: Any) -> Optimizer:
-        return create_optimizer(model, name, **arguments)
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        optimizer_dict: Sequence[Mapping[str, Any]] | None = None,
+        **arguments: Any,
+    ) -> Optimizer:
+        """
+        Args:
+            model: what is trained.
+            name: of the optimizer.
+            optimizer_dict: parameter groups instead of the model's own, of a Trainer that trains
+                more than the model (that of sentence-transformers: its loss, too). What is in a
+                group and not in the model is a layer for each tensor.
+            **arguments: of the optimizer.
+        """
+        if optimizer_dict is None:
+            return create_optimizer(model, name, **arguments)
+        names = {id(param): name for name, param in model.named_parameters()}
+        groups = []
+        for number, group in enumerate(optimizer_dict):
+            params = [
+                (names.get(id(param), f"optimizer_dict.{number}.{i}.weight"), param)
+                for i, param in enumerate(group["params"])
+            ]
+            groups += [{**group, "params": params}] if params else []
+        if get_optimizer_info(name).takes_layers:
+            arguments.setdefault("layers", "module")
+        return create_optimizer(groups, name, **arguments)
 
 
 def trainer_kwargs(name: str, **hyperparameters: Any) -> dict[str, Any]:
@@ -134,16 +164,17 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
 
     Every training log, and with it every tracker, gets min, median and max over the layers of S
     (`lipschitz_scale/...`) and of the learning rate (`layer_lr/...`). The card that
-    `create_model_card` and `push_to_hub` write names the optimizer that ran, its arguments and
-    its learning rate, where Trainer would print the unused `args.optim`.
+    `create_model_card` and `push_to_hub` of transformers' own Trainer write names the optimizer
+    that ran, its arguments and its learning rate, where Trainer would print the unused
+    `args.optim`. (TRL's and sentence-transformers' Trainers write cards of their own.)
 
-    It warns, once each, of what `hf-adalip doctor` finds too: a learning rate or weight decay that
-    is set and not used, a schedule that ends too early, and, by the last ten logs, a clipping of
-    gradients that changes and layers that no gradient reaches; and, in a resumed training, of
-    options that the checkpoint has replaced.
+    It warns, once each, of what `hf-adalip doctor` finds too: an optimizer of frozen parameters
+    alone, a learning rate or weight decay that is set and not used, a schedule that ends too
+    early, and, by the last ten logs, a clipping of gradients that changes and layers that no
+    gradient reaches; and, in a resumed training, of options that the checkpoint has replaced.
 
     Args:
-        trainer: before `train()`.
+        trainer: before `train()`. Called again with the same one, it changes `log_layers`.
         log_layers: log every layer's values too.
 
     Raises:
@@ -155,9 +186,17 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
     from transformers import Trainer, TrainerCallback
 
     if not isinstance(trainer, Trainer):
-        raise TypeError(f"attach needs a transformers.Trainer, got {type(trainer).__name__}")
+        raise TypeError(
+            "attach needs a transformers.Trainer, got "
+            f"{type(trainer).__module__}.{type(trainer).__qualname__}"
+        )
+    attached = getattr(trainer, "_hf_adalip", None)
+    if attached is not None:
+        attached["log_layers"] = log_layers
+        return
     if wrong := dropped_optimizer(trainer) or flat_shards(trainer):
         raise WrongOptimizerError(wrong)
+    trainer._hf_adalip = attached = {"log_layers": log_layers}
     watch, told = Watch(), set()
     made = [dict(group) for group in trainer.optimizer.param_groups] if trainer.optimizer else None
 
@@ -176,7 +215,8 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
                 raise RuntimeError(
                     f"Trainer trains with {name}, which has no learning rate per layer: {INSTEAD}"
                 )
-            if state.global_step and not any("lipschitz_scale" in s for s in found.state.values()):
+            resumed = state.global_step and not nothing_to_train(found)
+            if resumed and not any("lipschitz_scale" in s for s in found.state.values()):
                 warnings.warn(
                     f"Trainer goes on from step {state.global_step}, but found no S of any layer "
                     "in the checkpoint (another engine's, or save_only_model): S starts at 1",
@@ -198,7 +238,7 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
                 watch.clip(logs["grad_norm"], trainer.args.max_grad_norm or math.inf)
             warn_once(watch.findings())
             logs.update(summary(rates))
-            for name, rate in rates.items() if log_layers else ():
+            for name, rate in rates.items() if attached["log_layers"] else ():
                 logs[f"lipschitz_scale/{name}"] = rate.scale
                 logs[f"layer_lr/{name}"] = rate.lr
         log(logs, *args, **kwargs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
+from .groups import number_of
 from .lipschitz import Estimator
 from .norms import index_tensor
 from .shards import Over
@@ -116,7 +117,8 @@ class Census:
             else:
                 self.kinds[-1] = (layer.options, slice(self.kinds[-1][1].start, i + 1))
         self.raises = any(estimator.nonfinite == "raise" for (estimator, _), _ in self.kinds)
-        self.groups = list({id(m.group): m.group for layer in layers for m in layer.all}.values())
+        groups = {number_of(m.group): m.group for layer in layers for m in layer.all}
+        self.groups = list(groups.values())
         self.runs: list[Any] = []  # an optimizer's, of members that are stepped together
         self.kept = False  # whether the optimizer has the members' state
         self._vectors: dict[str, Tensor] = {}
@@ -130,8 +132,8 @@ class Census:
         """Sets the order of the members, given with the index of their layer."""
         self.members = [member for _, member in members]
         self.owner = tuple(i for i, _ in members)
-        places = {id(group): i for i, group in enumerate(self.groups)}
-        self.group_of = tuple(places[id(member.group)] for member in self.members)
+        places = {number_of(group): i for i, group in enumerate(self.groups)}
+        self.group_of = tuple(places[number_of(member.group)] for member in self.members)
         self.sketching = tuple(i for i, member in enumerate(self.members) if member.sketch)
         self._spread = None if _is_range(self.owner, len(self.layers)) else self.owner
         firsts = {layer: place for place, layer in reversed(list(enumerate(self.owner)))}
@@ -209,8 +211,7 @@ class Census:
             self._vectors[key].copy_(self.spread(values))
             return
         owned = zip(self.owner, self.members, strict=True)
-        first, last, _ = here.indices(len(self.layers))
-        mine = [(i - first, m) for i, m in owned if first <= i < last]
+        mine = [(i - here.start, m) for i, m in owned if here.start <= i < here.stop]
         store([m.state[key] for _, m in mine], pick(values, tuple(i for i, _ in mine)))
 
 

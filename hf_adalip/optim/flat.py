@@ -15,10 +15,11 @@ from torch import Tensor
 from .shards import Over, is_model_parallel
 
 _UNKNOWN = (
-    "the parameters of a group were replaced ({}) by flat tensors in which layers cannot be told "
-    "apart. Ways that work: FSDP2 (fsdp_version: 2 in accelerate's configuration), DDP, FSDP1 with "
-    "use_orig_params=True, or DeepSpeed ZeRO with an optimizer that was made from the parameters "
-    "of the model that DeepSpeed trains"
+    "the parameters of a group were replaced ({}) by tensors in which layers cannot be told apart. "
+    "By hand, use add_param_group or make a new optimizer; engines that work are FSDP2 "
+    "(fsdp_version: 2 in accelerate's configuration), DDP, FSDP1 with use_orig_params=True, and "
+    "DeepSpeed ZeRO with an optimizer that was made from the parameters of the model that "
+    "DeepSpeed trains"
 )
 
 

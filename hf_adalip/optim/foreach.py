@@ -162,7 +162,8 @@ def _measure(batch: Batch) -> Tensor:
         return torch.stack([rules.sketched(*row, batch.sketch) for row in rows])
     changes = list(torch._foreach_sub(now, batch.signal.before(old, retraced)))
     size = norms(grads)
-    return torch.stack([size, size if now is grads else norms(now), norms(changes)], dim=1)
+    own = norms(now) if batch.signal.measures_updates else size
+    return torch.stack([size, own, norms(changes)], dim=1)
 
 
 def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:

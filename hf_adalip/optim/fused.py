@@ -24,7 +24,7 @@ Copies = list[tuple[Tensor, Tensor]]
 _dtype, _place = attrgetter("dtype"), attrgetter("device", "shape")
 
 _WORTH = 2**20
-"""Elements of an optimizer from which on."""
+"""Elements of an optimizer from which on the fused form is the default on a CPU."""
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _RULES: dict[type[Rule], Literal["SGD", "RMSprop", "Adam"]] = {

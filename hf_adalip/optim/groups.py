@@ -80,6 +80,13 @@ def decays_of(group: dict[str, Any]) -> list[bool]:
     return [name not in spared for name in group.get("param_names", group["params"])]
 
 
+def number_of(group: dict[str, Any]) -> int:
+    """Which of an optimizer's groups it is, by which torch.compile knows it, too: id() of a dict is
+    beyond torch 2.10's."""
+    number: int = group["layer_group"]
+    return number
+
+
 def structure_of(group: dict[str, Any]) -> dict[str, Any]:
     """What a group's parameters are, which loading a state_dict leaves as it is."""
     return {key: group[key] for key in STRUCTURE if key in group}

@@ -170,7 +170,7 @@ def sketch(
         size: k, how many numbers; a power of two, at least 32.
         shape: of the whole tensor; x's by default.
         offset: where in the whole x begins, in each dimension; zeros by default.
-        seed: which projection.
+        seed: which projection; 0 in an optimizer, as the compiled kernels have it.
 
     Returns:
         shape [size], in float32 (float64 for float64), on x's device. The sum over the parts of

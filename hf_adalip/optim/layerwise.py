@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,14 @@ from .census import (
     scalar,
 )
 from .flat import Original, Part, flat_tensors, is_held, parts_of, unknown
-from .groups import Layers, decays_of, name_layers, restore_structure, structure_of
+from .groups import (
+    Layers,
+    decays_of,
+    name_layers,
+    number_of,
+    restore_structure,
+    structure_of,
+)
 from .history import HISTORIES, SKETCH, Exact, history_of
 from .lipschitz import FORGOTTEN, NO_PREDECESSOR, Estimator, LayerState
 from .names import by_name
@@ -167,18 +173,27 @@ class LayerwiseOptimizer(Optimizer):
         self._remember_originals(self.param_groups[-1])
 
     def _remember_originals(self, group: dict[str, Any]) -> None:
-        """Keeps hold of a group's parameters, for an engine that will replace them."""
-        originals = self.__dict__.setdefault("_given", [])
-        group["layer_group"] = len(originals)
-        named = zip(group["layer_names"], decays_of(group), group["params"], strict=True)
-        originals.append([(name, decays, weakref.ref(param)) for name, decays, param in named])
+        """Keeps hold of a group's parameters, for an engine that will replace them.
 
-    def _originals(self, group: dict[str, Any]) -> list[Original]:
-        """The group's parameters that are still there, as they were given."""
+        Of the list that they are in: DeepSpeed, whose flat tensors need them, puts another list
+        in its place, and accelerate empties it, so as to have their memory. (A weak reference to
+        each would keep torch from swapping it, as FSDP2 does when a module is converted.)
+        """
+        given = self.__dict__.setdefault("_given", [])
+        group["layer_group"] = len(given)
+        given.append((list(group["layer_names"]), decays_of(group), group["params"]))
+
+    def _originals(self, group: dict[str, Any] | None = None) -> list[Original]:
+        """The parameters of a group, or of all, as they were given."""
         given = self.__dict__.get("_given", [])
-        index = group.get("layer_group", len(given))
-        refs = given[index] if index < len(given) else []
-        return [Original(n, decays, p) for n, decays, ref in refs if (p := ref()) is not None]
+        if group is not None:
+            index = group.get("layer_group", len(given))
+            given = given[index : index + 1]
+        return [
+            Original(*of)
+            for names, decays, params in given
+            for of in zip(names, decays, params, strict=False)
+        ]
 
     def _state_keys(self, group: dict[str, Any]) -> Keys:
         """What the parameters of the group keep."""
@@ -254,7 +269,7 @@ class LayerwiseOptimizer(Optimizer):
         params, sizes = group["params"], group.get("layer_sizes", ())
         if len(params) != len(sizes):
             return True
-        if len(params) == 1 and not torch.compiler.is_compiling():  # which follows no weakref
+        if len(params) == 1:
             # A flat tensor of one parameter may be of its size.
             held = [x.param for x in self._originals(group) if is_held(x.param)]
             if held and held[0] is not params[0]:
@@ -337,10 +352,11 @@ class LayerwiseOptimizer(Optimizer):
 
     def _survey(self) -> Census:
         """The census of this step: that of the last one, where nothing it says has changed."""
-        kept: Kept | None = self.__dict__.get("_kept")
-        if kept is not None and not torch.compiler.is_compiling() and kept.holds(self):
-            return kept.census
-        self.__dict__.pop("_kept", None)
+        if not torch.compiler.is_compiling():
+            kept: Kept | None = self.__dict__.get("_kept")
+            if kept is not None and kept.holds(self):
+                return kept.census
+            self.__dict__.pop("_kept", None)
         return self._collect()
 
     def _remember(self, census: Census) -> None:
@@ -392,13 +408,13 @@ class LayerwiseOptimizer(Optimizer):
         self._check_whole(layers)
         if not layers and not self.state:
             refuse_if_fsdp1_took_all()
-        options = {id(group): self._options(group) for group in self.param_groups}
+        options = {number_of(group): self._options(group) for group in self.param_groups}
         for layer in layers.values():
             self._join(layer, options)
         return Census(by_kind(list(layers.values())), over, sketched, width, hidden)
 
     def _join(self, layer: Layer, options: dict[int, Options]) -> None:
-        layer.options, *others = dict.fromkeys(options[id(m.group)] for m in layer.all)
+        layer.options, *others = dict.fromkeys(options[number_of(m.group)] for m in layer.all)
         if others:
             raise ValueError(
                 f"layer {layer.name!r} has parameters in groups with different gamma, c, "
@@ -443,8 +459,7 @@ class LayerwiseOptimizer(Optimizer):
         """ZeRO steps one flat tensor after the other: a layer must not lie in two of them."""
         if not any(m.parts for layer in layers.values() for m in layer.members):
             return
-        given = itertools.chain.from_iterable(self.__dict__.get("_given", ()))
-        held = Counter(n for n, _, ref in given if (p := ref()) is not None and is_held(p))
+        held = Counter(x.layer for x in self._originals() if is_held(x.param))
         for layer in layers.values():
             if len(layer.all) < held[layer.name]:
                 raise RuntimeError(

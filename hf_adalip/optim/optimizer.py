@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 
 from . import foreach, fused, rules
 from .census import Census, Member, Options, as_scalar, real, store
-from .groups import Layers
+from .groups import Layers, number_of
 from .history import DEFAULT_SKETCH_SIZE, DTYPES, SKETCH
 from .kernels import KernelError
 from .layerwise import Keys, LayerwiseOptimizer, apart
@@ -33,9 +33,7 @@ from .signals import Signal, Updates, remembered_rates
 if TYPE_CHECKING:
     from .release import GradientRelease
 
-_BOTH = ("foreach", "fused")
-
-FORMS = (rules, foreach, fused)
+FORMS = {"loop": rules, "foreach": foreach, "fused": fused}
 
 _FLAGS = (
     *("nesterov", "eps_in_sqrt", "decoupled_weight_decay"),
@@ -399,20 +397,21 @@ class LipOptimizer(LayerwiseOptimizer):
             if group["fused"] and group["params"]:  # set by hand, loaded, or moved since
                 fused.refuse_unless_possible(group["params"])
         size = sum(local(p).numel() for group in self.param_groups for p in group["params"])
-        chosen = {id(group): _form(group, size) for group in self.param_groups}
+        chosen = {number_of(group): _form(group, size) for group in self.param_groups}
         for i, layer in enumerate(census.layers):
             for member, absent in [
                 *((m, False) for m in layer.members),
                 *((m, True) for m in layer.absent),
             ]:
                 param = member.param
-                form = chosen[id(member.group)]
-                if form is fused and not _fits(member):
-                    form = foreach
+                number = number_of(member.group)
+                form = chosen[number]
+                if form == "fused" and not _fits(member):
+                    form = "foreach"
                 kind = (member.decays, member.sketch, param.device, param.dtype)
-                key = (absent, FORMS.index(form), id(member.group), *kind)
+                key = (absent, form, number, *kind)
                 alike.setdefault(key, []).append((i, member))
-        kinds = sorted(alike, key=lambda kind: (FORMS[kind[1]] is fused, kind[0]))
+        kinds = sorted(alike, key=lambda kind: (kind[1] == "fused", kind[0]))
         census.arrange([entry for kind in kinds for entry in alike[kind]])
         runs, start, sketched = [], 0, 0
         for absent, form, *kind in kinds:
@@ -499,21 +498,21 @@ def _estimator(gamma: Any, c: Any, bounds: Any, nonfinite: Any) -> Estimator:
     return Estimator(gamma, c, bounds, nonfinite)
 
 
-def _form(group: dict[str, Any], size: int) -> ModuleType:
+def _form(group: dict[str, Any], size: int) -> Literal["loop", "foreach", "fused"]:
     """The form in which a group is stepped, of an optimizer with `size` elements in all."""
     compiling = torch.compiler.is_compiling()  # which makes kernels of the loop itself
     if group["differentiable"]:
-        return rules
+        return "loop"
     if group["fused"]:
-        return foreach if compiling else fused
+        return "foreach" if compiling else "fused"
     if group["foreach"] is not None:
-        return foreach if group["foreach"] else rules
+        return "foreach" if group["foreach"] else "loop"
     params = [local(p) for p in group["params"]]
     if any(p.device.type != "cpu" for p in params):
-        return foreach if _default_to_fused_or_foreach(params, False)[1] else rules
+        return "foreach" if _default_to_fused_or_foreach(params, False)[1] else "loop"
     if group["fused"] is None and not compiling and fused.pays(size):
-        return fused
-    return foreach
+        return "fused"
+    return "foreach"
 
 
 def _is_plain(member: Member) -> bool:
@@ -588,7 +587,11 @@ def _validate(group: dict[str, Any]) -> None:
         raise ValueError(f"foreach must be None, True or False, got {group['foreach']!r}")
     if group["fused"] not in (None, True, False):
         raise ValueError(f"fused must be None, True or False, got {group['fused']!r}")
-    for one, other in (("foreach", "differentiable"), ("fused", "differentiable"), _BOTH):
+    for one, other in (
+        ("foreach", "differentiable"),
+        ("fused", "differentiable"),
+        ("foreach", "fused"),
+    ):
         if group[one] and group[other]:
             raise ValueError(f"{one}=True and {other}=True exclude each other")
     if group["capturable"] and group["nonfinite"] == "raise":

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from .census import Census, Layer, Member, same_objects
 from .flat import is_held
-from .groups import decays_of
+from .groups import decays_of, number_of
 from .layerwise import by_kind
 from .lipschitz import is_number
 from .optimizer import LipOptimizer
@@ -241,7 +241,7 @@ class _Plan:
         self._places = places
         self._members = [_member(optimizer, place) for place in places]
         layers = [Layer(member.layer, [member]) for member in self._members]
-        options = {id(group): optimizer._options(group) for group, _ in places}
+        options = {number_of(group): optimizer._options(group) for group, _ in places}
         for layer in layers:
             optimizer._join(layer, options)
         width = max(member.sketch for member in self._members)
@@ -250,7 +250,7 @@ class _Plan:
         self._made_from = self._facts(optimizer)
 
     def _facts(self, optimizer: LipOptimizer) -> list[object]:
-        groups = {id(group): group for group, _ in self._places}.values()
+        groups = {number_of(group): group for group, _ in self._places}.values()
         manners = [
             (optimizer._manner(g), g["capturable"], list(g.get("no_weight_decay", ())))
             for g in groups

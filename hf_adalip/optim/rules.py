@@ -220,7 +220,8 @@ def measure(batch: Batch) -> Tensor:
             continue
         before = signal.before(old, partial(_retraced, batch, old, state, step - 1))
         size = norm(grad)
-        rows.append(torch.stack([size, size if now is grad else norm(now), norm(now - before)]))
+        own = norm(now) if signal.measures_updates else size
+        rows.append(torch.stack([size, own, norm(now - before)]))
     return torch.stack(rows)
 
 

@@ -1,8 +1,8 @@
 """The six optimizers: a signature, a rule and a signal each.
 
 What all of them take by keyword (`scale_bounds`, `nonfinite`, `decoupled_weight_decay`, `history`,
-`sketch_size`, `foreach`, `fused`, `maximize`, `capturable`, `differentiable`) is documented in
-`LipOptimizer`.
+`sketch_size`, `foreach`, `fused`, `maximize`, `capturable`, `differentiable`, and `previous` for
+the -U forms) is documented in `LipOptimizer`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class AdaLip(LipOptimizer):
         gamma: γ, coefficient of the moving average, in (0, 1).
         c: positive constant in the denominator, or "theoretical" (Eq. A.3).
         layers: "tensor", "module" (needs named parameters), or a function from a name to a key.
-        **options: see `LipOptimizer`.
+        **options: scale_bounds=(0.1, 10.0), nonfinite="skip", decoupled_weight_decay=True,
+            history="exact", sketch_size=4096, foreach, fused, maximize, capturable and
+            differentiable: see help(hf_adalip.optim.LipOptimizer).
 
     State: `momentum_buffer` (with momentum) and `prev_grad`, of the parameter's shape and dtype.
 
@@ -99,8 +101,10 @@ class RMSLip(LipOptimizer):
         gamma: γ, coefficient of the moving average, in (0, 1).
         c: positive constant in the denominator, or "theoretical" (Eq. A.3).
         layers: "tensor", "module" (needs named parameters), or a function from a name to a key.
-        eps_in_sqrt: where ε stands.
-        **options: see `LipOptimizer`.
+        eps_in_sqrt: True to add ε under the root; False (default) after it.
+        **options: scale_bounds=(0.1, 10.0), nonfinite="skip", decoupled_weight_decay=True,
+            history="exact", sketch_size=4096, foreach, fused, maximize, capturable and
+            differentiable: see help(hf_adalip.optim.LipOptimizer).
 
     State: `square_avg` and `prev_grad`, of the parameter's shape and dtype.
 
@@ -144,8 +148,10 @@ class AdamLip(LipOptimizer):
         gamma: γ, coefficient of the moving average, in (0, 1).
         c: positive constant in the denominator, or "theoretical" (Eq. A.3).
         layers: "tensor", "module" (needs named parameters), or a function from a name to a key.
-        eps_in_sqrt: where ε stands.
-        **options: see `LipOptimizer`.
+        eps_in_sqrt: True to add ε under the root; False (default) after it.
+        **options: scale_bounds=(0.1, 10.0), nonfinite="skip", decoupled_weight_decay=True,
+            history="exact", sketch_size=4096, foreach, fused, maximize, capturable and
+            differentiable: see help(hf_adalip.optim.LipOptimizer).
 
     State: `exp_avg`, `exp_avg_sq` and `prev_grad`, of the parameter's shape and dtype.
 

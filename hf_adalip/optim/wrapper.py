@@ -18,7 +18,7 @@ from .census import SCALARS, Census, Layer, Member, Options, State, as_scalar, r
 from .groups import Layers, name_layers, restore_structure, structure_of
 from .kernels import KernelError
 from .layerwise import Keys, LayerwiseOptimizer, apart, forget_predecessor
-from .lipschitz import Estimator
+from .lipschitz import Estimator, is_number
 from .names import by_name
 from .norms import index_tensor, mixed_norms
 from .rules import SGD, Batch, wide
@@ -63,8 +63,9 @@ class Lipschitz(LayerwiseOptimizer):
 
     Raises:
         TypeError: if `optimizer` is not a torch.optim.Optimizer.
-        ValueError: for a bad value, for an optimizer that has an S already, for LBFGS, and for
-            one that averages iterates (ASGD, schedule-free ones, which have train() and eval()).
+        ValueError: for a bad value, for an optimizer that has an S already, for LBFGS, for one
+            that averages iterates (ASGD, schedule-free ones, which have train() and eval()), and
+            for one without a learning rate.
     """
 
     def __init__(
@@ -97,6 +98,14 @@ class Lipschitz(LayerwiseOptimizer):
                 f"{type(optimizer).__name__} keeps iterates of its own beside the parameters, "
                 "which would take the step that S has not scaled; choose another base"
             )
+        for group in optimizer.param_groups:
+            lr = group.get("lr")
+            if not isinstance(lr, Tensor) and not is_number(lr):
+                raise ValueError(
+                    f"{type(optimizer).__name__} has a group with lr={lr!r}, and S scales a "
+                    "learning rate: give it a number (Adafactor of transformers: with "
+                    "relative_step=False, too)"
+                )
         if signal not in ("gradient", "update"):
             raise ValueError(f'signal must be "gradient" or "update", got {signal!r}')
         if previous not in (None, "applied", "proposed"):

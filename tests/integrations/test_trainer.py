@@ -94,6 +94,43 @@ def test_an_optimizer_given_to_trainer_trains(tmp_path, name):
     assert losses[-1] < 0.9 * losses[0]
 
 
+class TrainsItsLoss(Trainer):
+    """As sentence-transformers' trains a loss with parameters of its own, and by `--optim`."""
+
+    head = None
+
+    def get_optimizer_cls_and_kwargs(self, args, model=None):
+        optimizer_cls, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+        params = list(self.model.parameters())
+        groups = [
+            {"params": params[1:], "weight_decay": 0.1},
+            {"params": [], "weight_decay": 0.0},
+            {"params": [params[0], *self.head.parameters()], "weight_decay": 0.0, "lr": 0.02},
+        ]
+        return optimizer_cls, {**kwargs, "optimizer_dict": groups}
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return model(**inputs).loss + self.head(torch.ones(1, 3)).square().sum()
+
+
+@pytest.mark.parametrize("name", ["adamlip", "lip-adamw"])
+def test_parameter_groups_that_a_trainer_makes_itself(tmp_path, name):
+    register()
+    args = arguments(tmp_path, optim=name, learning_rate=1e-3)
+    trainer = TrainsItsLoss(model=bert(), args=args, train_dataset=texts())
+    trainer.head = torch.nn.Linear(3, 3)
+    before = [p.detach().clone() for p in trainer.head.parameters()]
+    trainer.train()
+    after = list(trainer.head.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    optimizer = layerwise(trainer.optimizer)
+    assert [g["initial_lr"] for g in optimizer.param_groups] == [1e-3, 0.02]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+    layers = optimizer.layer_learning_rates()
+    assert {"bert.embeddings.word_embeddings", "classifier"} < set(layers)
+    assert len([layer for layer in layers if layer.startswith("optimizer_dict")]) == 2
+
+
 def test_the_factory_sees_the_model(tmp_path):
     trainer = Trainer(
         model=bert(),
@@ -301,7 +338,7 @@ def test_the_model_card_names_what_ran(tmp_path):
 
 def test_attach_is_for_trainers():
     optimizer = hf_adalip.AdamLip([torch.ones(1, requires_grad=True)])
-    with pytest.raises(TypeError, match=r"attach needs a transformers\.Trainer, got AdamLip"):
+    with pytest.raises(TypeError, match=r"transformers\.Trainer, got hf_adalip\..*AdamLip$"):
         attach(optimizer)
 
 

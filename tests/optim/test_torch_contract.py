@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from hf_adalip import AdaLip, AdamLip, AdamLipU
+from hf_adalip import AdaLip, AdamLip, AdamLipU, Lipschitz
 from tests.optim.cases import (
     CLASSES,
     assert_same,
@@ -584,3 +584,27 @@ def test_layer_learning_rates_are_plain_numbers(name: str, foreach: bool) -> Non
         grads = random_grads(params, 1)
         norm = math.hypot(grads["a.weight"].norm(), grads["a.bias"].norm())
         assert rates["a"].norm == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_parameters_can_be_swapped(wrapped: bool) -> None:
+    """As modules are converted under FSDP2, and where torch is told to: what is a parameter may
+    have no weak reference then."""
+    results = []
+    for swapped in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        optimizer = (
+            Lipschitz(torch.optim.Adam(layer.named_parameters(), lr=0.1))
+            if wrapped
+            else AdamLip(layer.named_parameters(), lr=0.1)
+        )
+        for i in range(4):
+            if swapped and i in (0, 2):
+                new = torch.nn.Parameter(layer.weight.detach().clone())
+                torch.utils.swap_tensors(layer.weight, new)
+            optimizer.zero_grad()
+            layer(torch.full((1, 3), 1.0 + i)).square().sum().backward()
+            optimizer.step()
+        results.append(snapshot(optimizer, dict(layer.named_parameters())))
+    assert_same(*results)

@@ -679,6 +679,19 @@ def test_refuses_what_keeps_iterates_of_its_own(kind: Any) -> None:
         Lipschitz(kind(named_params().values(), lr=0.1))
 
 
+class OwnRate(torch.optim.SGD):
+    """As transformers' Adafactor is by default."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.param_groups[0]["lr"] = None
+
+
+def test_refuses_what_has_no_learning_rate_to_scale() -> None:
+    with pytest.raises(ValueError, match="OwnRate has a group with lr=None"):
+        Lipschitz(OwnRate(named_params().values()))
+
+
 def test_a_group_added_to_the_base_alone_is_refused() -> None:
     params, more = named_params(), named_params()
     optimizer = Lipschitz(torch.optim.SGD(list(params.values()), lr=0.1))

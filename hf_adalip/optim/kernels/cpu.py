@@ -108,7 +108,8 @@ def _compile(source: str, *flags: str) -> ctypes.CDLL:
     # and locks between processes that compile the same.
     from torch._inductor.codecache import CppCodeCache
 
-    made: ctypes.CDLL = CppCodeCache.load(source, extra_flags=(*_FLAGS, *flags))
+    # `load` takes no flags in torch 2.6.
+    made: ctypes.CDLL = CppCodeCache.load_async(source, extra_flags=(*_FLAGS, *flags))()
     return made
 
 
