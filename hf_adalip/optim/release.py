@@ -95,7 +95,7 @@ class GradientRelease:
         self._cap = cap  # bytes
         self._places: dict[Tensor, _Place] = {}
         self._plans: dict[Tensor, _Plan] = {}
-        self._buckets: dict[Hashable, _Bucket] = {}
+        self._buckets: dict[Hashable, _Bucket] = {}  # of each queue
         self._stepped: set[Tensor] = set()  # since the last `optimizer.step()`
         self._lives: list[Tensor] = []  # which layers of those live
         self._groups = len(optimizer.param_groups)
@@ -133,7 +133,7 @@ class GradientRelease:
 
     def _take(self, param: Tensor) -> None:
         """Steps a parameter that has just got its gradient, or lets it wait for others."""
-        bucket = self._buckets.setdefault(_place_of_work(param.device), {})
+        bucket = self._buckets.setdefault(_queue(param.device), {})
         if param in self._stepped or param in bucket:
             raise RuntimeError(
                 f"{self._name(param)} got a second gradient since the last optimizer.step(), and "
@@ -285,9 +285,9 @@ def _kind(param: Tensor) -> tuple[object, ...]:
     return param.device, param.dtype, param.shape, param.stride(), sparse, type(param.grad)
 
 
-def _place_of_work(device: torch.device) -> Hashable:
-    """Gradients of one are there in the order in which they come: each device has a thread, and
-    may have several streams."""
+def _queue(device: torch.device) -> Hashable:
+    """Where gradients are made one after the other: each device has a thread of its own in
+    backward, and may have several streams."""
     return device, torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
