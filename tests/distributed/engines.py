@@ -386,6 +386,11 @@ def finish(path, found):
     """Writes what was found, and ends the processes together."""
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(found))
+    leave()
+
+
+def leave():
+    """Ends the group of the processes, together."""
     gc.collect()  # models in reference cycles hold the group: they must not outlive it
     dist.barrier()
     dist.destroy_process_group()

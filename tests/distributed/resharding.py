@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from hf_adalip import create_optimizer
 from hf_adalip.monitor import layerwise
-from tests.distributed.engines import Net, batch, data_parallel_share, whole, wrap
+from tests.distributed.engines import Net, batch, data_parallel_share, leave, whole, wrap
 
 SAVED, END = 6, 12
 
@@ -156,10 +156,10 @@ def main():
             run.load()
         run.train(SAVED, END)
         results[f"{engine} {way} {name}"] = run.found()
+        del run
     if dist.get_rank() == 0:
         torch.save(results, f"{folder}.{mode}.{dist.get_world_size()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -244,8 +244,7 @@ def main():
     results = {"save": save, "load": load}[mode](folder)
     if dist.get_rank() == 0:
         torch.save(results, f"{folder}/{mode}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    engines.leave()
 
 
 if __name__ == "__main__":
