@@ -160,16 +160,17 @@ def flat_shards(trainer: Trainer) -> Finding | None:
     return None
 
 
+FROZEN = Finding(
+    "none of the optimizer's parameters requires a gradient",
+    "they are frozen, maybe since after the optimizer was made, as PEFT freezes a model's own",
+    "make the optimizer of the model that is trained, once it is as it will be; with "
+    'Trainer(..., **trainer_kwargs("adamlip", lr=...)) it is made then',
+)
+
+
 def nothing_to_train(optimizer: LayerwiseOptimizer) -> Finding | None:
     """An optimizer that was made of what was frozen then, or of another model's parameters."""
-    if _trained_layers(optimizer):
-        return None
-    return Finding(
-        "none of the optimizer's parameters requires a gradient",
-        "they are frozen, maybe since after the optimizer was made, as PEFT freezes a model's own",
-        "make the optimizer of the model that is trained, once it is as it will be; with "
-        'Trainer(..., **trainer_kwargs("adamlip", lr=...)) it is made then',
-    )
+    return None if _trained_layers(optimizer) else FROZEN
 
 
 def unused_learning_rate(trainer: Trainer, optimizer: LayerwiseOptimizer) -> Finding | None:
@@ -302,7 +303,7 @@ class Watch:
         self.left_out: Counter[str] = Counter()  # steps of a layer whose gradient was not finite
         self.ended: dict[int, int] = {}  # looks at a group's lr at 0, in a row, after it was not
         self.rates: Mapping[str, LayerRate] = {}  # at the last look
-        self.nothing: Finding | None = None  # to train, at the last look
+        self.frozen = False  # whether all layers were, at the last look
 
     def clip(self, norm: float, max_norm: float, words: str = "") -> None:
         """A gradient of this norm was clipped to `max_norm`, if that is less."""
@@ -311,8 +312,9 @@ class Watch:
             self.clipped_to = words or f"a norm of {max_norm:g}"
 
     def layers(self, optimizer: LayerwiseOptimizer, rates: Mapping[str, LayerRate]) -> None:
-        self.nothing = nothing_to_train(optimizer)
-        for name in _trained_layers(optimizer):
+        trained = _trained_layers(optimizer)
+        self.frozen = not trained
+        for name in trained:
             rate = rates.get(name)
             # without a gradient, a layer keeps the numbers of its last step
             heard = rate is not None and rate != self.rates.get(name)
@@ -330,7 +332,8 @@ class Watch:
                 self.ended[i] += 1
 
     def findings(self) -> list[Finding]:
-        looked = (self.nothing, self._clip(), self._dead(), self._ended(), self._nonfinite())
+        frozen = FROZEN if self.frozen else None
+        looked = (frozen, self._clip(), self._dead(), self._ended(), self._nonfinite())
         return [found for found in looked if found is not None]
 
     def _clip(self) -> Finding | None:

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 _NEEDS = (
     "hf_adalip knows transformers 5.2 to 5.24 here; install one of these (pip install "
-    "'hf-adalip[trainer]'), or pass "
-    "`optimizers=(optimizer, None)` to Trainer"
+    "'hf-adalip[trainer]'), or pass `optimizers=(optimizer, None)` to Trainer"
 )
 
 

@@ -13,6 +13,7 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -133,8 +134,8 @@ class GradientRelease:
 
     def _take(self, param: Tensor) -> None:
         """Steps a parameter that has just got its gradient, or lets it wait for others."""
-        bucket = self._buckets.setdefault(_queue(param.device), {})
-        if param in self._stepped or param in bucket:
+        bucket = self._buckets.setdefault(_queue(param.device), _Bucket())
+        if param in self._stepped or param in bucket.params:
             raise RuntimeError(
                 f"{self._name(param)} got a second gradient since the last optimizer.step(), and "
                 "is stepped with its first: gradient release excludes gradient accumulation "
@@ -146,18 +147,20 @@ class GradientRelease:
             self._started = True
         if self._place(param) is None or param.grad is None:
             return
-        if not bucket:
+        if not bucket.params:
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(partial(self._empty, bucket))  # at the end of this backward
-        bucket[param] = param.nbytes
-        if sum(bucket.values()) >= self._cap:
+        bucket.params[param] = None
+        bucket.nbytes += param.nbytes
+        if bucket.nbytes >= self._cap:
             self._empty(bucket)
 
     @torch.no_grad()
     def _empty(self, bucket: _Bucket) -> None:
         """Steps what waits in it."""
-        params = [p for p in bucket if p.grad is not None]  # a backward that failed may be over
-        bucket.clear()
+        # Of a backward that failed: since then gradients may be gone, and groups be others.
+        params = [p for p in bucket.params if p.grad is not None and self._place(p)]
+        bucket.params, bucket.nbytes = {}, 0
         if not params:
             return
         self._optimizer._capture_check()
@@ -223,7 +226,12 @@ class GradientRelease:
             param.grad = None
 
 
-_Bucket = dict[Tensor, int]  # parameters, and the bytes of each, and so of its gradient
+@dataclass
+class _Bucket:
+    """Parameters whose gradients wait to be stepped with."""
+
+    params: dict[Tensor, None] = field(default_factory=dict)  # in their order
+    nbytes: int = 0  # of them, and so of their gradients
 
 
 class _Place(NamedTuple):
@@ -238,7 +246,6 @@ class _Plan:
     changes."""
 
     def __init__(self, optimizer: LipOptimizer, places: Sequence[_Place]) -> None:
-        self._places = places
         self._members = [_member(optimizer, place) for place in places]
         layers = [Layer(member.layer, [member]) for member in self._members]
         options = {number_of(group): optimizer._options(group) for group, _ in places}
@@ -250,21 +257,17 @@ class _Plan:
         self._made_from = self._facts(optimizer)
 
     def _facts(self, optimizer: LipOptimizer) -> list[object]:
-        groups = {number_of(group): group for group, _ in self._places}.values()
         manners = [
             (optimizer._manner(g), g["capturable"], list(g.get("no_weight_decay", ())))
-            for g in groups
+            for g in self.census.groups
         ]
         return [manners, *(_kind(member.tensor) for member in self._members)]
 
     def holds(self, optimizer: LipOptimizer, params: Sequence[Tensor]) -> bool:
         if not same_objects(params, [member.tensor for member in self._members]):
             return False
-        for member, place in zip(self._members, self._places, strict=True):
-            if not _is_at(optimizer, member.tensor, place):
-                return False
-            if optimizer.state.get(member.tensor) is not member.stored:
-                return False
+        if any(optimizer.state.get(m.tensor) is not m.stored for m in self._members):
+            return False
         if self._facts(optimizer) != self._made_from or not self.census.intact:
             return False
         self.census.pack()
