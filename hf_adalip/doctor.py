@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .monitor import layerwise
-from .optim.layerwise import LayerRate, LayerwiseOptimizer
+from .optim import LayerRate, LayerwiseOptimizer
 from .registry import NOT_DESCRIBED, list_optimizers
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .optim.shards import whole_shape
+from .optim.sharding import whole_shape
 
 
 def parameter_groups(

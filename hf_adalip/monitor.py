@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .optim.layerwise import LayerRate, LayerwiseOptimizer
+from .optim import LayerRate, LayerwiseOptimizer
 
 
 def layerwise(optimizer: Any) -> LayerwiseOptimizer | None:

@@ -17,9 +17,17 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .layers import parameter_groups
-from .optim import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU
+from .optim import (
+    AdaLip,
+    AdaLipU,
+    AdamLip,
+    AdamLipU,
+    LayerwiseOptimizer,
+    Lipschitz,
+    RMSLip,
+    RMSLipU,
+)
 from .optim.groups import STRUCTURE
-from .optim.layerwise import LayerwiseOptimizer
 from .optim.optimizer import LipOptimizer
 
 LIP_PREFIX = "lip-"

@@ -26,7 +26,7 @@ from .doctor import (
 )
 from .integrations.trainer import register
 from .monitor import layerwise
-from .optim.layerwise import LayerwiseOptimizer
+from .optim import LayerwiseOptimizer
 from .run import run_script
 
 if TYPE_CHECKING:

@@ -63,7 +63,7 @@ from peers import ADAM, SGD, Named, Row, all_rows, select
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_adalip.optim import fused
+from hf_adalip.optim.forms import fused
 
 # Words that have to be moved for a parameter, beside those of the reference: AdamLip reads g and
 # its history and writes the history before it steps as Adam does, with p, g and the moments read

@@ -15,7 +15,7 @@ from hf_adalip import (
     register_optimizer,
 )
 from hf_adalip.layers import parameter_groups
-from hf_adalip.optim.kernels import cpu
+from hf_adalip.optim.forms.kernels import cpu
 from hf_adalip.registry import _REGISTRY, describe_optimizer
 
 SIX = {

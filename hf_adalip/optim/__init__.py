@@ -1,9 +1,9 @@
 """The optimizers. This package imports torch and nothing else."""
 
-from .layerwise import LayerRate
-from .lipschitz import Estimator
+from .estimator import Estimator
 from .optimizer import LipOptimizer
 from .release import GradientRelease, release_gradients
+from .step import LayerRate, LayerwiseOptimizer
 from .variants import AdaLip, AdaLipU, AdamLip, AdamLipU, RMSLip, RMSLipU
 from .wrapper import Lipschitz
 
@@ -15,6 +15,7 @@ __all__ = [
     "Estimator",
     "GradientRelease",
     "LayerRate",
+    "LayerwiseOptimizer",
     "LipOptimizer",
     "Lipschitz",
     "RMSLip",

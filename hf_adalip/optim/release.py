@@ -8,7 +8,6 @@ both, and it may be shared with other gradients (autograd gives a.view(n) + b.vi
 
 from __future__ import annotations
 
-import gc
 import itertools
 import weakref
 from collections import Counter
@@ -19,18 +18,16 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .census import Census, Layer, Member, same_objects
-from .flat import is_held
-from .groups import decays_of, number_of
-from .layerwise import by_kind
-from .lipschitz import is_number
+from .estimator import is_number
+from .groups import decays_of
 from .optimizer import LipOptimizer
-from .shards import is_dtensor, is_fsdp1, is_model_parallel
+from .plan import Layer, LocalParam, local_param, plan_layers
+from .sharding import is_sharded, wrappers
+from .step import _check_capture, step_layers
 from .wrapper import Lipschitz
 
 
@@ -98,7 +95,7 @@ class GradientRelease:
         self._plans: dict[Tensor, _Plan] = {}
         self._buckets: dict[Hashable, _Bucket] = {}  # of each queue
         self._stepped: set[Tensor] = set()  # since the last `optimizer.step()`
-        self._lives: list[Tensor] = []  # which layers of those live
+        self._active: list[Tensor] = []  # which layers of those are active
         self._groups = len(optimizer.param_groups)
         self._started = False
         # Parameters hold their hooks where the garbage collector does not see it.
@@ -163,8 +160,8 @@ class GradientRelease:
         bucket.params, bucket.nbytes = {}, 0
         if not params:
             return
-        self._optimizer._capture_check()
-        self._lives.append(self._optimizer._step(self._plan(params).census))
+        _check_capture(self._optimizer)
+        self._active.append(step_layers(self._optimizer, self._plan(params).steps))
         self._stepped.update(params)
         for param in params:
             param.grad = None
@@ -198,7 +195,7 @@ class GradientRelease:
         """Ends the step of the parameters that were stepped within backward.
 
         Returns:
-            which of their layers live, in several vectors.
+            which of their layers are active, in several vectors.
 
         Raises:
             RuntimeError: if one has a gradient again. Nothing has been changed.
@@ -217,9 +214,9 @@ class GradientRelease:
                 )
         for bucket in self._buckets.values():  # of a backward that failed
             self._empty(bucket)
-        lives, self._lives = self._lives, []
+        active, self._active = self._active, []
         self._stepped = set()
-        return lives
+        return active
 
     def _free(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for param in _parameters(optimizer):
@@ -246,41 +243,40 @@ class _Plan:
     changes."""
 
     def __init__(self, optimizer: LipOptimizer, places: Sequence[_Place]) -> None:
-        self._members = [_member(optimizer, place) for place in places]
-        layers = [Layer(member.layer, [member]) for member in self._members]
-        options = {number_of(group): optimizer._options(group) for group, _ in places}
-        for layer in layers:
-            optimizer._join(layer, options)
-        width = max(member.sketch for member in self._members)
-        self.census = Census(by_kind(layers), [], [], width, hidden=False)
-        self.census.note()
+        self._params = [_local_param(optimizer, place) for place in places]
+        layers = [Layer(param.layer, [param]) for param in self._params]
+        self.steps = plan_layers(optimizer, layers, max(p.sketch for p in self._params))
+        self.steps.note_state()
         self._made_from = self._facts(optimizer)
 
     def _facts(self, optimizer: LipOptimizer) -> list[object]:
-        manners = [
-            (optimizer._manner(g), g["capturable"], list(g.get("no_weight_decay", ())))
-            for g in self.census.groups
+        options = (*optimizer._plan_options, "capturable", "momentum")
+        groups = [
+            ([g.get(name) for name in options], list(g.get("no_weight_decay", ())))
+            for g in self.steps.groups
         ]
-        return [manners, *(_kind(member.tensor) for member in self._members)]
+        return [groups, *(_kind(param.tensor) for param in self._params)]
 
     def holds(self, optimizer: LipOptimizer, params: Sequence[Tensor]) -> bool:
-        if not same_objects(params, [member.tensor for member in self._members]):
+        if len(params) != len(self._params):
             return False
-        if any(optimizer.state.get(m.tensor) is not m.stored for m in self._members):
+        if any(p is not x.tensor for p, x in zip(params, self._params, strict=True)):
             return False
-        if self._facts(optimizer) != self._made_from or not self.census.intact:
+        if any(optimizer.state.get(p.tensor) is not p.stored for p in self._params):
             return False
-        self.census.pack()
+        if self._facts(optimizer) != self._made_from or not self.steps.is_intact():
+            return False
+        self.steps.pack()
         return True
 
 
-def _member(optimizer: LipOptimizer, place: _Place) -> Member:
+def _local_param(optimizer: LipOptimizer, place: _Place) -> LocalParam:
     group, index = place
     _refuse_options(group)
-    name, param = group["layer_names"][index], group["params"][index]
-    member = optimizer._member(name, param, group, decays_of(group)[index])
-    optimizer._check(member)
-    return member
+    layer, tensor = group["layer_names"][index], group["params"][index]
+    param = local_param(optimizer, layer, tensor, group, decays_of(group)[index])
+    optimizer._check(param)
+    return param
 
 
 def _kind(param: Tensor) -> tuple[object, ...]:
@@ -335,14 +331,13 @@ def _refuse_options(group: dict[str, Any]) -> None:
 def _refuse_parameters(optimizer: LipOptimizer) -> None:
     params = list(_parameters(optimizer))
     for param in params:
-        marks = (is_dtensor, is_fsdp1, is_model_parallel, is_held)
-        if hasattr(param, "ds_id") or any(mark(param) for mark in marks):
+        if is_sharded(param):
             raise NotImplementedError(
                 "gradient release needs whole parameters, and one of the optimizer's is sharded "
                 "(FSDP, DeepSpeed, tensor parallelism), so that its norm takes all ranks: take "
                 "ordinary steps; sharding divides gradients and history by the number of ranks"
             )
-    if any(optimizer._is_flat(group) for group in optimizer.param_groups):
+    if any(optimizer._flat_tensors.is_flat(group) for group in optimizer.param_groups):
         raise NotImplementedError(
             "gradient release needs the model's parameters, and an engine (DeepSpeed) has put "
             "others in their place: take ordinary steps"
@@ -368,18 +363,12 @@ def _refuse_layers(optimizer: LipOptimizer) -> None:
 
 
 def _refuse_ddp(params: Iterable[Tensor]) -> None:
-    """DDP leaves no mark on parameters, and sums their gradients up after our hooks have run.
-
-    It is looked for among the objects that are alive (in 0.1 s).
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
+    """DistributedDataParallel sums gradients up after our hooks have run."""
     ours = {id(param) for param in params}
-    wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
-    theirs = itertools.chain.from_iterable(vars(x).get("_module_parameters", ()) for x in wrappers)
-    if any(id(param) in ours for param in theirs):
-        raise NotImplementedError(
-            "gradient release steps a parameter before DistributedDataParallel has summed its "
-            "gradient up over the ranks, so that each would go its own way: take ordinary steps, "
-            "or one process"
-        )
+    for wrapper in wrappers(DistributedDataParallel):
+        if any(id(param) in ours for param in vars(wrapper).get("_module_parameters", ())):
+            raise NotImplementedError(
+                "gradient release steps a parameter before DistributedDataParallel has summed its "
+                "gradient up over the ranks, so that each would go its own way: take ordinary "
+                "steps, or one process"
+            )

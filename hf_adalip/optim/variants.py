@@ -7,7 +7,7 @@ the -U forms) is documented in `LipOptimizer`.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from typing_extensions import TypedDict, Unpack
 
 from .groups import Layers
 from .optimizer import LipOptimizer
-from .rules import SGD, Adam, RMSprop
+from .rules import SGD, Adam, RMSprop, Rule
 from .signals import Gradients, Signal, Updates
 
 
@@ -63,8 +63,8 @@ class AdaLip(LipOptimizer):
         ValueError: for a bad value, naming the argument and the value.
     """
 
-    rule = SGD()
-    signal: ClassVar[Signal] = Gradients()
+    rule: Rule = SGD()
+    signal: Signal = Gradients()
 
     def __init__(
         self,
@@ -112,8 +112,8 @@ class RMSLip(LipOptimizer):
         ValueError: for a bad value, naming the argument and the value.
     """
 
-    rule = RMSprop()
-    signal: ClassVar[Signal] = Gradients()
+    rule: Rule = RMSprop()
+    signal: Signal = Gradients()
 
     def __init__(
         self,
@@ -159,8 +159,8 @@ class AdamLip(LipOptimizer):
         ValueError: for a bad value, naming the argument and the value.
     """
 
-    rule = Adam()
-    signal: ClassVar[Signal] = Gradients()
+    rule: Rule = Adam()
+    signal: Signal = Gradients()
 
     def __init__(
         self,

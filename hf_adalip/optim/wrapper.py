@@ -5,25 +5,34 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from functools import reduce
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import ASGD, LBFGS, Optimizer
 
-from . import fused as fused_form
-from .census import SCALARS, Census, Layer, Member, Options, State, as_scalar, real, store
-from .groups import Layers, name_layers, restore_structure, structure_of
-from .kernels import KernelError
-from .layerwise import Keys, LayerwiseOptimizer, apart, forget_predecessor
-from .lipschitz import Estimator, is_number
+from .estimator import Estimator, is_number
+from .forms import foreach
+from .forms import fused as fused_form
+from .forms.kernels import KernelError
+from .groups import Layers, decays_of, name_layers, number_of, restore_structure, structure_of
+from .history import real
 from .names import by_name
-from .norms import index_tensor, mixed_norms
-from .rules import SGD, Batch, wide
-from .shards import local, local_grad
-from .signals import Gradients, Signal, Updates
+from .plan import Batch, LocalParam, Options, StepPlan, as_scalar
+from .rules import SGD
+from .sharding import FlatTensors
+from .signals import Gradients, Signal, Updates, index_tensor, norms
+from .state import (
+    SCALARS,
+    State,
+    StateKeys,
+    complete_loaded,
+    forget_predecessor,
+    restore_scalars,
+    unpacked,
+)
+from .step import Form, LayerwiseOptimizer, widened
 
 _OURS = "lipschitz."
 """Marks a key of ours in a state_dict where the base has one of the same name."""
@@ -119,17 +128,19 @@ class Lipschitz(LayerwiseOptimizer):
         for group in optimizer.param_groups if fused else ():
             fused_form.refuse_unless_possible(group["params"])
         self._fused = fused
-        self._law = Estimator(gamma, c, scale_bounds, nonfinite)
-        self._signal: Signal = Gradients() if signal == "gradient" else Updates()
+        self._estimator = Estimator(gamma, c, scale_bounds, nonfinite)
+        self._c = c
+        self.signal: Signal = Gradients() if signal == "gradient" else Updates()
         self._previous = previous or ("applied" if signal == "update" else None)
         self._layers = layers
+        self._flat_tensors = FlatTensors()
         named: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
             named.append(dict(group))
             name_layers(named, layers)
         for group, copy in zip(optimizer.param_groups, named, strict=True):
             group.update(structure_of(copy))
-            self._remember_originals(group)
+            self._flat_tensors.note(group, decays_of(group))
         self.optimizer = optimizer
         self.state: defaultdict[Tensor, State] = defaultdict(dict)
         # What torch does to make an optimizer of a dict: hooks, and the profiled step.
@@ -152,14 +163,16 @@ class Lipschitz(LayerwiseOptimizer):
         self.optimizer.defaults = value
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "_law", "_signal", "_previous", "_layers", "_fused")
-        return {name: self.__dict__[name] for name in names} | {"state": self._state_apart()}
+        names = ("optimizer", "_estimator", "signal", "_previous", "_layers", "_fused")
+        return {name: self.__dict__[name] for name in names} | {
+            "state": defaultdict(dict, self._separate_state())
+        }
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """The values of the constructor's arguments, without optimizer, layers and fused."""
-        signal = "gradient" if isinstance(self._signal, Gradients) else "update"
-        return {**asdict(self._law), "signal": signal, "previous": self._previous}
+        signal = "gradient" if isinstance(self.signal, Gradients) else "update"
+        return {**asdict(self._estimator), "signal": signal, "previous": self._previous}
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{key}={value!r}" for key, value in self.hyperparameters.items())
@@ -188,7 +201,7 @@ class Lipschitz(LayerwiseOptimizer):
         for key, param in zip(_ids(packed), self._parameters(), strict=True):
             if param in self.state:
                 based = state.get(key, {})
-                own = {_OURS * (n in based) + n: x for n, x in apart(self.state[param]).items()}
+                own = {_OURS * (n in based) + n: x for n, x in unpacked(self.state[param]).items()}
                 state[key] = {**based, **own}
         packed = {**packed, "state": state}
         for after in self._optimizer_state_dict_post_hooks.values():
@@ -219,11 +232,11 @@ class Lipschitz(LayerwiseOptimizer):
         self.state = defaultdict(dict)
         for key, param in zip(_ids(state_dict), self._parameters(), strict=True):
             if mine := own.get(key):
-                self._restore_numbers(param, mine)
+                restore_scalars(self, param, mine)
                 if self._history in mine:
                     history = mine[self._history].to(param.device, param.dtype)
                     self.state[param][self._history] = history
-        self._complete_loaded()
+        complete_loaded(self)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -244,23 +257,23 @@ class Lipschitz(LayerwiseOptimizer):
 
     @property
     def _history(self) -> str:
-        return "prev_grad" if isinstance(self._signal, Gradients) else "prev_update"
+        return "prev_grad" if isinstance(self.signal, Gradients) else "prev_update"
 
     def _options(self, group: dict[str, Any]) -> Options:
-        return self._law, self._previous
+        return self._estimator, self._previous
 
-    def _check(self, member: Member) -> None:
-        super()._check(member)
-        dtype = member.param.dtype
-        if self._signal.measures_updates and dtype in (torch.bfloat16, torch.float16):
+    def _state_keys(self, group: dict[str, Any]) -> StateKeys:
+        return StateKeys((), (self._history,), ())
+
+    def _check(self, param: LocalParam) -> None:
+        super()._check(param)
+        dtype = param.param.dtype
+        if self.signal.of_updates and dtype in (torch.bfloat16, torch.float16):
             raise ValueError(
                 f'signal="update" needs float32 parameters, got {dtype}: the base rounds its '
                 "update into the parameter, and S would be estimated from what is left of it; use "
                 "AdaLipU, RMSLipU or AdamLipU"
             )
-
-    def _state_keys(self, group: dict[str, Any]) -> Keys:
-        return Keys((), (self._history,), ())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -280,107 +293,161 @@ class Lipschitz(LayerwiseOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        census = self._survey()
-        self._count_step(self._step(census))
-        self._remember(census)
+        self._take_step()
         return loss
 
-    def _step(self, census: Census) -> Tensor:
-        """Returns which layers live."""
-        layers = census.layers
-        by_gradient = isinstance(self._signal, Gradients)
-        members = [m for layer in layers for m in layer.members]
-        silent = [m for layer in layers for m in layer.absent]
-        order = [(i, m) for i, layer in enumerate(layers) for m in layer.members]
-        order += [(i, m) for i, layer in enumerate(layers) for m in layer.absent]
-        census.arrange(order)
-        home = self._home()
-        params = [real(local(m.param)) for m in members]
-        grads = [real(local_grad(m.param, m.grad)) for m in members if m.grad is not None]
-        before = [_previous(m, self._history) for m in (*members, *silent)]
-        compiled = self._compiled(params, grads)
+    # The parts of a step
 
-        def signal_norms(now: list[Tensor]) -> tuple[Tensor, Tensor]:
-            """‖x_t‖ and ‖x_t - x_{t-1}‖ of the layers, and which live."""
-            widest = reduce(torch.promote_types, (wide(x).dtype for x in before), torch.float32)
-            norms = torch.zeros(len(before), 2, dtype=widest, device=home)
-            for kind in compiled:
-                rows = fused_form.measure(_batch(kind, members, params, now, before))
-                norms[index_tensor(tuple(kind), home)] = rows[:, ::2].to(norms)
-            rest = sorted(set(range(len(before))).difference(*compiled))
-            if rest:
-                others = [wide(before[i]) for i in rest]
-                signals = [wide(now[i]) for i in rest if i < len(now)]
-                signals += [torch.zeros_like(x) for x in others[len(signals) :]]
-                changes = [x - y for x, y in zip(signals, others, strict=True)]
-                columns = [mixed_norms(x, home).to(norms) for x in (signals, changes)]
-                norms[index_tensor(tuple(rest), home)] = torch.stack(columns, dim=1)
-            return self._layer_norms(norms, census)
+    def _buckets(self, plan: StepPlan) -> list[tuple[Form | None, list[tuple[int, LocalParam]]]]:
+        """Tensors of one group, device and dtype go together; the base steps all of them."""
+        alike: dict[Any, list[tuple[int, LocalParam]]] = {}
+        forms = {"foreach": foreach, "fused": fused_form, "absent": None}
+        fuses = self._fuses(plan)
+        for i, layer in enumerate(plan.layers):
+            for param in layer.params:
+                kind = (number_of(param.group), param.param.device, param.param.dtype)
+                fused = fuses and fused_form.takes(param) and self._compiles(*kind[1:])
+                alike.setdefault(("fused" if fused else "foreach", *kind), []).append((i, param))
+        for i, layer in enumerate(plan.layers):
+            for param in layer.absent:
+                kind = (number_of(param.group), param.param.device, param.param.dtype)
+                alike.setdefault(("absent", *kind), []).append((i, param))
+        return [(forms[key[0]], params) for key, params in alike.items()]
 
-        if by_gradient:
-            norms, live = signal_norms(grads)
-            grad_norms = norms[:, :1]
-        elif self._law.nonfinite == "propagate":
-            grad_norms = torch.zeros(len(layers), 1, device=home)
-            live = torch.ones(len(layers), dtype=torch.bool, device=home)
-        else:
-            size = mixed_norms(grads, home)
-            size = torch.cat([size, size.new_zeros(len(silent))])
-            grad_norms, live = self._layer_norms(size[:, None], census)
-        finite, moved = self._movable(layers, self._finite(census, grad_norms))
-
-        old = [p.clone() for p in params]
-        if by_gradient:  # now, as a base may compute with the gradients in their place
-            here = [i for i, moves in enumerate(moved) if moves]
-            if here:
-                torch._foreach_copy_([before[i] for i in here], [grads[i] for i in here])
-        try:
-            self._base_step(members, moved)
-        except BaseException:
-            if by_gradient:  # S has not followed
-                forget_predecessor([m.state for m in census.members])
-            raise
-        updates: list[Tensor] = []
-        if not by_gradient:
-            updates = [wide(p) - wide(q) for p, q in zip(params, old, strict=True)]
-            norms, proposed = signal_norms(updates)
-            live = live & proposed
-            finite = finite & norms[:, 0].isfinite()
-        if not layers:  # other ranks may have gradients; this one took part in the norms
-            return live
-        self._keep(census)
-        factor, go = map(census.spread, self._follow(census, norms, finite, live))
-        goes = go.unbind()
-        for kind in compiled:
-            here = [i for i in kind if moved[i]]
-            if here:
-                index, device = index_tensor(tuple(here), home), params[here[0]].device
-                weights, may = factor[index].to(device), go[index].to(device)
-                fused_form.blend([params[i] for i in here], [old[i] for i in here], weights, may)
-        for i in sorted(set(range(len(members))).difference(*compiled)):
-            if moved[i]:
-                _scale(params[i], old[i], factor[i], goes[i])
-        for i, update in enumerate(updates):
-            if moved[i]:
-                scale = factor[i].to(update)
-                remembered = self._signal.remembered(update, scale, self._previous)
-                before[i].copy_(_unless_skipped(goes[i], remembered, before[i]))
-        for x, ok in zip(before[len(members) :], goes[len(members) :], strict=True):
-            x.copy_(_unless_skipped(ok, torch.zeros_like(x), x))
-        self._keep_rates(members, factor, moved, go)
-        return live
-
-    def _compiled(self, params: list[Tensor], grads: list[Tensor]) -> list[list[int]]:
-        """Which parameters are measured and scaled in the fused form, those of a kind together."""
+    def _fuses(self, plan: StepPlan) -> bool:
+        """Whether the fused form is wanted."""
         wanted = self._fused
+        params = [p.param for layer in plan.layers for p in layer.params]
         if wanted is None and all(p.device.type == "cpu" for p in params):
             wanted = fused_form.pays(sum(p.numel() for p in params))
-        kinds: dict[Any, list[int]] = {}
-        if wanted and isinstance(self._signal, Gradients) and not torch.compiler.is_compiling():
-            for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-                if fused_form.fits(param, grad):
-                    kinds.setdefault((param.device, param.dtype), []).append(i)
-        return [here for kind, here in kinds.items() if self._compiles(*kind)]
+        return bool(wanted) and not self.signal.of_updates and not torch.compiler.is_compiling()
+
+    def _batches(self, plan: StepPlan) -> list[Batch]:
+        """Gradients and their history, to be measured as plain SGD's are."""
+        batches = []
+        for bucket in plan.buckets:
+            members = bucket.params
+            grads = [p.shard.local_grad(p.grad) for p in members if p.grad is not None]
+            batches.append(
+                Batch(
+                    rule=SGD(),
+                    signal=Gradients(),
+                    group=_NO_OPTIONS,
+                    members=members,
+                    params=[real(p.shard.local(p.param)) for p in members],
+                    grads=[real(grad) for grad in grads] if bucket.form else [],
+                    states=[
+                        {"prev_grad": real(p.shard.local(p.state[self._history]))} for p in members
+                    ],
+                    steps=torch.zeros(len(members), device=members[0].param.device),
+                    lr=0.0,
+                )
+            )
+        return batches
+
+    def _measure(self, plan: StepPlan, batches: list[Batch]) -> list[Tensor]:
+        if not self.signal.of_updates:
+            return super()._measure(plan, batches)
+        sizes = [
+            norms(batch.grads) if batch.grads else torch.zeros(len(batch.params)).to(batch.steps)
+            for batch in batches
+        ]
+        if self._estimator.nonfinite == "propagate":
+            visible = [True] * len(plan.params)
+        else:
+            grads = torch.cat([x.to(plan.device) for x in sizes])
+            visible = self._visible(plan, plan.finite_layers(plan.layer_norms(grads[:, None])[0]))[
+                1
+            ]
+        self._base_step(plan, batches, visible)
+        rows = super()._measure(plan, [replace(b, grads=_updates(b)) for b in batches])
+        if self._estimator.nonfinite != "propagate":
+            for row, size in zip(rows, sizes, strict=True):
+                row[:, 0] = size
+        return rows
+
+    def _finite(self, plan: StepPlan, norms: Tensor) -> Tensor:
+        finite, self._seen = self._visible(plan, super()._finite(plan, norms))
+        return finite
+
+    def _visible(self, plan: StepPlan, finite: Tensor) -> tuple[Tensor, list[bool]]:
+        """Whose gradients the base is to see.
+
+        Returns:
+            which layers are finite and, as the base steps a flat tensor as one, share none with
+            one that is not; and which parameters the base is to see.
+        """
+        if self._estimator.nonfinite != "skip":
+            return finite, [True] * len(plan.params)
+        fine = finite.tolist()
+        bad = {id(p.tensor) for i, p in zip(plan.owner, plan.params, strict=True) if not fine[i]}
+        if bad:
+            fine = [
+                all(id(p.tensor) not in bad for p in layer.params) and ok
+                for layer, ok in zip(plan.layers, fine, strict=True)
+            ]
+            finite = index_tensor(tuple(map(int, fine)), finite.device) > 0
+        return finite, [fine[i] for i in plan.owner]
+
+    def _base_step(self, plan: StepPlan, batches: list[Batch], visible: list[bool]) -> None:
+        """Steps the base, from which the gradients of the others are hidden, and keeps what the
+        parameters were before."""
+        for batch in batches:
+            if batch.grads:
+                batch.prepared = [p.clone() for p in batch.params]
+        hidden = {
+            p.tensor: p.tensor.grad for p, ok in zip(plan.params, visible, strict=True) if not ok
+        }
+        for tensor in hidden:
+            tensor.grad = None
+        try:
+            self.optimizer.step()
+        finally:
+            for tensor, grad in hidden.items():
+                tensor.grad = grad
+
+    def _advance(
+        self, plan: StepPlan, batches: list[Batch], factor: Tensor, active: Tensor
+    ) -> None:
+        if not self.signal.of_updates:
+            self._keep_gradients(plan, batches)
+            try:
+                self._base_step(plan, batches, self._seen)
+            except BaseException:  # S has not followed
+                forget_predecessor([p.state for p in plan.params])
+                raise
+        for bucket, batch in zip(plan.buckets, batches, strict=True):
+            here, device = bucket.where, batch.params[0].device
+            scale, steps = factor[here].to(device), active[here].to(device)
+            history = [state["prev_grad"] for state in batch.states]
+            if bucket.form is None:
+                for x, moves in zip(history, steps.unbind(), strict=True):
+                    x.copy_(torch.where(moves, 0.0, x))
+                continue
+            if self.signal.of_updates:
+                by = scale if self._previous == "applied" else torch.ones_like(scale)
+                for i, (x, update) in enumerate(zip(history, _updates(batch), strict=True)):
+                    kept = update * by[i].to(update)
+                    x.copy_(torch.where(steps[i], kept.to(x.dtype), x))
+            old = batch.prepared
+            if bucket.form is fused_form:
+                fused_form.blend(batch.params, old, scale, steps)
+            else:
+                for i, param in enumerate(batch.params):
+                    _scale(param, old[i], scale[i], steps[i])
+            lr = bucket.params[0].group["lr"]
+            rates = scale * (as_scalar(lr, device) if isinstance(lr, Tensor) else lr)
+            kept = plan.read("layer_lr", here, device)
+            plan.write("layer_lr", torch.where(steps, rates.to(kept.dtype), kept), here)
+
+    def _keep_gradients(self, plan: StepPlan, batches: list[Batch]) -> None:
+        """Before the base steps, as it may compute with the gradients in their place."""
+        for bucket, batch in zip(plan.buckets, batches, strict=True):
+            seen = [i for i, ok in enumerate(self._seen[bucket.where]) if ok and batch.grads]
+            if seen:
+                torch._foreach_copy_(
+                    [batch.states[i]["prev_grad"] for i in seen], [batch.grads[i] for i in seen]
+                )
 
     def _compiles(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether there are kernels, which is found out before the base has stepped."""
@@ -392,100 +459,34 @@ class Lipschitz(LayerwiseOptimizer):
             return False
         return True
 
-    def _movable(self, layers: list[Layer], finite: Tensor) -> tuple[Tensor, list[bool]]:
-        """Whose gradients the base is to see.
-
-        Returns:
-            which layers are finite and, as the base steps a flat tensor as one, share none with
-            one that is not; and the same for each of their members.
-        """
-        if self._law.nonfinite != "skip":
-            return finite, [True for layer in layers for _ in layer.members]
-        fine = finite.tolist()
-        bad = {
-            id(m.tensor)
-            for layer, ok in zip(layers, fine, strict=True)
-            for m in layer.members
-            if not ok
-        }
-        if bad:
-            fine = [all(id(m.tensor) not in bad for m in layer.members) for layer in layers]
-            finite = index_tensor(tuple(map(int, fine)), finite.device) > 0
-        return finite, [ok for layer, ok in zip(layers, fine, strict=True) for _ in layer.members]
-
-    def _base_step(self, members: list[Member], moved: list[bool]) -> None:
-        """Steps the base, from which the gradients of the others are hidden."""
-        hidden = {m.tensor: m.tensor.grad for m, ok in zip(members, moved, strict=True) if not ok}
-        for tensor in hidden:
-            tensor.grad = None
-        try:
-            self.optimizer.step()
-        finally:
-            for tensor, grad in hidden.items():
-                tensor.grad = grad
-
-    def _keep_rates(
-        self, members: list[Member], factor: Tensor, moved: list[bool], go: Tensor
-    ) -> None:
-        for group in self.param_groups:
-            here = tuple(i for i, m in enumerate(members) if m.group is group and moved[i])
-            if here:
-                lr = group["lr"]
-                lr = as_scalar(lr, factor.device) if isinstance(lr, Tensor) else lr
-                index = index_tensor(here, factor.device)
-                targets = [members[i].state["layer_lr"] for i in here]
-                before = torch.stack([x.to(factor.device) for x in targets])
-                store(targets, _unless_skipped(go[index], factor[index] * lr, before))
-
 
 def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
     """What a state_dict calls the parameters, in the order of the groups."""
     return itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
 
 
-def _scale(param: Tensor, old: Tensor, factor: Tensor, ok: Tensor) -> None:
+def _scale(param: Tensor, old: Tensor, factor: Tensor, steps: Tensor) -> None:
     """Makes p_old + S·û of what the base has stepped to."""
-    applied = torch.lerp(wide(old), wide(param), factor.to(param.device, wide(param).dtype))
+    before, after = widened(old, old.dtype), widened(param, param.dtype)
+    applied = torch.lerp(before, after, factor.to(after.dtype))
     # The base has not stepped a layer whose gradient is not finite; this is for an update that is
     # not finite although the gradient is.
-    param.copy_(_unless_skipped(ok, applied, wide(old)))
+    param.copy_(torch.where(steps, applied, before))
 
 
-def _unless_skipped(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(ok.to(old.device), new.to(old.dtype), old)
+def _updates(batch: Batch) -> list[Tensor]:
+    """û_t, which the base has taken, in their opmath dtype."""
+    if not batch.grads:
+        return []
+    pairs = zip(batch.params, batch.prepared, strict=True)
+    return [widened(p, p.dtype) - widened(old, old.dtype) for p, old in pairs]
 
 
-def _previous(member: Member, history: str) -> Tensor:
-    """x_{t-1} of this rank's shard."""
-    x: Tensor = real(local(member.state[history]))
-    return x
-
-
-_NO_OPTIONS = {
+_NO_OPTIONS: dict[str, Any] = {
+    "differentiable": False,
     "momentum": 0.0,
     "nesterov": False,
     "maximize": False,
     "weight_decay": 0.0,
     "decoupled_weight_decay": True,
 }
-
-
-def _batch(
-    kind: list[int],
-    members: list[Member],
-    params: list[Tensor],
-    grads: list[Tensor],
-    before: list[Tensor],
-) -> Batch:
-    """Members whose gradients are to be measured."""
-    return Batch(
-        rule=SGD(),
-        signal=Gradients(),
-        group=_NO_OPTIONS,
-        members=[members[i] for i in kind],
-        params=[params[i] for i in kind],
-        grads=[grads[i] for i in kind],
-        states=[{"prev_grad": before[i]} for i in kind],
-        steps=torch.zeros(len(kind), device=params[kind[0]].device),
-        lr=0.0,
-    )

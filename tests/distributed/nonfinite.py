@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_adalip import create_optimizer
-from hf_adalip.optim.lipschitz import FORGOTTEN
-from hf_adalip.optim.shards import local
+from hf_adalip.optim.estimator import FORGOTTEN
+from hf_adalip.optim.sharding import local
 from tests.distributed.engines import Net, batch, data_parallel_share, finish, wrap
 
 SIX = ("adalip", "rmslip", "adamlip", "adalipu", "rmslipu", "adamlipu")

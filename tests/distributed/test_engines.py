@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from hf_adalip import create_optimizer
 from hf_adalip.checkpoints import check_distributed
-from hf_adalip.optim.kernels import cpu
+from hf_adalip.optim.forms.kernels import cpu
 from tests.distributed.engines import Net, batch
 from tests.optim.cases import assert_same
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_adalip import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU
+from hf_adalip.optim.estimator import FORGOTTEN
 from hf_adalip.optim.history import HISTORIES
-from hf_adalip.optim.lipschitz import FORGOTTEN
 
 CLASSES = {
     "adalip": AdaLip,

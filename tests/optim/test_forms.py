@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import hf_adalip.optim.foreach as foreach_module
+import hf_adalip.optim.forms.foreach as foreach_module
 from hf_adalip import AdaLip, AdamLip, RMSLip
 from hf_adalip.optim import LipOptimizer
 from tests.optim.cases import (

@@ -22,9 +22,11 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from hf_adalip import AdamLip, Lipschitz
-from hf_adalip.optim import LipOptimizer, fused, rules
-from hf_adalip.optim.kernels import Constants, KernelError, Spec, Tensors, cpu
-from hf_adalip.optim.rules import Batch
+from hf_adalip.optim import LipOptimizer
+from hf_adalip.optim import step as loop
+from hf_adalip.optim.forms import fused
+from hf_adalip.optim.forms.kernels import Constants, KernelError, Spec, Tensors, cpu
+from hf_adalip.optim.plan import Batch
 from tests.optim.cases import (
     CLASSES,
     GRADIENT,
@@ -89,7 +91,7 @@ def close(actual: Tensor, expected: Tensor, ulps: float = 16) -> None:
 @contextmanager
 def compared() -> Iterator[None]:
     """Lets each pass of the loop form be done by the fused form too, on clones, and compares."""
-    loop_measure, loop_advance = rules.measure, rules.advance
+    loop_measure, loop_advance = loop.measure, loop.advance
 
     def measure(batch: Batch) -> Tensor:
         before = frozen(batch)
@@ -108,10 +110,10 @@ def compared() -> Iterator[None]:
         fused.advance(copy, rates, remembered, go)
         for i in range(len(batch.params)):
             close(copy.params[i], batch.params[i].detach())
-            for name in batch.names:
+            for name in batch.keys:
                 close(copy.states[i][name], batch.states[i][name])
 
-    with mock.patch.multiple(rules, measure=measure, advance=advance):
+    with mock.patch.multiple(loop, measure=measure, advance=advance):
         yield
 
 
@@ -306,7 +308,7 @@ def last_advance(name: str, params: Named, **options: Any) -> tuple[Batch, Tenso
     set_grads(params, random_grads(params, 0))
     optimizer.step()
     set_grads(params, random_grads(params, 1))
-    with mock.patch.object(rules, "advance") as caught:
+    with mock.patch.object(loop, "advance") as caught:
         optimizer.step()
     batch, rates, remembered, _ = caught.call_args.args
     return batch, rates, remembered
@@ -353,7 +355,7 @@ def test_squares_may_overflow() -> None:
     """As those of the loop, to infinity: not to NaN, and not unseen."""
     batch, *_ = last_advance("adamlip", sized((50, 5000)))
     batch.grads[1].fill_(1e30)
-    expected, found = rules.measure(batch), fused.measure(batch)
+    expected, found = loop.measure(batch), fused.measure(batch)
     assert found[1].tolist() == expected[1].tolist() == [torch.inf] * 3
     close(found[0], expected[0])
 

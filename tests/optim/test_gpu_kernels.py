@@ -21,10 +21,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_adalip.optim import rules, signals
-from hf_adalip.optim.kernels import Constants, Spec, Tensors, gpu, tables
-from hf_adalip.optim.norms import wide_dtype
-from hf_adalip.optim.rules import Batch, bias_correction
+from hf_adalip.optim import signals
+from hf_adalip.optim import step as loop
+from hf_adalip.optim.forms.kernels import Constants, Spec, Tensors, gpu, tables
+from hf_adalip.optim.plan import Batch
+from hf_adalip.optim.rules import SGD, Adam, RMSprop, Rule, bias_correction
+from hf_adalip.optim.signals import opmath_dtype
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -107,7 +109,7 @@ def test_in_the_interpreter() -> None:
 # Cases
 
 
-def _case(name: str, rule: rules.Rule, updates: bool, **group: Any) -> tuple[str, Any, Any, Any]:
+def _case(name: str, rule: Rule, updates: bool, **group: Any) -> tuple[str, Any, Any, Any]:
     signal = signals.Updates() if updates else signals.Gradients()
     return f"{name}{'-U' if updates else ''}", rule, signal, group
 
@@ -116,12 +118,12 @@ CASES = [
     case
     for updates in (False, True)
     for case in (
-        _case("SGD", rules.SGD(), updates, momentum=0.0, nesterov=False),
-        _case("momentum", rules.SGD(), updates, momentum=0.9, nesterov=False),
-        _case("nesterov", rules.SGD(), updates, momentum=0.9, nesterov=True),
-        _case("momentum gone", rules.SGD(), updates, momentum=0.0, nesterov=True),
-        _case("RMSprop", rules.RMSprop(), updates, alpha=0.99, eps=1e-8, eps_in_sqrt=False),
-        _case("Adam", rules.Adam(), updates, betas=(0.9, 0.999), eps=1e-8, eps_in_sqrt=False),
+        _case("SGD", SGD(), updates, momentum=0.0, nesterov=False),
+        _case("momentum", SGD(), updates, momentum=0.9, nesterov=False),
+        _case("nesterov", SGD(), updates, momentum=0.9, nesterov=True),
+        _case("momentum gone", SGD(), updates, momentum=0.0, nesterov=True),
+        _case("RMSprop", RMSprop(), updates, alpha=0.99, eps=1e-8, eps_in_sqrt=False),
+        _case("Adam", Adam(), updates, betas=(0.9, 0.999), eps=1e-8, eps_in_sqrt=False),
     )
 ]
 cases = pytest.mark.parametrize(
@@ -160,7 +162,7 @@ class Work:
         for i, (param, state) in enumerate(zip(self.batch.params, self.batch.states, strict=True)):
             yield f"param {i}", param, self.tensors.params[i].cpu()
             for name, moment in zip(
-                self.batch.rule.kept(self.batch.group), self.tensors.moments, strict=True
+                self.batch.rule.state_keys(self.batch.group), self.tensors.moments, strict=True
             ):
                 yield f"{name} {i}", state[name], moment[i].cpu()
             for name in self.batch.signal.history(self.batch.rule, self.batch.group):
@@ -168,7 +170,7 @@ class Work:
 
 
 def work(
-    rule: rules.Rule,
+    rule: Rule,
     signal: signals.Signal,
     group: dict[str, Any],
     dtype: torch.dtype = torch.float32,
@@ -193,21 +195,23 @@ def work(
         return [_misaligned(x) if misaligned else x.clone().to(DEVICE) for x in roles]
 
     steps = torch.arange(len(sizes)).float() * 3 - 2
-    steps = steps.clamp(min=1).to(wide_dtype(dtype))
-    kept, remembered = rule.kept(group), signal.history(rule, group)
+    steps = steps.clamp(min=1).to(opmath_dtype(dtype))
+    kept, remembered = rule.state_keys(group), signal.history(rule, group)
     columns = {name: draw(name) for name in kept + remembered}
     states = [{name: column[i] for name, column in columns.items()} for i in range(len(sizes))]
     for i, state in enumerate(states):
         state["prev_lr"] = torch.tensor(0.0 if i == 1 else 0.07, dtype=steps.dtype)
     lr = 0.05
     batch = Batch(rule, signal, group, [], draw(), draw(), states, steps, lr)
-    wide = wide_dtype(dtype)
+    wide = opmath_dtype(dtype)
     rates = torch.rand(len(sizes), generator=generator).to(wide)
     beta1, beta2 = group.get("betas", (group.get("alpha", 0.0), 0.0))
     decoupled = group["decoupled_weight_decay"]
-    retraces = signal.retraces(rule, group)
+    retraces = signal.is_recomputed(rule, group)
     before = (steps - 1).clamp(min=1)
-    prev_rate = torch.tensor([s["prev_lr"] for s in states], dtype=wide) / rule.gain(before, group)
+    prev_rate = torch.tensor(
+        [s["prev_lr"] for s in states], dtype=wide
+    ) / rule.inverse_bias_correction(before, group)
 
     def corrections(steps: Tensor) -> list[Tensor]:
         return [bias_correction(beta, steps) for beta in (beta1, beta2)]
@@ -219,7 +223,7 @@ def work(
     ]
     spec = Spec(
         rule=type(rule).__name__,
-        signal="retraced" if retraces else "update" if signal.measures_updates else "gradient",
+        signal="retraced" if retraces else "update" if signal.of_updates else "gradient",
         dtype=dtype,
         history=history if remembered else None,
         momentum=bool(group.get("momentum")),
@@ -266,8 +270,8 @@ def assert_close_steps(made: Work) -> None:
 
 
 def assert_equals_loop(made: Work) -> None:
-    assert_close_norms(made.measure(), rules.measure(made.batch))
-    rules.advance(
+    assert_close_norms(made.measure(), loop.measure(made.batch))
+    loop.advance(
         *(made.batch, made.rates, made.remembered),
         torch.ones(len(made.batch.params), dtype=torch.bool),
     )
@@ -282,7 +286,7 @@ def assert_equals_loop(made: Work) -> None:
 @cases
 @dtypes
 def test_equals_loop(
-    rule: rules.Rule, signal: signals.Signal, group: dict[str, Any], dtype: torch.dtype
+    rule: Rule, signal: signals.Signal, group: dict[str, Any], dtype: torch.dtype
 ) -> None:
     assert_equals_loop(work(rule, signal, group, dtype))
 
@@ -290,9 +294,7 @@ def test_equals_loop(
 @on_device
 @cases
 @pytest.mark.parametrize("option", list(OPTIONS)[1:])
-def test_options(
-    rule: rules.Rule, signal: signals.Signal, group: dict[str, Any], option: str
-) -> None:
+def test_options(rule: Rule, signal: signals.Signal, group: dict[str, Any], option: str) -> None:
     assert_equals_loop(work(rule, signal, group | OPTIONS[option], sizes=[5, 1, BLOCK]))
 
 
@@ -304,7 +306,7 @@ def test_options(
     ids=["narrow", "wide"],
 )
 def test_history_of_another_dtype(
-    rule: rules.Rule,
+    rule: Rule,
     signal: signals.Signal,
     group: dict[str, Any],
     dtype: torch.dtype,
@@ -315,13 +317,13 @@ def test_history_of_another_dtype(
 
 @on_device
 @cases
-def test_misaligned_memory(rule: rules.Rule, signal: signals.Signal, group: dict[str, Any]) -> None:
+def test_misaligned_memory(rule: Rule, signal: signals.Signal, group: dict[str, Any]) -> None:
     assert_equals_loop(work(rule, signal, group, sizes=[5, 1, BLOCK], misaligned=True))
 
 
 @on_device
 @cases
-def test_no_tensors(rule: rules.Rule, signal: signals.Signal, group: dict[str, Any]) -> None:
+def test_no_tensors(rule: Rule, signal: signals.Signal, group: dict[str, Any]) -> None:
     for sizes in ([], [0], [0, 0]):
         made = work(rule, signal, group, sizes=sizes)
         assert torch.equal(made.measure(), torch.zeros(len(sizes), 3))
@@ -331,7 +333,7 @@ def test_no_tensors(rule: rules.Rule, signal: signals.Signal, group: dict[str, A
 @on_device
 def test_nothing_beyond_the_end_is_counted_or_written() -> None:
     """ε = 0 makes 0/0 of what a program reads beyond the end."""
-    made = work(rules.Adam(), signals.Updates(), {"betas": (0.9, 0.999), "eps": 0.0}, sizes=[3, 5])
+    made = work(Adam(), signals.Updates(), {"betas": (0.9, 0.999), "eps": 0.0}, sizes=[3, 5])
     made.tensors.moments[1][1].fill_(1.0)
     memory = torch.full((7,), 7.0, device=DEVICE)
     memory[1:4] = made.tensors.params[0]
@@ -348,7 +350,7 @@ def test_nothing_beyond_the_end_is_counted_or_written() -> None:
 @on_device
 @cases
 def test_what_does_not_go_is_neither_read_nor_written(
-    rule: rules.Rule, signal: signals.Signal, group: dict[str, Any]
+    rule: Rule, signal: signals.Signal, group: dict[str, Any]
 ) -> None:
     """Its tensors have no memory here: a read would be a fault. But its history becomes zero."""
     made, without = (work(rule, signal, group, sizes=[3, 2 * BLOCK + 7, BLOCK]) for _ in range(2))
@@ -372,9 +374,7 @@ def test_what_does_not_go_is_neither_read_nor_written(
 @on_device
 @cases
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nonfinite(
-    rule: rules.Rule, signal: signals.Signal, group: dict[str, Any], bad: float
-) -> None:
+def test_nonfinite(rule: Rule, signal: signals.Signal, group: dict[str, Any], bad: float) -> None:
     """Norms of that tensor are not finite; and what does not go only forgets its history."""
     made = work(rule, signal, group, sizes=[3, 1, 70])
     clean = made.measure()
@@ -397,9 +397,9 @@ def test_sums_of_many_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu, "BLOCK", 8)
     monkeypatch.setattr(gpu, "STEP", 4)
     monkeypatch.setattr(gpu, "ROWS", 64)
-    made = work(rules.SGD(), signals.Gradients(), {"momentum": 0.0}, dtype, [7, 8 * 150 + 3, 20])
+    made = work(SGD(), signals.Gradients(), {"momentum": 0.0}, dtype, [7, 8 * 150 + 3, 20])
     norms = made.measure()
-    assert_close_norms(norms, rules.measure(made.batch))
+    assert_close_norms(norms, loop.measure(made.batch))
     params, grads, history = made.tensors.params, made.tensors.grads, made.tensors.history
     one = Tensors(params[1:2], grads[1:2], (), history[1:2], [])
     alone = gpu.measure(made.spec, one, made.numbers[1:2], made.constants)
@@ -428,7 +428,7 @@ def sketch(x: Tensor, k: int, start: int = 0) -> Tensor:
 @cases
 @pytest.mark.parametrize("k", [32, 64])
 def test_sketch(
-    rule: rules.Rule,
+    rule: Rule,
     signal: signals.Signal,
     group: dict[str, Any],
     k: int,
@@ -438,7 +438,7 @@ def test_sketch(
     monkeypatch.setattr(gpu, "_SLICE", 32)
     made = work(rule, signal, group, sizes=[0, 1, 31, 64, 65, 200])
     starts = [5, 0, 7, 64, 2**33 + 63, 100]
-    exact = rules.measure(made.batch)
+    exact = loop.measure(made.batch)
     # Where x is an update, it is had by sketching the tensors with a history of zeros.
     spec = replace(made.spec, history=None, sketch=k)
     tensors = replace(made.tensors, starts=starts, history=[])
@@ -446,8 +446,8 @@ def test_sketch(
     assert_close_norms(rows[:, :2], exact[:, :2])
     assert not rows[:, 2].any()
     for i, (param, grad) in enumerate(zip(made.batch.params, made.batch.grads, strict=True)):
-        x = rules.gradient(param, grad, made.batch.group)
-        if signal.measures_updates:
+        x = loop._gradient(param, grad, made.batch.group)
+        if signal.of_updates:
             new = rule.moments(x, made.batch.states[i], made.batch.group)
             x = -0.05 * rule.direction(new, made.batch.steps[i], made.batch.group)
         expected = sketch(x, k, starts[i])
@@ -459,7 +459,7 @@ def test_sketch(
 @on_device
 def test_sketches_of_parts_add_up() -> None:
     group = {"momentum": 0.0}
-    made = work(rules.SGD(), signals.Gradients(), group, torch.float64, [300])
+    made = work(SGD(), signals.Gradients(), group, torch.float64, [300])
     (whole,) = made.tensors.grads
     cuts = [(0, 0), (0, 17), (17, 100), (100, 300)]
 
@@ -527,7 +527,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
 @cases
 @pytest.mark.parametrize("arch", [80, 90])
 def test_compiles(
-    rule: rules.Rule,
+    rule: Rule,
     signal: signals.Signal,
     group: dict[str, Any],
     arch: int,
@@ -540,7 +540,7 @@ def test_compiles(
     made.advance()
     measured, _, advanced = compiler.kernels
     roles = 2 + len(made.tensors.moments) + bool(made.tensors.history)
-    reads = len(made.tensors.moments) + 1 if signal.measures_updates else 1
+    reads = len(made.tensors.moments) + 1 if signal.of_updates else 1
     reads += bool(made.tensors.history)
     for kernel, least in ((measured, reads), (advanced, roles)):
         ptx = kernel.asm["ptx"]
@@ -554,7 +554,7 @@ def test_compiles(
 @dtypes
 def test_compiles_for_every_dtype(dtype: torch.dtype, compiler: Compiler) -> None:
     group = {"betas": (0.9, 0.999), "eps": 1e-8}
-    made = work(rules.Adam(), signals.Updates(), group, dtype)
+    made = work(Adam(), signals.Updates(), group, dtype)
     made.measure()
     made.advance()
     spec = replace(made.spec, history=None, sketch=4096)
@@ -572,7 +572,7 @@ def test_nothing_is_compiled_again(compiler: Compiler) -> None:
     group = {"betas": (0.9, 0.999), "eps": 1e-8}
     found = set()
     for sizes, change in (([5], {}), ([16, 1, 4096], {"betas": (0.0, 0.5), "eps": 0.0})):
-        made = work(rules.Adam(), signals.Gradients(), group | change, sizes=sizes)
+        made = work(Adam(), signals.Gradients(), group | change, sizes=sizes)
         for at in (0, 1, 16):
             made.measure()
             made.advance(torch.ones(64, dtype=torch.bool)[at : at + len(sizes)])
@@ -653,7 +653,7 @@ def test_missing_nothing() -> None:
 @on_cuda
 def test_nothing_waits_for_the_device() -> None:
     group = {"betas": (0.9, 0.999), "eps": 1e-8}
-    made = work(rules.Adam(), signals.Gradients(), group)
+    made = work(Adam(), signals.Gradients(), group)
     go = torch.ones(len(SIZES), dtype=torch.bool, device=DEVICE)
 
     def step() -> None:
@@ -672,7 +672,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 @on_cuda
 @cases
-def test_cuda_graph(rule: rules.Rule, signal: signals.Signal, group: dict[str, Any]) -> None:
+def test_cuda_graph(rule: Rule, signal: signals.Signal, group: dict[str, Any]) -> None:
     """A graph whose gradients are its own, replayed, against eager steps."""
     graphed, eager = (work(rule, signal, group) for _ in range(2))
     sources = [g.clone() for g in graphed.tensors.grads]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hf_adalip import Lipschitz
 from hf_adalip.optim import LipOptimizer
-from hf_adalip.optim.kernels import cpu
+from hf_adalip.optim.forms.kernels import cpu
 from tests.optim.cases import (
     CLASSES,
     GRADIENT,
@@ -125,11 +125,11 @@ def test_default_form(count: int) -> None:
     for options in ({}, {"fused": False}, {"foreach": False}, {"foreach": False, "fused": False}):
         optimizer = build("adalip", params, **options)
         train(optimizer, params, [0])
-        form = optimizer._kept.census.runs[0].form
+        form = optimizer._plan.buckets[0].form
         assert form is not None
         chosen.append(form.__name__.rpartition(".")[2])
     first = "fused" if count == 2**20 else "foreach"
-    assert chosen == [first, "foreach", "rules", "rules"]
+    assert chosen == [first, "foreach", "step", "step"]
 
 
 AWKWARD: dict[str, Callable[[Tensor], Tensor]] = {
@@ -720,14 +720,14 @@ CHANGED: dict[str, Change] = {
 def followed(
     name: str, change: Change, anew: bool, at: set[int], silent: bool, **options: Any
 ) -> Any:
-    """Parameters and state after 7 steps with changes between them, with or without `_kept`."""
+    """Parameters and state after 7 steps with changes between them, with or without `_plan`."""
     params = named_params({"a.weight": (12, 10), "a.bias": (12,), "b.weight": (5, 3, 3, 3)})
     optimizer = build(name, params, layers="module", **options)
     for step in range(7):
         if step in at:
             change(optimizer, params, step)
         if anew:
-            optimizer.__dict__.pop("_kept", None)
+            optimizer.__dict__.pop("_plan", None)
         grads: dict[str, Any] = random_grads(params, step)
         if silent and step % 2:
             grads["a.bias"] = None
@@ -926,7 +926,7 @@ except RuntimeError as error:
 optimizer = AdamLip([p])
 p.grad = torch.ones_like(p)
 optimizer.step()
-print(optimizer._kept.census.runs[0].form.__name__)
+print(optimizer._plan.buckets[0].form.__name__)
 optimizer.param_groups[0]["fused"] = True
 try:
     optimizer.step()
@@ -948,5 +948,5 @@ def test_without_a_compiler(tmp_path: Path) -> None:
     )
     message, form, again = [x for x in done.stdout.splitlines() if "fused" in x or "foreach" in x]
     assert "needs a C++ compiler" in message
-    assert form == "hf_adalip.optim.foreach"
+    assert form == "hf_adalip.optim.forms.foreach"
     assert "needs a C++ compiler" in again

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from hf_adalip import AdamLip, Lipschitz
-from hf_adalip.optim.kernels import cpu
-from hf_adalip.optim.lipschitz import FORGOTTEN
+from hf_adalip.optim.estimator import FORGOTTEN
+from hf_adalip.optim.forms.kernels import cpu
 from tests.optim.cases import (
     CLASSES,
     SHAPES,

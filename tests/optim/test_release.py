@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hf_adalip import AdamLip, Lipschitz, release_gradients
 from hf_adalip.optim import LipOptimizer
-from hf_adalip.optim.kernels import cpu
+from hf_adalip.optim import release as release_module
+from hf_adalip.optim.forms.kernels import cpu
 from tests.optim.cases import CLASSES, assert_same, forms, momentum_only, six, snapshot
 from tests.optim.test_nonfinite import NoLookingAtNumbers, no_looking  # noqa: F401
 
@@ -434,13 +435,13 @@ def bytes_waiting(cap: float, monkeypatch: pytest.MonkeyPatch) -> list[list[int]
     net = deep()
     optimizer = AdamLip(net.parameters())
     steps = []
-    step = optimizer._step
+    step_layers = release_module.step_layers
 
-    def see(census: Any) -> Tensor:
-        steps.append([member.grad.nbytes for member in census.members])
-        return step(census)
+    def see(optimizer: Any, plan: Any) -> Tensor:
+        steps.append([param.grad.nbytes for param in plan.params])
+        return step_layers(optimizer, plan)
 
-    monkeypatch.setattr(optimizer, "_step", see)
+    monkeypatch.setattr(release_module, "step_layers", see)
     release_gradients(optimizer, bucket_cap_mb=cap / 2**20)
     net(torch.randn(2, WIDTH)).square().sum().backward()
     return steps

@@ -460,7 +460,7 @@ def test_a_captured_step_needs_its_lr_on_the_device(monkeypatch: pytest.MonkeyPa
     params = [torch.nn.Parameter(torch.zeros(3, device="meta"))]
     optimizer = AdamLip(params, lr=torch.tensor(0.1), capturable=True)
     optimizer._capture_check()
-    monkeypatch.setattr("hf_adalip.optim.optimizer._is_capturing", lambda: True)
+    monkeypatch.setattr("hf_adalip.optim.step._is_capturing", lambda: True)
     with pytest.raises(ValueError, match=r"capturable=True needs lr .* got it on cpu"):
         optimizer.step()
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from hf_adalip import AdaLip, AdamLipU, Lipschitz
-from hf_adalip.optim.kernels import cpu
-from hf_adalip.optim.lipschitz import FORGOTTEN, NO_PREDECESSOR
+from hf_adalip.optim.estimator import FORGOTTEN, NO_PREDECESSOR
+from hf_adalip.optim.forms.kernels import cpu
 from tests.optim.cases import (
     CLASSES,
     UPDATE,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..norms import wide_dtype
+from ...signals import opmath_dtype
 from . import Constants, KernelError, Spec, Tensors
 
 _TYPES = {
@@ -119,7 +119,7 @@ def _defined(spec: Spec) -> dict[str, str]:
         "RULE": spec.rule,
         "SIGNAL": spec.signal,
         "PARAM": _TYPES[spec.dtype],
-        "WIDE": _TYPES[wide_dtype(spec.dtype)],
+        "WIDE": _TYPES[opmath_dtype(spec.dtype)],
         "HISTORY": _TYPES[spec.history],
         "HALF": str(int(torch.float16 in (spec.dtype, spec.history))),
         "SKETCH": str(spec.sketch),

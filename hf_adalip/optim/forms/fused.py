@@ -1,4 +1,4 @@
-"""The rules of rules.py compiled: two passes over memory for a whole batch, whatever its tensors.
+"""The step compiled: two passes over memory for a whole batch, whatever its tensors.
 
 Here a Batch becomes what the kernels of its device take: a Spec to be compiled for, tensors of
 one memory order, and a table of numbers, none of which is read on the host.
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..plan import Batch, LocalParam
+from ..rules import bias_correction
+from ..signals import opmath_dtype
 from .kernels import COLUMNS, Constants, Spec, Tensors, cpu, gpu
-from .norms import wide_dtype
-from .rules import SGD, Adam, Batch, RMSprop, Rule, bias_correction
-from .shards import start_in_whole
 
 Copies = list[tuple[Tensor, Tensor]]
 
@@ -27,11 +27,6 @@ _WORTH = 2**20
 """Elements of an optimizer from which on the fused form is the default on a CPU."""
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_RULES: dict[type[Rule], Literal["SGD", "RMSprop", "Adam"]] = {
-    SGD: "SGD",
-    RMSprop: "RMSprop",
-    Adam: "Adam",
-}
 
 
 def missing(device: torch.device) -> str | None:
@@ -63,6 +58,13 @@ def fits(param: Tensor, grad: Tensor | None) -> bool:
     return _is_plain(param) and param.dtype in _DTYPES and _dense(param)
 
 
+def takes(param: LocalParam) -> bool:
+    """Whether a parameter, its gradient and its history are for the fused form."""
+    grad = None if param.grad is None else param.shard.local(param.grad)
+    can_be_sketched = not param.sketch or param.shard.start is not None
+    return fits(param.shard.local(param.param), grad) and can_be_sketched
+
+
 def _is_plain(x: Tensor) -> bool:
     own_operators = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
     return x.layout == torch.strided and not own_operators
@@ -87,14 +89,14 @@ def prepare(batch: Batch) -> None:
 
 
 def measure(batch: Batch) -> Tensor:
-    """As `rules.measure`."""
+    """As `step.measure`."""
     spec, tensors, _, constants, numbers = _prepared(batch)
     rows: Tensor = _backend(batch.params[0]).measure(spec, tensors, numbers, constants)
     return rows
 
 
 def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
-    """As `rules.advance`."""
+    """As `step.advance`."""
     spec, tensors, copies, constants, _ = _prepared(batch)
     numbers = _numbers(batch, (rates, remembered))
     _backend(batch.params[0]).advance(spec, tensors, numbers, constants, go)
@@ -114,7 +116,7 @@ def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, go: Tenso
     """
     dtype = params[0].dtype
     alike = [_like(p, q, dtype) for p, q in zip(params, others, strict=True)]
-    numbers = weights.new_ones(len(params), len(COLUMNS), dtype=wide_dtype(dtype))
+    numbers = weights.new_ones(len(params), len(COLUMNS), dtype=opmath_dtype(dtype))
     numbers[:, COLUMNS.index("decay")] = weights
     numbers[:, COLUMNS.index("rate")] = weights - 1
     # A step of plain SGD: p·decay - rate·q.
@@ -163,7 +165,7 @@ def _spec(batch: Batch) -> Spec:
     signal = _signal(batch)
     has_early = bool(history) and signal == "gradient" and _backend(batch.params[0]) is cpu
     return Spec(
-        rule=_RULES[type(rule)],
+        rule=rule.name,
         signal=signal,
         dtype=batch.params[0].dtype,
         history=batch.states[0][history[0]].dtype if history else None,
@@ -178,9 +180,9 @@ def _spec(batch: Batch) -> Spec:
 
 
 def _signal(batch: Batch) -> Literal["gradient", "update", "retraced"]:
-    if not batch.signal.measures_updates:
+    if not batch.signal.of_updates:
         return "gradient"
-    return "retraced" if batch.signal.retraces(batch.rule, batch.group) else "update"
+    return "retraced" if batch.signal.is_recomputed(batch.rule, batch.group) else "update"
 
 
 def _constants(group: Any) -> Constants:
@@ -192,7 +194,7 @@ def _constants(group: Any) -> Constants:
 def _numbers(batch: Batch, rates: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The table of `COLUMNS`: for `advance` with rates and those to remember, else `measure`."""
     group, lr = batch.group, batch.lr
-    dtype = wide_dtype(batch.params[0].dtype)
+    dtype = opmath_dtype(batch.params[0].dtype)
     steps = batch.steps.to(dtype)
     columns: dict[str, Tensor | float] = {"lr": lr}
     if rates is not None:
@@ -204,7 +206,7 @@ def _numbers(batch: Batch, rates: tuple[Tensor, Tensor] | None = None) -> Tensor
     elif _signal(batch) == "retraced":
         before = (batch.steps - 1).clamp(min=1)
         prev_lr = torch.stack([state["prev_lr"] for state in batch.states])
-        columns["prev_rate"] = prev_lr / batch.rule.gain(before, group)
+        columns["prev_rate"] = prev_lr / batch.rule.inverse_bias_correction(before, group)
         columns |= _corrections(group, before.to(dtype), "prev_")
     if columns:
         columns |= _corrections(group, steps)
@@ -253,8 +255,8 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
     if any(map(Tensor.is_neg, grads)):
         grads = [g.resolve_neg() for g in grads]
     grads = alike(grads, spec.dtype)
-    count = len(batch.rule.kept(batch.group))
-    rows = [[state[name] for state in batch.states] for name in batch.names]
+    count = len(batch.moments)
+    rows = [[state[name] for state in batch.states] for name in batch.keys]
 
     def together(rows: list[list[Tensor]], starts: list[int]) -> Tensors:
         history = [x for row in rows[count:] for x in row]
@@ -269,7 +271,7 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
         for row, dtype in zip(rows, dtypes, strict=False):
             _lay_out(params, row, dtype)
     used = [alike(row, dtype) for row, dtype in zip(rows, dtypes, strict=False)]
-    starts = [start_in_whole(m.param) or 0 for m in batch.members] if batch.sketch else []
+    starts = [m.shard.start or 0 for m in batch.members] if batch.sketch else []
     tensors = together(used, starts)
     changed = [(row, other) for row, other in zip(rows, used, strict=True) if row is not other]
     if not changed:

@@ -1,4 +1,4 @@
-"""The recurrence of S: the one place where the method's mathematics is written.
+"""S: how the scale of a layer's learning rate follows from what is measured of the layer.
 
 Notation, per layer l and step t (Ioannou, Tagaris, Stafylopatis 2023):
 
@@ -10,8 +10,8 @@ Notation, per layer l and step t (Ioannou, Tagaris, Stafylopatis 2023):
     r_t = ‖x_{t-1}‖ / (‖x_t - x_{t-1}‖ + c_t)                           Eq. 7
     S_t = γ·S_{t-1} + (1-γ)·r_t                                         Eq. 8
 
-Everything here works on vectors with one element per layer, on the device, and
-knows neither parameters nor optimizers.
+Everything here works on vectors with one element per layer, on the device, and knows neither
+parameters nor optimizers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NO_PREDECESSOR = -1.0
 """`prev_norm` of a layer that has not yet had a non-zero signal (a norm is never negative)."""
 
 FORGOTTEN = -2.0
-"""`prev_norm` of a layer that has had signals, the last of which was not finite, and left out."""
+"""`prev_norm` of a layer whose last signal is lost, such as one that was not finite."""
 
 FIRST_C = 1e-8
 """c_1 = c_0 of `c="theoretical"`, the constant that the paper's experiments used (§4.2)."""
@@ -37,7 +37,7 @@ NONFINITE = ("skip", "raise", "propagate")
 
 
 class LayerState(NamedTuple):
-    """What is remembered of every layer between two steps; vectors of shape [layers]."""
+    """The state of S between two steps; vectors of shape [layers]."""
 
     scale: Tensor  # S_{t-1}
     prev_norm: Tensor  # ‖x_{t-1}‖, or NO_PREDECESSOR or FORGOTTEN
@@ -68,7 +68,21 @@ def theoretical_c(
 
 @dataclass(frozen=True)
 class Estimator:
-    """How S is estimated: γ, c, the bounds of S, and what a non-finite gradient does.
+    """The recurrence of S, and every case in which it does not simply go on.
+
+        x_t                 x_{t-1}                  S_t               A_t/α_t   prev_norm
+        ------------------  -----------------------  ----------------  --------  -------------------
+        finite              finite                   Eq. 8             S_t       ‖x_t‖
+        non-zero            none yet                 γ·S_{t-1}         1         ‖x_t‖
+        zero, or no         zero, or none yet        S_{t-1}           S_t       as it was
+        gradient
+        finite              lost (`FORGOTTEN`), or   S_{t-1}           S_t       ‖x_t‖
+                            overflowed when stored
+        not finite, "skip"  none yet                 S_{t-1}, no step            `NO_PREDECESSOR`
+        not finite, "skip"  any other                S_{t-1}, no step            `FORGOTTEN`
+        layer not active    any                      S_{t-1}, no step            as it was
+
+    With nonfinite="propagate" a signal that is not finite is computed with as any other.
 
     Args:
         gamma: coefficient of the moving average, in (0, 1) (§4.2).
@@ -119,23 +133,38 @@ class Estimator:
     def initial_c(self) -> float:
         return FIRST_C if self.c == "theoretical" else self.c
 
+    @property
+    def initial(self) -> dict[str, float]:
+        """The state of a layer before its first step, under the names of the optimizer's state."""
+        first = {"lipschitz_scale": 1.0, "prev_norm": NO_PREDECESSOR}
+        return first | ({"lipschitz_c": FIRST_C} if self.theoretical else {})
+
     def update(
-        self, layer: LayerState, norm: Tensor, change: Tensor, step: Tensor | None = None
-    ) -> tuple[LayerState, Tensor]:
+        self,
+        layer: LayerState,
+        norm: Tensor,
+        change: Tensor,
+        step: Tensor | None = None,
+        *,
+        finite: Tensor | None = None,
+        active: Tensor | None = None,
+        applied: bool = False,
+    ) -> tuple[LayerState, Tensor, Tensor]:
         """One step of S for all layers.
 
         Args:
             layer: the state after step t-1.
             norm: ‖x_t‖.
-            change: ‖x_t - x_{t-1}‖; where there is no predecessor, x_{t-1} = 0. Where it is
-                not finite and ‖x_t‖ is, x_{t-1} was not (it overflowed when it was stored), and
-                is forgotten. Where x_{t-1} is forgotten, S keeps its value.
+            change: ‖x_t - x_{t-1}‖; where there is no predecessor, x_{t-1} = 0. Where it is not
+                finite and ‖x_t‖ is, x_{t-1} was not.
             step: t, the scheduler's, of which α_t is a function; for c="theoretical".
+            finite: which layers have a finite signal; by default all.
+            active: which layers take part in the step; by default all.
+            applied: whether the signal to compare the next one with is S_t·x_t, an update as it
+                was applied.
 
         Returns:
-            the state after step t (its `prev_norm` is ‖x_t‖), and the factor A_t/α_t:
-            S_t, or 1 on a layer's first non-zero signal, so that training starts at the
-            initial learning rate (§4.2).
+            the state after step t; the factor A_t/α_t; and which layers take the step.
         """
         before = layer.prev_norm.clamp(min=0.0)
         # A norm is never negative: less than infinity, it is finite.
@@ -153,17 +182,32 @@ class Estimator:
         if self.scale_bounds is not None:
             scale = scale.clamp(*self.scale_bounds)
         scale = torch.where(signal, scale, layer.scale)
-        prev_norm = torch.where(signal | lost, norm, layer.prev_norm)
-        return LayerState(scale, prev_norm, c), scale.masked_fill(first, 1.0)
+        factor = scale.masked_fill(first, 1.0)
+        remembered = norm * factor if applied else norm
+        prev_norm = torch.where(signal | lost, remembered, layer.prev_norm)
+        return self._kept(layer, LayerState(scale, prev_norm, c), factor, finite, active)
 
-    def leave_out(self, layer: LayerState, finite: Tensor) -> LayerState:
-        """The state of layers that take no step, where their x_t is not finite.
-
-        S stays, and x_{t-1} is forgotten: so an optimizer may let x_t take its place before it
-        knows all of x_t.
-        """
-        had_one = layer.prev_norm != NO_PREDECESSOR
-        return layer._replace(prev_norm=layer.prev_norm.masked_fill(had_one & ~finite, FORGOTTEN))
+    def _kept(
+        self,
+        old: LayerState,
+        new: LayerState,
+        factor: Tensor,
+        finite: Tensor | None,
+        active: Tensor | None,
+    ) -> tuple[LayerState, Tensor, Tensor]:
+        """The last rows of the table: layers that take no step keep S."""
+        steps = torch.ones_like(factor, dtype=torch.bool) if active is None else active
+        if self.nonfinite == "skip" and finite is not None:
+            steps = steps & finite
+            # An optimizer may overwrite x_{t-1} before it knows all of x_t.
+            had_one = old.prev_norm != NO_PREDECESSOR
+            old = old._replace(prev_norm=old.prev_norm.masked_fill(had_one & ~finite, FORGOTTEN))
+        kept = LayerState(
+            torch.where(steps, new.scale, old.scale),
+            torch.where(steps, new.prev_norm, old.prev_norm),
+            new.c if new.c is None or old.c is None else torch.where(steps, new.c, old.c),
+        )
+        return kept, factor, steps
 
 
 def is_number(value: object) -> bool:

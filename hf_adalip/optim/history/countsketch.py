@@ -24,14 +24,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .census import real
-from .norms import wide_dtype
-from .shards import whole_shape
+from ..signals import opmath_dtype
 
 DEFAULT_SKETCH_SIZE = 4096
 """Puts S within 5 % of exact at every step of every layer: 5 % is 4.5 of the standard deviations
@@ -50,101 +47,6 @@ _WORD = 32
 """Signs that one hash has."""
 
 Numbers = Sequence[int]
-
-
-HISTORIES = ("prev_grad", "prev_update")
-"""Beginnings of the state keys in which x_{t-1} is remembered."""
-
-SKETCH = "_sketch"
-"""End of such a key where only a sketch is kept."""
-
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-}
-"""Those that a history may have, by name."""
-
-
-class Exact(NamedTuple):
-    """Keeps x_{t-1} as a tensor of the parameter's shape.
-
-    In a dtype, a complex one as the real and imaginary parts: there is no complex bfloat16.
-    """
-
-    dtype: torch.dtype | None = None  # None for the parameter's own
-    size: int = 0
-
-    def key(self, name: str) -> str:
-        return name
-
-    def shape(self, param: Tensor) -> tuple[int, ...]:
-        """Of what is kept for a parameter."""
-        return tuple((param if self.dtype is None else real(param)).shape)
-
-    def empty(self, param: Tensor) -> Tensor:
-        """As it is before a first step."""
-        like = param if self.dtype is None else real(param)
-        zeros = torch.zeros_like(like, dtype=self.dtype, memory_format=torch.preserve_format)
-        return zeros.detach()
-
-    def adopted(self, kept: Tensor, param: Tensor) -> Tensor | None:
-        """A history of that key as one of this kind."""
-        if self.dtype is not None:
-            parts: Tensor = real(kept)
-            return parts.to(self.dtype)
-        if param.is_complex() and not kept.is_complex():
-            kept = torch.view_as_complex(kept.to(param.dtype.to_real()))
-        return kept.to(param.dtype)
-
-
-class Sketch(NamedTuple):
-    """Keeps `size` numbers of x_{t-1}."""
-
-    size: int
-
-    def key(self, name: str) -> str:
-        return name + SKETCH
-
-    def shape(self, param: Tensor) -> tuple[int, ...]:
-        """Of what is kept for a parameter."""
-        return (self.size,)
-
-    def empty(self, param: Tensor) -> Tensor:
-        """As it is before a first step."""
-        return torch.zeros(self.size, dtype=self._dtype(param), device=param.device)
-
-    def adopted(self, kept: Tensor, param: Tensor) -> Tensor | None:
-        """A history of that key as one of this kind; None where it cannot be."""
-        return kept.to(self._dtype(param)) if kept.shape == (self.size,) else None
-
-    def nbytes(self, param: Tensor) -> int:
-        return self.size * self._dtype(param).itemsize
-
-    def _dtype(self, param: Tensor) -> torch.dtype:
-        return wide_dtype(param.dtype.to_real() if param.is_complex() else param.dtype)
-
-
-def history_of(group: dict[str, Any], param: Tensor) -> Exact | Sketch:
-    """How a group keeps the history of one of its parameters.
-
-    With "sketch", a parameter that takes no more memory than a sketch is kept exactly.
-
-    Raises:
-        ValueError: for a value that is none; options may be changed by hand.
-    """
-    how = str(group.get("history", "exact")).removeprefix("torch.")
-    if how == "sketch":
-        sketch = Sketch(group["sketch_size"])
-        if whole_shape(param).numel() * param.element_size() > sketch.nbytes(param):
-            return sketch
-    if how in ("exact", "sketch"):
-        return Exact()
-    if how not in DTYPES:
-        raise ValueError(
-            'history must be "exact", "sketch" or a floating-point dtype '
-            f"({', '.join(DTYPES)}), got {how!r}"
-        )
-    return Exact(DTYPES[how])
 
 
 def sketch(
@@ -190,7 +92,7 @@ def sketch(
         raise ValueError(
             f"a tensor of shape {tuple(x.shape)} at {offset} is no part of one of shape {shape}"
         )
-    result = torch.zeros(size, dtype=wide_dtype(x.dtype), device=x.device)
+    result = torch.zeros(size, dtype=opmath_dtype(x.dtype), device=x.device)
     if x.numel() == 0:
         return result
     if x.dim() == 0:

@@ -43,7 +43,7 @@ class KernelError(RuntimeError):
 class Spec:
     """What a kernel is compiled for."""
 
-    rule: Literal["SGD", "RMSprop", "Adam"]
+    rule: str  # the name of one of rules/
     signal: Literal["gradient", "update", "retraced"]  # x = g; û; û, with u_prev from the moments
     dtype: torch.dtype  # of parameters, gradients and moments
     history: torch.dtype | None  # of what is kept of x, in the parameter's shape

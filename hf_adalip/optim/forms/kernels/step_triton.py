@@ -78,8 +78,7 @@ def _load(record, ROLE: tl.constexpr, offset, at, mask, DTYPE: tl.constexpr, ACC
     pointers = _pointer(record, ROLE, offset, DTYPE, ACCESS) + at
     if ACCESS == "masked":
         return tl.load(pointers, mask=mask, other=0.0)
-    else:
-        return tl.load(pointers)
+    return tl.load(pointers)
 
 
 @triton.jit
@@ -93,23 +92,21 @@ def _store(
         tl.store(pointers, value.to(DTYPE))
 
 
-# The rules, as in rules.py
+# The rules, as in rules/
 
 
 @triton.jit
 def _divide(x, y):
     if y.dtype == tl.float64:
         return x / y
-    else:
-        return tl.div_rn(x, y)
+    return tl.div_rn(x, y)
 
 
 @triton.jit
 def _root(x):
     if x.dtype == tl.float64:
         return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
+    return tl.sqrt_rn(x)
 
 
 @triton.jit

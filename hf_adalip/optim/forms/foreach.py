@@ -1,0 +1,199 @@
+"""The step on lists of tensors: the same steps in fewer, larger launches.
+
+Everything that does not depend on the layer is one `_foreach` call for a whole batch. What does
+(A_t, and leaving a non-finite layer alone) has a scalar on the device for each tensor.
+Low-precision tensors are widened first and rounded once, as in the loop form.
+
+A batch is worked through in pieces, which bounds the temporaries, and on a CPU keeps them in its
+cache: each of the many operations of a step would otherwise go through memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan import Batch
+from ..rules import TensorLists, scalars
+from ..signals import layer_norms, norms
+from ..step import sketched, widened
+
+Tensors = list[Tensor]
+
+_PIECE, _CACHED_PIECE = 2**22, 2**19
+"""Elements that are worked on together, and the same on a CPU."""
+
+
+class Piece(NamedTuple):
+    """A part of a batch: some of its tensors, or a part of one."""
+
+    batch: Batch
+    tensors: slice  # of the batch's
+
+
+def _times_(tensors: Tensors, by: Tensor) -> Tensors:
+    torch._foreach_mul_(tensors, scalars(by, tensors))
+    return tensors
+
+
+def measure(batch: Batch) -> Tensor:
+    """As `step.measure`."""
+    pieces = _pieces(batch)
+    rows = torch.cat([_measure(piece) for piece, _ in pieces])
+    count = len(batch.params)
+    if len(rows) == count:
+        return rows
+    owners = tuple(i for _, tensors in pieces for i in range(count)[tensors])
+    return layer_norms(rows, owners, count)  # of the parts of a tensor, as of those of a layer
+
+
+def _measure(batch: Batch) -> Tensor:
+    rule, group = batch.rule, batch.group
+    grads = _gradients(batch)
+    old = _old(batch)
+
+    def proposal() -> Tensors:
+        directions = rule.foreach_directions(
+            rule.foreach_moments(grads, old, group), batch.steps, group
+        )
+        torch._foreach_mul_(directions, -batch.lr)
+        return directions
+
+    def retraced() -> Tensors:
+        steps = (batch.steps - 1).clamp(min=1)
+        prev_lr = torch.stack([state["prev_lr"] for state in batch.states])
+        prev_lr = prev_lr / batch.rule.inverse_bias_correction(steps, group)
+        directions = _times_(rule.foreach_directions(old, steps, group), -prev_lr)
+        fresh = (prev_lr == 0).unbind()
+        return [d.masked_fill_(zero, 0.0) for d, zero in zip(directions, fresh, strict=True)]
+
+    now = batch.signal.current(grads, proposal)
+    if batch.sketch:
+        sizes = norms(grads).unbind(), norms(now).unbind()
+        shards = [member.shard for member in batch.members]
+        rows = zip(now, *sizes, shards, strict=True)
+        return torch.stack([sketched(*row, batch.sketch) for row in rows])
+    changes = list(torch._foreach_sub(now, batch.signal.previous(old, retraced)))
+    size = norms(grads)
+    own = norms(now) if batch.signal.of_updates else size
+    return torch.stack([size, own, norms(changes)], dim=1)
+
+
+def advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
+    """As `step.advance`."""
+    for piece, here in _pieces(batch):
+        _advance(piece, rates[here], kept[here], active[here])
+
+
+def _advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
+    rule, group = batch.rule, batch.group
+    grads = _gradients(batch)
+    new = rule.foreach_moments(grads, _old(batch), group)
+    directions = rule.foreach_directions(new, batch.steps, group)
+    for name in batch.moments:
+        old = [state[name] for state in batch.states]
+        _commit(old, new[name], map(_wide, old), active)
+    if batch.history:
+        history = batch.signal.kept(grads, lambda: _times_([d.clone() for d in directions], -kept))
+        for name, xs in history.items():
+            zeros = [xs[0].new_zeros(())] * len(xs)
+            _commit([state[name] for state in batch.states], xs, zeros, active)
+    updates = _times_(directions, -rates)
+    values = [_wide(p) for p in batch.params]
+    if group["weight_decay"] and group["decoupled_weight_decay"]:
+        values = list(torch._foreach_mul(values, 1 - batch.lr * group["weight_decay"]))
+    torch._foreach_add_(updates, values)
+    _commit(batch.params, updates, map(_wide, batch.params), active)
+
+
+def _old(batch: Batch) -> TensorLists:
+    return {name: [_wide(state[name]) for state in batch.states] for name in batch.keys}
+
+
+def _wide(x: Tensor) -> Tensor:
+    return widened(x, x.dtype)
+
+
+def _gradients(batch: Batch) -> Tensors:
+    group = batch.group
+    grads = [widened(g, p.dtype) for p, g in zip(batch.params, batch.grads, strict=True)]
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+    if group["weight_decay"] and not group["decoupled_weight_decay"]:
+        params = [_wide(p) for p in batch.params]
+        grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+    return grads
+
+
+def _commit(targets: Tensors, values: Tensors, others: Iterable[Tensor], active: Tensor) -> None:
+    """Makes each target its value where `active`, else its other."""
+    choices = zip(active.unbind(), values, others, strict=True)
+    if targets[0].dtype == values[0].dtype:
+        for choice, target in zip(choices, targets, strict=True):
+            torch.where(*choice, out=target)
+    else:
+        torch._foreach_copy_(targets, [torch.where(*choice) for choice in choices])
+
+
+# Pieces
+
+
+def _pieces(batch: Batch) -> list[Piece]:
+    """What is worked on together, in the order of the batch; made once a step."""
+    if batch.prepared is None:
+        batch.prepared = _cut(batch)
+    pieces: list[Piece] = batch.prepared
+    return pieces
+
+
+def _cut(batch: Batch) -> list[Piece]:
+    limit = _CACHED_PIECE if batch.params[0].device.type == "cpu" else _PIECE
+    pieces: list[Piece] = []
+    taken: list[int] = []
+    size = 0
+    for i, param in enumerate(batch.params):
+        count = param.numel()
+        if taken and size + count > limit:
+            pieces.append(_some(batch, taken))
+            taken, size = [], 0
+        if count > limit and _can_be_cut(batch, i):
+            pieces += [_part(batch, i, at, limit) for at in range(0, count, limit)]
+            continue
+        taken.append(i)
+        size += count
+    return [*pieces, _some(batch, taken)] if taken else pieces
+
+
+def _can_be_cut(batch: Batch, i: int) -> bool:
+    """Whether one index says which elements of a tensor and its state belong together."""
+    kept = [batch.states[i][name] for name in batch.keys]
+    return not batch.sketch and all(
+        x.is_contiguous() for x in (batch.params[i], batch.grads[i], *kept)
+    )
+
+
+def _some(batch: Batch, taken: list[int]) -> Piece:
+    here = slice(taken[0], taken[-1] + 1)
+    part = replace(
+        batch,
+        members=batch.members[here],
+        params=batch.params[here],
+        grads=batch.grads[here],
+        states=batch.states[here],
+        steps=batch.steps[here],
+    )
+    return Piece(part, here)
+
+
+def _part(batch: Batch, i: int, at: int, count: int) -> Piece:
+    def part(x: Tensor) -> Tensor:
+        return x.view(-1)[at : at + count]
+
+    whole, state = _some(batch, [i]), batch.states[i]
+    whole.batch.params, whole.batch.grads = [part(batch.params[i])], [part(batch.grads[i])]
+    whole.batch.states = [state | {name: part(state[name]) for name in batch.keys}]
+    return whole

@@ -1,0 +1,699 @@
+"""Who takes part in a step: collected once, and used again until something has changed."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .estimator import NO_PREDECESSOR, Estimator
+from .groups import decays_of, number_of
+from .history import SKETCH, history_of
+from .rules import Group, Rule
+from .sharding import (
+    ReduceGroups,
+    Shard,
+    is_model_parallel,
+    refuse_if_fsdp1_took_all,
+    shard_of,
+    sum_over_shards,
+)
+from .signals import Signal, index_tensor, layer_norms
+from .state import LAYER_SCALARS, SCALARS, State, complete, forget_predecessor
+
+if TYPE_CHECKING:
+    from .step import Form, LayerwiseOptimizer
+
+Options = tuple[Estimator, str | None]  # with -U's `previous`
+
+
+@dataclass(eq=False)
+class LocalParam:
+    """A parameter as this rank has it: whole, a shard, or a part of an engine's flat tensor."""
+
+    layer: str
+    tensor: Tensor  # of the parameter group, which has the state
+    group: dict[str, Any]
+    stored: State  # of `tensor`; not yet in the optimizer's state when it is new
+    param: Tensor  # `tensor`, or a view of the part of it that is this parameter's
+    decays: bool  # whether the group's weight decay is for it
+    shard: Shard
+    reduce_groups: ReduceGroups
+    sketch: int = 0  # how many numbers are kept of x_{t-1}; 0 where it is kept as a tensor
+    part: int | None = None  # which of a flat tensor's it is
+    parts: tuple[int, ...] = ()  # shape of a number in `stored`: how many a flat tensor has
+    span: slice | None = None  # where in a flat tensor it is
+    place: int | None = None  # among all that are sharded, on every rank the same
+    sketch_place: int | None = None  # among those whose sketches are sharded
+    has_grad: bool = True  # False where only other ranks know whether there is a gradient
+    views: State | None = None
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Asked for anew, so that no gradient is kept alive between two steps."""
+        grad = self.tensor.grad
+        if grad is None:
+            # FSDP1 gives a rank no gradient of a parameter of which it has nothing.
+            return None if self.has_grad or self.tensor.numel() else self.tensor.detach()
+        return grad if self.span is None else grad[self.span]
+
+    @property
+    def state(self) -> State:
+        """This parameter's own, as views where `tensor` has many; once `stored` is complete."""
+        if self.part is None:
+            return self.stored
+        if self.views is None:
+            tensors = {n: x for n, x in self.stored.items() if isinstance(x, Tensor)}
+            self.views = {
+                n: x[self.part if n in SCALARS else self.span] for n, x in tensors.items()
+            }
+        return self.views
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its tensors can be worked on as they are."""
+        plain = type(self.shard) is Shard and self.part is None
+        return plain and self.has_grad and not self.param.is_complex()
+
+    @property
+    def sketch_key(self) -> str:
+        return next(key for key in self.state if key.endswith(SKETCH))
+
+
+@dataclass(eq=False)
+class Layer:
+    """The parameters that share one S."""
+
+    name: str
+    params: list[LocalParam] = field(default_factory=list)  # with a gradient
+    absent: list[LocalParam] = field(default_factory=list)  # with a history, but no gradient now
+    options: Options = field(init=False)
+
+    @property
+    def all(self) -> list[LocalParam]:
+        return self.params + self.absent
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Parameters of one group, device and dtype, which are stepped together."""
+
+    form: Form | None  # None for those without a gradient in a layer that has one
+    params: list[LocalParam]
+    where: slice  # of the plan's parameters
+    sketch: int = 0  # how many numbers they keep of x_{t-1}; 0 for tensors
+    sketch_rows: slice | None = None  # of the plan's parameters that have a sketch
+    sketches: Tensor | None = None  # theirs of x_{t-1}, once packed
+    memo: dict[Any, Any] = field(default_factory=dict)  # of `form`, see Batch
+
+    def __post_init__(self) -> None:
+        self.is_plain = all(p.is_plain for p in self.params)
+
+    def previous_sketches(self) -> Tensor:
+        """Of x_{t-1}, shape [params, sketch]."""
+        if self.sketches is not None:
+            return self.sketches
+        return torch.stack([p.state[p.sketch_key] for p in self.params])
+
+    def keep_sketches(self, sketches: Tensor, active: Tensor) -> None:
+        """Stores those of x_t, and zero where the parameters take no step."""
+        kept = self.previous_sketches()
+        kept.copy_(torch.where(active[:, None], sketches, 0.0))
+        if self.sketches is None:
+            store([p.state[p.sketch_key] for p in self.params], kept)
+
+    def pack(self) -> list[Tensor]:
+        """Makes the sketches the rows of one matrix, which it returns."""
+        if not self.sketch:
+            return []
+        self.sketches = self.previous_sketches()
+        rows = list(self.sketches)
+        for param, row in zip(self.params, rows, strict=True):
+            param.stored[param.sketch_key] = row
+        return rows
+
+
+@dataclass
+class Batch:
+    """The tensors of a bucket at one step.
+
+    They are views of `params`' own: the local part of a sharded parameter, the real and
+    imaginary parts of a complex one.
+    """
+
+    rule: Rule
+    signal: Signal
+    group: Group
+    members: list[LocalParam]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor]]
+    steps: Tensor  # [tensors], t of each
+    lr: Tensor | float  # α_t
+    sketch: int = 0  # the size of the sketches of x that are kept; 0 where x itself is
+    stoppable: bool = True  # whether anything between measuring and stepping may stop the step
+    prepared: Any = None  # what a form made of it for both `measure` and `advance`
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """What a form may keep from step to step, as long as params and states are the same objects
+    and the parameters lie in memory as they did."""
+
+    def __post_init__(self) -> None:
+        self.moments = self.rule.state_keys(self.group)
+        self.history = () if self.sketch else self.signal.history(self.rule, self.group)
+        self.keys = self.moments + self.history
+        """State keys of the parameter's shape."""
+
+
+class StepPlan:
+    """Who takes part in a step, here and on other ranks, and the numbers kept for them.
+
+    Attributes:
+        layers: those with the same options side by side.
+        params: of all layers, in the order of the buckets.
+        owner: the index of each parameter's layer.
+        buckets: the parameters that are stepped together.
+        sharded: the process groups of everything that is sharded, also of what has no gradient
+            here.
+        sharded_sketches: the same of those whose history is a sketch.
+        sketch_size: the largest size of a sketch; 0 where there is none.
+        hidden: whether it takes a collective to know which layers have a gradient.
+        kinds: the slices of layers that have the same options.
+        groups: the parameter groups of all parameters.
+        raises: whether a non-finite gradient can stop the step.
+    """
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        device: torch.device,
+        sketch_size: int,
+        sharded: Sequence[ReduceGroups] = (),
+        sharded_sketches: Sequence[ReduceGroups] = (),
+        hidden: bool = False,
+    ) -> None:
+        kinds = dict.fromkeys(layer.options for layer in layers)
+        self.layers = [layer for kind in kinds for layer in layers if layer.options == kind]
+        self.device = device
+        self.sharded = sharded
+        self.sharded_sketches = sharded_sketches
+        self.sketch_size = sketch_size
+        self.hidden = hidden
+        self.kinds: list[tuple[Options, slice]] = []
+        start = 0
+        for kind in kinds:
+            end = start + sum(layer.options == kind for layer in layers)
+            self.kinds.append((kind, slice(start, end)))
+            start = end
+        self.raises = any(estimator.nonfinite == "raise" for estimator, _ in kinds)
+        groups = {number_of(p.group): p.group for layer in self.layers for p in layer.all}
+        self.groups = list(groups.values())
+        self.buckets: list[Bucket] = []
+        self._in_state = False  # whether the optimizer has the parameters' state
+        self._vectors: dict[str, Tensor] = {}
+        self._is_packed = False
+        self._packed: list[Tensor] = []  # the parameters' views of those and of packed sketches
+        self._addresses: list[int] = []  # where these were
+        self._values: list[Callable[[], Any]] = []  # weak references to the parameters' state
+        self._same: list[object] = []  # what it was made from, and is to be the same objects
+        self._equal: list[object] = []
+
+    def arrange(self, buckets: Sequence[tuple[Form | None, list[tuple[int, LocalParam]]]]) -> None:
+        """Sets the buckets, given with the index of each parameter's layer."""
+        entries = [entry for _, inside in buckets for entry in inside]
+        self.params = [param for _, param in entries]
+        self.owner = tuple(i for i, _ in entries)
+        self.buckets, start, row = [], 0, 0
+        for form, inside in buckets:
+            params = [param for _, param in inside]
+            size, end = params[0].sketch, start + len(params)
+            rows = slice(row, row := row + (len(params) if size else 0))
+            self.buckets.append(Bucket(form, params, slice(start, end), size, rows))
+            start = end
+        places = {number_of(group): i for i, group in enumerate(self.groups)}
+        self.group_of = tuple(places[number_of(param.group)] for param in self.params)
+        self.sketched = tuple(i for i, param in enumerate(self.params) if param.sketch)
+        self._spread = None if _is_range(self.owner, len(self.layers)) else self.owner
+        firsts = {layer: place for place, layer in reversed(list(enumerate(self.owner)))}
+        self._first = tuple(firsts[i] for i in range(len(self.layers)))
+        self._leaders = None if _is_range(self._first, len(self.params)) else self._first
+
+    # Whether it still holds
+
+    def note(self, optimizer: LayerwiseOptimizer) -> None:
+        """Notes what the plan was made from."""
+        self._same, self._equal = _facts(optimizer)
+        self.note_state()
+
+    def note_state(self) -> None:
+        """Without keeping the state alive."""
+        values = chain.from_iterable([param.stored.values() for param in self.params])
+        self._values = [weakref.ref(x) if isinstance(x, Tensor) else _constant(x) for x in values]
+
+    def is_current(self, optimizer: LayerwiseOptimizer) -> bool:
+        """Whether nothing has changed of what the plan was made from."""
+        # Asked at every step, when little of the parameters is in a cache: hence the loops of C.
+        same, equal = _facts(optimizer)
+        if len(same) != len(self._same) or not all(map(is_, same, self._same)):
+            return False
+        return equal == self._equal and self.is_intact()
+
+    def is_intact(self) -> bool:
+        """Whether the parameters' state consists of the same tensors as when it was noted."""
+        now = list(chain.from_iterable([param.stored.values() for param in self.params]))
+        noted = [reference() for reference in self._values]
+        # `x.data = ...`, with which state is moved to another device and back, keeps the tensor.
+        same = len(now) == len(noted) and all(map(is_, now, noted))
+        return same and list(map(Tensor.data_ptr, self._packed)) == self._addresses
+
+    # Numbers of parameters and layers
+
+    def pack(self) -> None:
+        """Makes each number of the parameters a view of one vector, so that all are read or
+        written by one operation. For a plan that is used again; the order may no longer change.
+
+        State that a CUDA graph may have captured stays where it is; FakeTensors are nowhere.
+        """
+        if self._is_packed:
+            return
+        self._is_packed = True
+        # Who does not say (a base that is not ours or Adam's) may be captured all the same.
+        capturable = any(p.group.get("capturable", p.tensor.is_cuda) for p in self.params)
+        fake = any(type(p.stored["lipschitz_scale"]) is not Tensor for p in self.params)
+        if capturable or fake or len({p.tensor.device for p in self.params}) > 1:
+            return
+        for key in SCALARS:
+            if self.params and all(key in p.stored for p in self.params):
+                vector = torch.stack([p.stored[key] for p in self.params])
+                self._vectors[key] = vector
+                for i, param in enumerate(self.params):
+                    param.stored[key] = vector[i]
+                self._packed += [param.stored[key] for param in self.params]
+        for bucket in self.buckets:
+            self._packed += bucket.pack()
+        self._addresses = list(map(Tensor.data_ptr, self._packed))
+        self.note_state()
+
+    def read(self, key: str, where: slice, device: torch.device) -> Tensor:
+        """A number of some of the parameters."""
+        if key in self._vectors:
+            return self._vectors[key][where]
+        return _gathered(self.params[where], key, device)
+
+    def write(self, key: str, values: Tensor, where: slice) -> None:
+        """Stores a number of some of the parameters."""
+        if key in self._vectors:
+            self._vectors[key][where].copy_(values)
+        else:
+            store([param.state[key] for param in self.params[where]], values)
+
+    def read_layers(self, key: str, where: slice, device: torch.device) -> Tensor:
+        """A number of some of the layers; all parameters of a layer have the same."""
+        if key in self._vectors:
+            return pick(self._vectors[key], self._leaders)[where]
+        return _gathered([self.params[i] for i in self._first[where]], key, device)
+
+    def write_layers(self, key: str, values: Tensor, where: slice) -> None:
+        """Stores a number of some of the layers in all of their parameters."""
+        if key in self._vectors and len(values) == len(self.layers):
+            self._vectors[key].copy_(self.spread(values))
+            return
+        owned = zip(self.owner, self.params, strict=True)
+        mine = [(i - where.start, p) for i, p in owned if where.start <= i < where.stop]
+        store([p.state[key] for _, p in mine], pick(values, tuple(i for i, _ in mine)))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of layers as values of parameters."""
+        return pick(values, self._spread)
+
+    def put_in_state(self, optimizer: LayerwiseOptimizer) -> None:
+        """Gives the optimizer the state of new parameters, once the step can no longer fail."""
+        if self._in_state:
+            return
+        self._in_state = True
+        for param in chain.from_iterable(layer.all for layer in self.layers):
+            if "lipschitz_scale" not in optimizer.state[param.tensor]:
+                optimizer.state[param.tensor].update(param.stored)
+                if param.part is None:
+                    param.stored = optimizer.state[param.tensor]
+
+    # Norms of layers
+
+    def layer_norms(
+        self, norms: Tensor, sketch_changes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Norms of whole layers from those of this rank's parts of their parameters.
+
+        Args:
+            norms: of the parameters, shape [params, columns], the gradient's first.
+            sketch_changes: ‖x_t - x_{t-1}‖ of the parameters that have a sketch, which is of the
+                whole.
+
+        Returns:
+            shape [layers, columns]; and which layers are active, shape [layers], or None for
+            all: some rank has a gradient, and this is not the step with zero gradients and
+            lr = 0 with which torch.distributed.checkpoint makes the state before training.
+        """
+        params, owner = self.params, self.owner
+        if self.hidden:
+            # A parameter may have a gradient on one rank and none on the other; they are summed
+            # up in the same order on both.
+            order = sorted(range(len(params)), key=lambda i: (params[i].place or 0, i))
+            owner = tuple(owner[i] for i in order)
+            params = [params[i] for i in order]
+            norms = norms[index_tensor(tuple(order), norms.device)]
+            here = tuple(int(p.has_grad and p.grad is not None) for p in params)
+            norms = torch.cat([norms, index_tensor(here, norms.device)[:, None]], dim=1)
+        if self.sharded:
+            places = [p.place for p in params]
+            squares = _summed(norms.square(), places, self.sharded)
+            rows = index_tensor(
+                tuple(i for i, p in enumerate(places) if p is not None), norms.device
+            )
+            norms = norms.index_copy(0, rows, squares.sqrt())
+        if sketch_changes is not None:
+            rows = index_tensor(self.sketched, norms.device)
+            norms[:, 2].index_copy_(0, rows, sketch_changes.to(norms))  # which has the widest dtype
+        if not self.layers:
+            return norms, norms.new_zeros(0, dtype=torch.bool)
+        norms = layer_norms(norms, owner, len(self.layers))
+        if not self.hidden:
+            return norms, self._active(norms)
+        active = self._active(norms)
+        on_some_rank = norms[:, -1] > 0
+        return norms[:, :-1], on_some_rank if active is None else active & on_some_rank
+
+    def _active(self, norms: Tensor) -> Tensor | None:
+        if all(not isinstance(group["lr"], Tensor) and group["lr"] for group in self.groups):
+            return None  # nearly always
+        device = norms.device
+        before = self.read_layers("prev_norm", slice(0, len(self.layers)), device)
+        rated = has_rate(self.groups, device)[index_tensor(self.group_of, device)]
+        count = norms.new_zeros(len(self.layers))
+        count = count.index_add(0, index_tensor(self.owner, device), rated.to(norms))
+        return (norms[:, 0] != 0) | (before != NO_PREDECESSOR) | (count > 0)
+
+    def whole_sketches(self, sketches: Tensor) -> Tensor:
+        """Sketches of whole parameters from those of this rank's parts, shape [sketched, size]."""
+        if not self.sharded_sketches:
+            return sketches
+        places = [self.params[i].sketch_place for i in self.sketched]
+        rows = tuple(i for i, place in enumerate(places) if place is not None)
+        whole = _summed(sketches, places, self.sharded_sketches)
+        return sketches.index_copy(0, index_tensor(rows, sketches.device), whole)
+
+    def finite_layers(self, norms: Tensor) -> Tensor:
+        """Which layers have finite norms, shape [layers].
+
+        Args:
+            norms: of gradients and signals, shape [layers, columns]; not of ‖x_t - x_{t-1}‖, in
+                which a history may show that overflowed.
+
+        Raises:
+            RuntimeError: with nonfinite="raise", naming the layers. Nothing has been changed.
+        """
+        finite = (norms < math.inf).all(dim=1)  # none is negative
+        if self.raises:
+            bad = [
+                layer.name
+                for layer, ok in zip(self.layers, finite.tolist(), strict=True)
+                if layer.options[0].nonfinite == "raise" and not ok
+            ]
+            if bad:
+                raise RuntimeError(
+                    f"the gradient norm is not finite in {len(bad)} of {len(self.layers)} layers "
+                    f"({', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}); nothing was "
+                    'changed. nonfinite="skip" leaves such layers alone for the step'
+                )
+        return finite
+
+
+def _summed(values: Tensor, places: list[int | None], groups: Sequence[ReduceGroups]) -> Tensor:
+    """Rows summed over the ranks that share them, of those that have a place among the sharded."""
+    rows = tuple(i for i, place in enumerate(places) if place is not None)
+    there = index_tensor(tuple(p for p in places if p is not None), values.device)
+    table = values.new_zeros(len(groups), values.shape[1])
+    table[there] = values[index_tensor(rows, values.device)]
+    return sum_over_shards(table, groups)[there]
+
+
+# Collecting
+
+
+def current_plan(optimizer: LayerwiseOptimizer) -> StepPlan:
+    """The plan of this step: that of the last one, where nothing it says has changed."""
+    if not torch.compiler.is_compiling():
+        plan: StepPlan | None = optimizer.__dict__.get("_plan")
+        if plan is not None and plan.is_current(optimizer):
+            plan.pack()
+            return plan
+        optimizer.__dict__.pop("_plan", None)
+    return make_plan(optimizer)
+
+
+def keep_plan(optimizer: LayerwiseOptimizer, plan: StepPlan) -> None:
+    """Keeps the plan of a step that was taken for the next one."""
+    if torch.compiler.is_compiling() or plan.hidden or torch.is_grad_enabled():
+        return
+    if "_plan" not in optimizer.__dict__ and not any(p.parts for p in plan.params):
+        plan.note(optimizer)
+        optimizer._plan = plan
+
+
+def make_plan(optimizer: LayerwiseOptimizer) -> StepPlan:
+    """Collects the layers that have a gradient now.
+
+    A parameter without state gets one here; `put_in_state` puts it in its place once the step can
+    no longer fail. It takes the S of the parameters that were in its layer before it.
+    """
+    layers: dict[str, Layer] = {}
+    sharded: list[ReduceGroups] = []
+    sharded_sketches: list[ReduceGroups] = []
+    sketch_size = 0
+    hidden = None
+    absent = []
+    for param in chain.from_iterable(
+        local_params(optimizer, group, group["params"]) for group in optimizer.param_groups
+    ):
+        sketch_size = max(sketch_size, param.sketch)
+        if param.reduce_groups:
+            param.place = len(sharded)
+            sharded.append(param.reduce_groups)
+            if param.sketch:
+                param.sketch_place = len(sharded_sketches)
+                sharded_sketches.append(param.reduce_groups)
+            if param.shard.hides_gradients and param.tensor.requires_grad:
+                hidden = param.shard
+                param.has_grad = param.tensor.grad is not None
+        if param.grad is not None:
+            optimizer._check(param)
+            layers.setdefault(param.layer, Layer(param.layer)).params.append(param)
+        elif param.stored or not param.has_grad:
+            absent.append(param)
+    if hidden and hidden.sketch_problem and sketch_size:
+        raise _unsketchable(hidden.sketch_problem)
+    for param in absent:
+        if param.layer in layers or not param.has_grad:
+            layers.setdefault(param.layer, Layer(param.layer)).absent.append(param)
+    if any(p.parts for layer in layers.values() for p in layer.params):
+        optimizer._flat_tensors.refuse_split_layers(layers.values())
+    if not layers and not optimizer.state:
+        refuse_if_fsdp1_took_all()
+    sharding = sharded, sharded_sketches, bool(hidden)
+    return plan_layers(optimizer, list(layers.values()), sketch_size, *sharding)
+
+
+def plan_layers(
+    optimizer: LayerwiseOptimizer, layers: list[Layer], sketch_size: int, *sharding: Any
+) -> StepPlan:
+    """The plan for some layers, with complete state, in the optimizer's buckets."""
+    options = {number_of(group): optimizer._options(group) for group in optimizer.param_groups}
+    for layer in layers:
+        _join(optimizer, layer, options)
+    plan = StepPlan(layers, home_device(optimizer), sketch_size, *sharding)
+    plan.arrange(optimizer._buckets(plan))
+    return plan
+
+
+def local_params(
+    optimizer: LayerwiseOptimizer, group: dict[str, Any], tensors: Sequence[Tensor]
+) -> Iterator[LocalParam]:
+    """What the tensors of a group consist of: parameters, or parts of flat tensors.
+
+    Raises:
+        RuntimeError: for a group that was not added by `add_param_group` of the optimizer,
+            and flat tensors of which nothing is known.
+    """
+    if "layer_names" not in group:
+        raise RuntimeError(
+            f"a parameter group of {type(optimizer).__name__} names no layers: it was added behind "
+            "its back, to `param_groups` or the base; use add_param_group of this optimizer"
+        )
+    flat_tensors = optimizer._flat_tensors
+    if not flat_tensors.is_flat(group):
+        named = zip(group["layer_names"], decays_of(group), tensors, strict=True)
+        for layer, decays, param in named:
+            yield local_param(optimizer, layer, param, group, decays)
+        return
+    flat_tensors.refuse_unknown(group, tensors)
+    if group.get("history") == "sketch":
+        raise _unsketchable(flat_tensors.sketch_problem)
+    for flat in tensors:
+        stored, parts = _stored(optimizer, flat), flat_tensors.parts(flat, group)
+        if not stored and optimizer.state.get(flat):
+            flat_tensors.refuse_without_scale()
+        for i, (layer, decays, start, size, reduce_groups) in enumerate(parts):
+            span = slice(start, start + size)
+            param = flat.detach()[span]
+            yield LocalParam(
+                *(layer, flat, group, stored, param, decays, Shard(param), reduce_groups),
+                part=i,
+                parts=(len(parts),),
+                span=span,
+            )
+
+
+def local_param(
+    optimizer: LayerwiseOptimizer, layer: str, param: Tensor, group: dict[str, Any], decays: bool
+) -> LocalParam:
+    """A parameter that is no part of a flat tensor."""
+    shard, stored = shard_of(param), _stored(optimizer, param)
+    sketch = history_of(group, param).size if optimizer._state_keys(group).histories else 0
+    return LocalParam(
+        layer, param, group, stored, param, decays, shard, shard.reduce_groups, sketch
+    )
+
+
+def _stored(optimizer: LayerwiseOptimizer, tensor: Tensor) -> State:
+    state = optimizer.state.get(tensor, {})
+    return state if "lipschitz_scale" in state else {}
+
+
+def _join(optimizer: LayerwiseOptimizer, layer: Layer, options: dict[int, Options]) -> None:
+    layer.options, *others = dict.fromkeys(options[number_of(p.group)] for p in layer.all)
+    if others:
+        raise ValueError(
+            f"layer {layer.name!r} has parameters in groups with different gamma, c, "
+            "scale_bounds, nonfinite or previous; a layer has one S, so give those groups "
+            "the same values"
+        )
+    known = next((p for p in layer.all if p.stored), None)
+    lost = False
+    for param in layer.all:
+        new = not param.stored
+        without = complete(optimizer, param.stored, param.tensor, param.group, param.parts)
+        lost |= without and not new
+        if new and known is not None:
+            for key in LAYER_SCALARS:
+                if key in param.state:
+                    param.state[key].copy_(known.state[key])
+    if lost:
+        forget_predecessor([p.state for p in layer.all])
+
+
+def refuse_unsuitable(optimizer: LayerwiseOptimizer, param: LocalParam) -> None:
+    """Raises for a gradient or parameter that no optimizer with an S per layer can step."""
+    if param.grad is not None and param.grad.is_sparse:
+        raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
+    if is_model_parallel(param.tensor):
+        raise NotImplementedError(
+            f"layer {param.layer!r} is split by a tensor parallelism that says nothing of its "
+            "process group (Megatron's, DeepSpeed's AutoTP), so that its norm cannot be had: "
+            "use one that makes DTensors (torch's parallelize_module, transformers' tp_plan)"
+        )
+
+
+def _unsketchable(what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f'history="sketch" needs to know which elements of a parameter {what} hold; use '
+        'history="exact" or a dtype there, or FSDP2, whose shards can be sketched'
+    )
+
+
+# What a plan is made from
+
+_of_param = attrgetter("device", "dtype", "shape")
+_of_grad = attrgetter("dtype", "layout")
+_grad = attrgetter("grad")
+
+
+def _facts(optimizer: LayerwiseOptimizer) -> tuple[list[object], list[object]]:
+    """Objects that are to be the same, and values that are to be equal."""
+    groups = optimizer.param_groups
+    same = [*groups, *optimizer.state, *optimizer.state.values()]
+    equal: list[object] = []
+    for group in groups:
+        params = group["params"]
+        grads = list(map(_grad, params))
+        present = [grad for grad in grads if grad is not None]
+        missing = len(present) != len(grads) and [grad is None for grad in grads]
+        same += params
+        equal += (
+            [group.get(name) for name in optimizer._plan_options],
+            bool(group.get("momentum")),
+            list(group["layer_names"]),
+            list(group.get("no_weight_decay", ())),
+            missing,
+            list(map(_of_grad, present)),
+            list(map(type, present)),
+            list(map(_of_param, params)),
+            list(map(Tensor.stride, params)),
+        )
+    return same, equal
+
+
+def home_device(optimizer: LayerwiseOptimizer) -> torch.device:
+    """Where vectors over layers are: with the first parameter."""
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return next((p.device for p in params), torch.device("cpu"))
+
+
+def has_rate(groups: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
+    """Which groups have lr != 0, on the device."""
+    rates = [group["lr"] for group in groups]
+    if not any(isinstance(lr, Tensor) for lr in rates):
+        return index_tensor(tuple(int(lr != 0) for lr in rates), device) > 0
+    return torch.stack([as_scalar(lr, device) for lr in rates]) != 0
+
+
+# Small tools
+
+
+def _constant(x: Any) -> Callable[[], Any]:
+    return lambda: x
+
+
+def _gathered(params: Sequence[LocalParam], key: str, device: torch.device) -> Tensor:
+    values = [param.state[key] for param in params]
+    return torch.stack([x if x.device == device else x.to(device) for x in values])
+
+
+def pick(values: Tensor, indices: tuple[int, ...] | None) -> Tensor:
+    """values[indices]; None for all of them in their order."""
+    return values if indices is None else values[index_tensor(indices, values.device)]
+
+
+def _is_range(indices: tuple[int, ...], count: int) -> bool:
+    return indices == tuple(range(count))
+
+
+def as_scalar(number: Tensor | float, device: torch.device) -> Tensor:
+    """An option that may be a tensor of one element, on the device, without waiting for it."""
+    if isinstance(number, Tensor):
+        return number.to(device, non_blocking=True).squeeze()
+    return torch.tensor(number, device=device)
+
+
+def store(targets: Sequence[Tensor], values: Tensor) -> None:
+    """Copies the elements of a vector, or the rows of a matrix, into as many tensors."""
+    if torch.is_grad_enabled():  # differentiable=True
+        for target, value in zip(targets, values.unbind(), strict=True):
+            target.copy_(value)
+    else:
+        torch._foreach_copy_(list(targets), list(values.unbind()))

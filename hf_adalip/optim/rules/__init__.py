@@ -1,0 +1,29 @@
+"""The base optimizers of Table 1, a file each: the formula in every form that computes it.
+
+A rule says how its moments follow g_t, and what it multiplies with its learning rate and
+subtracts. Its loop form is the truth that the foreach, C++ and Triton forms beside it are tested
+against. Triton takes functions from source files alone: `triton.py` has those of all rules.
+"""
+
+from __future__ import annotations
+
+from .adam import Adam, bias_correction
+from .rmsprop import RMSprop
+from .rule import CppRule, Group, Moments, Rule, TensorLists, scalars
+from .sgd import SGD
+
+RULES: dict[str, Rule] = {rule.name: rule for rule in (SGD(), RMSprop(), Adam())}
+
+__all__ = [
+    "RULES",
+    "SGD",
+    "Adam",
+    "CppRule",
+    "Group",
+    "Moments",
+    "RMSprop",
+    "Rule",
+    "TensorLists",
+    "bias_correction",
+    "scalars",
+]

@@ -1,0 +1,39 @@
+"""RMSProp, without bias correction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .adam import foreach_root_, foreach_square_average, root
+from .rule import CppRule, Group, Moments, Rule, TensorLists
+
+
+class RMSprop(Rule):
+    """v_t = α·v_{t-1} + (1-α)·g_t², and g_t/(√v_t + ε)."""
+
+    name = "RMSprop"
+    cpp = CppRule(  # beta1 is α
+        moments="1",
+        follow="{beta1 * old.first + take1 * grad * grad, 0}",
+        direction="grad / root(m.first)",
+    )
+
+    def uses(self, group: Group) -> tuple[str, ...]:
+        return ("grad", "square_avg")
+
+    def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
+        alpha = group["alpha"]
+        square = alpha * old["square_avg"] + (1 - alpha) * grad * grad
+        return {"grad": grad, "square_avg": square}
+
+    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
+        return moments["grad"] / root(moments["square_avg"], group)
+
+    def foreach_moments(self, grads: list[Tensor], old: TensorLists, group: Group) -> TensorLists:
+        squares = foreach_square_average(old["square_avg"], grads, group["alpha"])
+        return {"grad": grads, "square_avg": squares}
+
+    def foreach_directions(self, moments: TensorLists, steps: Tensor, group: Group) -> list[Tensor]:
+        roots = foreach_root_([square.clone() for square in moments["square_avg"]], group)
+        return list(torch._foreach_div(moments["grad"], roots))

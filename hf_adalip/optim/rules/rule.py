@@ -1,0 +1,81 @@
+"""What a base optimizer has to say of itself, and the arithmetic that several share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+Group = Mapping[str, Any]
+Moments = dict[str, Tensor]
+TensorLists = dict[str, list[Tensor]]
+
+
+class CppRule(NamedTuple):
+    """The formula for one element, as C++ that kernels/step.cpp is compiled with.
+
+    `moments` is a constant expression. `follow` makes the Moments {first, second} of step t from
+    `grad` and `old`; `direction` the number to subtract from `grad`, `m` and the reciprocals
+    `scale1`, `scale2` of the bias corrections. Both read `momentum`, `beta1`, `take1` (1 - β1),
+    `beta2`, `take2`, and the flags MOMENTUM and NESTEROV; `root` is √v + ε.
+    """
+
+    moments: str
+    follow: str
+    direction: str
+
+
+class Rule(ABC):
+    """A base optimizer."""
+
+    name: ClassVar[str]
+    cpp: ClassVar[CppRule]
+
+    @abstractmethod
+    def uses(self, group: Group) -> tuple[str, ...]:
+        """What `direction` reads of the moments. All but "grad" is kept in the state."""
+
+    @abstractmethod
+    def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
+        """The moments of step t from g_t and the moments of step t-1."""
+
+    @abstractmethod
+    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
+        """d_t, such that the base optimizer's update is -α_t·d_t."""
+
+    @abstractmethod
+    def foreach_moments(self, grads: list[Tensor], old: TensorLists, group: Group) -> TensorLists:
+        """`moments` of many tensors at once, in new tensors."""
+
+    @abstractmethod
+    def foreach_directions(self, moments: TensorLists, steps: Tensor, group: Group) -> list[Tensor]:
+        """`direction` of many tensors at once, in new tensors."""
+
+    def inverse_bias_correction(self, step: Tensor, group: Group) -> Tensor:
+        """The factor of d_t that depends on t and on options that a schedule may change.
+
+        `prev_lr` is kept times this factor, so that computing d_{t-1} again does not use the
+        options of step t.
+        """
+        return torch.ones_like(step)
+
+    def state_keys(self, group: Group) -> tuple[str, ...]:
+        """State keys, each a tensor of the parameter's shape that starts at zero."""
+        return tuple(key for key in self.uses(group) if key != "grad")
+
+    def can_recompute(self, group: Group) -> bool:
+        """Whether d_{t-1} can be had again from the kept moments, without the gradient."""
+        return "grad" not in self.uses(group)
+
+
+def foreach_divide(tensors: list[Tensor], by: Tensor) -> list[Tensor]:
+    """Each tensor over its element of a vector."""
+    return list(torch._foreach_div(tensors, scalars(by, tensors)))
+
+
+def scalars(values: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The elements of a vector as 0-dim tensors, in the dtype of the tensors beside them."""
+    return list(values.to(like[0].dtype).unbind())

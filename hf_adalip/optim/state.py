@@ -1,0 +1,202 @@
+"""The state of a parameter: which keys it has, made before its first step, completed after loading.
+
+Each parameter keeps a copy of the numbers of its layer, so that state stays per parameter, as every
+checkpoint format wants it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _get_scalar_dtype
+
+from .estimator import FORGOTTEN, NO_PREDECESSOR
+from .groups import restore_structure, structure_of
+from .history import HISTORIES, SKETCH, Exact, history_of
+from .names import by_name
+
+if TYPE_CHECKING:
+    from .step import LayerwiseOptimizer
+
+State = dict[str, Any]
+
+LAYER_SCALARS = ("lipschitz_scale", "prev_norm", "nonfinite_steps", "lipschitz_c")
+"""Numbers of a layer."""
+
+SCALARS = (*LAYER_SCALARS, "step", "layer_lr", "prev_lr")
+"""All state that is one number, on the parameter's device, and never of its dtype."""
+
+
+class StateKeys(NamedTuple):
+    """What is kept for a parameter."""
+
+    moments: tuple[str, ...]  # tensors of its shape and dtype
+    histories: tuple[str, ...]  # what is kept of x_{t-1}, in whichever way
+    scalars: tuple[str, ...]
+
+
+def complete(
+    optimizer: LayerwiseOptimizer,
+    state: State,
+    param: Tensor,
+    group: dict[str, Any],
+    parts: tuple[int, ...],
+) -> bool:
+    """Adds to a tensor's state what it lacks, as it is before a first step.
+
+    It lacks everything at first, and later what an older checkpoint did not have or an option
+    that was changed calls for. Of a flat tensor, a number of the state is a vector with an
+    element for each of its parts.
+
+    Returns:
+        whether it lacked x_{t-1}, which is to be forgotten of the whole layer then.
+    """
+    moments, histories, scalars = optimizer._state_keys(group)
+    estimator, _ = optimizer._options(group)
+    history = history_of(group, param)
+    for name in moments:
+        if state.get(name) is None:
+            state[name] = Exact().empty(param)
+        _check_shape(name, state[name], Exact().shape(param))
+    keys = [history.key(name) for name in histories]
+    previous = [n for n in scalars if n.startswith("prev_")]
+    for name in [n for n in state if n.startswith((*HISTORIES, "prev_lr"))]:
+        if name not in (*keys, *previous):
+            del state[name]  # of other options; if they come back, it is x_{t-1} no longer
+    for key in keys:
+        if state.get(key) is not None:
+            state[key] = history.converted(state[key], param)
+    lost = any(state.get(n) is None for n in (*previous, *keys))
+    for key in keys:
+        if state.get(key) is None:
+            state[key] = history.empty(param)
+        _check_shape(key, state[key], history.shape(param))
+    initial = dict.fromkeys((*scalars, "nonfinite_steps", "layer_lr"), 0.0) | estimator.initial
+    for name, value in initial.items():
+        if not isinstance(state.get(name), Tensor):  # old checkpoints have step as a number
+            state[name] = scalar(float(state.get(name, value)), param).expand(parts).clone()
+        elif state[name].shape != parts:
+            found = tuple(state[name].shape)
+            raise ValueError(
+                f"state {name!r} has shape {found} and needs {parts}: it was saved by an "
+                "engine that shards otherwise; load it under the same one"
+            )
+    if lost:
+        forget_predecessor([state])
+    return lost
+
+
+def complete_loaded(optimizer: LayerwiseOptimizer) -> None:
+    """`complete` for all parameters that have state."""
+    states: dict[str, list[State]] = {}
+    lost = set()
+    for group in optimizer.param_groups:
+        flat = optimizer._flat_tensors.is_flat(group)
+        for i, tensor in enumerate(group["params"]):
+            if state := optimizer.state.get(tensor):
+                parts = (len(optimizer._flat_tensors.parts(tensor, group)),) if flat else ()
+                without = complete(optimizer, state, tensor, group, parts)
+                if not flat:  # which holds its layers whole
+                    layer = group["layer_names"][i]
+                    states.setdefault(layer, []).append(state)
+                    lost |= {layer} if without else set()
+    for layer in lost:
+        forget_predecessor(states[layer])
+
+
+def forget_predecessor(states: Sequence[State]) -> None:
+    """For a layer of whose x_{t-1} a part is lost: S keeps its value at the next step."""
+    for state in states:
+        norm = state["prev_norm"]
+        norm.masked_fill_(norm != NO_PREDECESSOR, FORGOTTEN)
+
+
+def scalar(value: float, param: Tensor) -> Tensor:
+    """A number of the state: float32 whatever the parameter's dtype (float64 if that is
+    torch's default dtype, as in torch.optim), on the parameter's device."""
+    return torch.tensor(value, dtype=_get_scalar_dtype(), device=param.device)
+
+
+def unpacked(state: State) -> State:
+    """A parameter's state, of which each number and sketch has memory of its own: pickle writes
+    the whole memory of a tensor, and `StepPlan.pack` puts many into one."""
+
+    def is_packed(key: str, x: Any) -> bool:
+        small = key in SCALARS or key.endswith(SKETCH)
+        return small and isinstance(x, Tensor) and x.untyped_storage().nbytes() > x.nbytes
+
+    return {key: x.clone() if is_packed(key, x) else x for key, x in state.items()}
+
+
+# Loading
+
+
+@contextmanager
+def loading(optimizer: LayerwiseOptimizer) -> Iterator[None]:
+    """Within it, load_state_dict keeps our numbers exactly as they were saved.
+
+    torch casts floating-point state to the parameter's dtype, which would make S a bf16.
+    What layer a parameter belongs to is not loaded: that is for the model to say.
+    """
+    loaded: dict[str, Any] = {}
+    structure = [structure_of(group) for group in optimizer.param_groups]
+
+    def see(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        # The last hook: it sees what the user's hooks made of it.
+        loaded.update(by_name(state_dict, optimizer.param_groups))
+        optimizer._check_loaded(loaded)
+        return loaded
+
+    def restore(_: Optimizer) -> None:
+        saved = itertools.chain.from_iterable(g["params"] for g in loaded["param_groups"])
+        params = itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups)
+        for key, param in zip(saved, params, strict=True):
+            restore_scalars(optimizer, param, loaded["state"].get(key, {}))
+        for group, own in zip(optimizer.param_groups, structure, strict=True):
+            restore_structure(group, own)
+
+    handles = (
+        optimizer.register_load_state_dict_pre_hook(see),
+        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def restore_scalars(optimizer: LayerwiseOptimizer, param: Tensor, saved: State) -> None:
+    """Puts numbers and histories in the place of what torch made of them, in their own dtypes."""
+    for name, value in saved.items():
+        own = name in SCALARS or name.startswith(HISTORIES)
+        if own and isinstance(value, Tensor):
+            loaded = optimizer.state[param].get(name)
+            if name in SCALARS or (loaded is not None and loaded.dtype != value.dtype):
+                optimizer.state[param][name] = value.detach().to(param.device, copy=True)
+
+
+def check_loaded(optimizer: LayerwiseOptimizer, state_dict: dict[str, Any]) -> None:
+    """Refuses the state of other parameters before any of it is loaded."""
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        moments, histories, _ = optimizer._state_keys(group)
+        for param, key in zip(group["params"], saved["params"], strict=False):
+            state = state_dict["state"].get(key, {})
+            for name in (*moments, *(histories if not param.is_complex() else ())):
+                if isinstance(state.get(name), Tensor):
+                    _check_shape(name, state[name], param.shape)
+
+
+def _check_shape(name: str, kept: Tensor, shape: tuple[int, ...]) -> None:
+    if kept.shape != shape:
+        raise ValueError(
+            f"state {name!r} has shape {tuple(kept.shape)} where {tuple(shape)} is needed: it "
+            "belongs to another parameter; leave the state of such a parameter out, and it starts "
+            "anew"
+        )

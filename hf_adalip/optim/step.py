@@ -1,0 +1,544 @@
+"""One step of an optimizer with an S per layer: measure → follow → advance.
+
+    measure   ‖g_t‖, ‖x_t‖ and ‖x_t - x_{t-1}‖ of every parameter, and from them of every layer
+    follow    S of every layer (estimator.py)
+    advance   moments, parameters and history, with A_t = α_t·S_t
+
+`step_layers` is the one driver, for the six optimizers and for `Lipschitz`. `measure` and
+`advance` here are the loop form, which reads as the paper's algorithms do and is the truth that
+the faster forms in forms/ are tested against. Arithmetic is done in at least float32 and rounded
+once, when a result is stored in the parameter's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from operator import mul
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.optim import Optimizer
+from torch.optim.optimizer import _get_scalar_dtype, _use_grad_for_differentiable
+
+from . import plan as plans
+from .estimator import LayerState
+from .groups import Layers, decays_of, name_layers
+from .history import real, sketch
+from .plan import Batch, Bucket, LocalParam, Options, StepPlan, as_scalar, current_plan, keep_plan
+from .rules import Group, Moments, Rule
+from .sharding import FlatTensors, Shard
+from .signals import Signal, norm, opmath_dtype
+from .state import State, StateKeys, check_loaded, unpacked
+
+if TYPE_CHECKING:
+    from .release import GradientRelease
+
+
+class Form(Protocol):
+    """A way of computing a step: the loop here, foreach.py and fused.py."""
+
+    __name__: str
+
+    def measure(self, batch: Batch) -> Tensor: ...
+
+    def advance(self, batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None: ...
+
+
+class LayerRate(NamedTuple):
+    """A layer's learning rate at its last step."""
+
+    scale: float  # S_t
+    lr: float  # A_t as applied: α_t·S_t, or α_t on the layer's first step
+    norm: float  # ‖g_t‖, 0 if it was left out; in -U, of the update that the next is compared with
+    nonfinite_steps: int  # steps that were left out because the gradient was not finite
+
+
+class LayerwiseOptimizer(Optimizer):
+    """An optimizer whose parameters belong to layers that have an S each.
+
+    A parameter group names the layer of each of its parameters in "layer_names".
+    """
+
+    rule: Rule
+    signal: Signal
+    _layers: Layers
+    _flat_tensors: FlatTensors
+    _plan: StepPlan
+    _release: GradientRelease | None = None  # steps parameters within backward
+    _c: float | str | None = None  # of an optimizer whose groups do not have their own
+    _plan_options: tuple[str, ...] = ()
+    """The options of a group that decide how its parameters are stepped together."""
+
+    @property
+    def layers(self) -> str:
+        """What shares one S: "tensor", "module", or the name of a function."""
+        if isinstance(self._layers, str):
+            return self._layers
+        return getattr(self._layers, "__qualname__", repr(self._layers))
+
+    @property
+    def releases_gradients(self) -> bool:
+        """Whether parameters are stepped within backward (`release_gradients`)."""
+        return self._release is not None
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step (Algorithms 2-5).
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            the closure's loss, or None.
+
+        Raises:
+            RuntimeError: for sparse gradients, and with nonfinite="raise" for a gradient norm
+                that is not finite; nothing has been changed then.
+        """
+        _check_capture(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
+        active = self._release.finish() if self._release else []
+        plan = current_plan(self)
+        active.append(step_layers(self, plan))
+        _count_step(self, active)
+        keep_plan(self, plan)
+
+    # What an optimizer says of itself
+
+    def _options(self, group: dict[str, Any]) -> Options:
+        """How S of the group's layers is estimated."""
+        raise NotImplementedError
+
+    def _state_keys(self, group: dict[str, Any]) -> StateKeys:
+        """What the parameters of the group keep."""
+        raise NotImplementedError
+
+    def _buckets(self, plan: StepPlan) -> list[tuple[Form | None, list[tuple[int, LocalParam]]]]:
+        """The parameters of the plan's layers, sorted by what is stepped together."""
+        raise NotImplementedError
+
+    def _check(self, param: LocalParam) -> None:
+        """Refuses a parameter that it cannot step."""
+        plans.refuse_unsuitable(self, param)
+
+    def _batches(self, plan: StepPlan) -> list[Batch]:
+        """The tensors of each bucket, as they are now."""
+        return [_batch(self, plan, bucket) for bucket in plan.buckets]
+
+    def _prepare(self, bucket: Bucket, batch: Batch) -> None:
+        """Does what a form may fail in, before anything is changed."""
+
+    def _measure(self, plan: StepPlan, batches: list[Batch]) -> list[Tensor]:
+        """`measure` of each batch. May change histories, of the last batches alone."""
+        for bucket, batch in zip(plan.buckets, batches, strict=True):
+            if hasattr(bucket.form, "prepare"):
+                self._prepare(bucket, batch)
+        return [
+            bucket.form.measure(batch) if bucket.form else measure_absent(batch)
+            for bucket, batch in zip(plan.buckets, batches, strict=True)
+        ]
+
+    def _finite(self, plan: StepPlan, norms: Tensor) -> Tensor:
+        """Which layers have a finite gradient and signal, shape [layers]."""
+        return plan.finite_layers(norms)
+
+    def _advance(
+        self, plan: StepPlan, batches: list[Batch], factor: Tensor, active: Tensor
+    ) -> None:
+        """`advance` of each batch, with A_t/α_t of each parameter, and its numbers."""
+        for bucket, batch in zip(plan.buckets, batches, strict=True):
+            here, device = bucket.where, batch.steps.device
+            steps = active[here].to(device)
+            recomputes = self.signal.is_recomputed(self.rule, batch.group)
+            if bucket.form is None:
+                advance_absent(batch, steps)
+                scalars = {"prev_lr": torch.zeros_like(batch.steps)} if recomputes else {}
+            else:
+                rates = batch.lr * factor[here].to(device, opmath_dtype(batch.params[0].dtype))
+                applied = batch.group.get("previous", "applied") == "applied"
+                kept = rates if applied else torch.zeros_like(rates) + batch.lr
+                bucket.form.advance(batch, rates, kept, steps)
+                scalars = {"step": batch.steps, "layer_lr": rates}
+                if recomputes:
+                    correction = self.rule.inverse_bias_correction(batch.steps, batch.group)
+                    scalars["prev_lr"] = kept * correction
+            for key, values in scalars.items():
+                plan.write(key, torch.where(steps, values, plan.read(key, here, device)), here)
+
+    # Groups and state
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        """Refuses a state_dict before any of it is loaded."""
+        check_loaded(self, state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_flat_tensors" not in self.__dict__:  # a copy, with parameters of its own
+            self._flat_tensors = FlatTensors()
+            for group in self.param_groups:
+                if not self._flat_tensors.is_flat(group):
+                    self._flat_tensors.note(group, decays_of(group))
+
+    def _name_last_group(self, layers: Layers) -> None:
+        try:
+            name_layers(self.param_groups, layers)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        group = self.param_groups[-1]
+        self._flat_tensors.note(group, decays_of(group))
+
+    def _separate_state(self) -> dict[Tensor, State]:
+        """The state as it is pickled, see `unpacked`."""
+        return {param: unpacked(kept) for param, kept in self.state.items()}
+
+    def layer_learning_rates(self) -> dict[str, LayerRate]:
+        """{layer: (S_t, A_t, ‖x_t‖, non-finite steps)} as of each layer's last step.
+
+        ‖x_t‖ is the norm of the gradient or, in the -U forms, of the update; 0 where it was not
+        finite and the step was left out.
+
+        One device-to-host copy for each device that parameters are on; a step itself makes none.
+        Layers are named by the names given with the parameters, else by group and position.
+        One with parameters in several groups shows the A_t of its first. Layers that have not
+        had a gradient yet are left out.
+        """
+        keys = ("lipschitz_scale", "layer_lr", "prev_norm", "nonfinite_steps")
+        rates: dict[str, LayerRate | None] = {}
+        rows: dict[torch.device, dict[str, Tensor]] = {}
+        for group in self.param_groups:
+            for param in plans.local_params(self, group, self._flat_tensors.tensors(group)):
+                if param.layer not in rates and param.stored:
+                    rates[param.layer] = None  # keeps the order of the model
+                    row = torch.stack([param.state[key].detach() for key in keys])
+                    rows.setdefault(row.device, {})[param.layer] = row
+        for table in rows.values():
+            values = torch.stack(list(table.values())).tolist()
+            for name, (scale, lr, size, skipped) in zip(table, values, strict=True):
+                rates[name] = LayerRate(scale, lr, max(size, 0.0), int(skipped))
+        return {name: rate for name, rate in rates.items() if rate is not None}
+
+
+# The driver
+
+
+def step_layers(optimizer: LayerwiseOptimizer, plan: StepPlan) -> Tensor:
+    """Takes a step of the plan's layers.
+
+    Returns:
+        which of them are active, shape [layers].
+    """
+    batches = optimizer._batches(plan)
+
+    # Measure.
+    rows = [x.to(plan.device) for x in optimizer._measure(plan, batches)]
+    sketches = _sketches(plan, rows) if plan.sketch_size else None
+    rows = rows or [torch.zeros(0, 3, device=plan.device)]  # other ranks may have gradients
+    norms, active = plan.layer_norms(
+        torch.cat([x[:, :3] for x in rows]), None if sketches is None else sketches[1]
+    )
+    if not plan.layers:
+        return norms.new_zeros(0, dtype=torch.bool)
+    finite = optimizer._finite(plan, norms[:, :2])
+
+    # Follow.
+    followed = []
+    for (estimator, previous), here in plan.kinds:
+        names = ("lipschitz_scale", "prev_norm", "lipschitz_c")[: 3 if estimator.theoretical else 2]
+        state = LayerState(*(plan.read_layers(name, here, norms.device) for name in names))
+        followed.append(
+            estimator.update(
+                state,
+                norms[here, 1],
+                norms[here, 2],
+                _steps_taken(optimizer, norms) + 1.0 if estimator.theoretical else None,
+                finite=finite[here],
+                active=None if active is None else active[here],
+                applied=previous == "applied",
+            )
+        )
+    factor = plan.spread(torch.cat([x[1] for x in followed]))
+    steps = plan.spread(torch.cat([x[2] for x in followed]))
+
+    # Advance.
+    optimizer._advance(plan, batches, factor, steps)
+    if sketches is not None:
+        _keep_sketches(plan, sketches[0], factor, steps)
+    plan.put_in_state(optimizer)
+    for (_, here), (state, _, _) in zip(plan.kinds, followed, strict=True):
+        plan.write_layers("lipschitz_scale", state.scale, here)
+        plan.write_layers("prev_norm", state.prev_norm, here)
+        if state.c is not None:
+            plan.write_layers("lipschitz_c", state.c, here)
+    everywhere = slice(0, len(plan.layers))
+    count = plan.read_layers("nonfinite_steps", everywhere, norms.device)
+    plan.write_layers("nonfinite_steps", count + ~finite, everywhere)
+    return torch.ones_like(finite) if active is None else active
+
+
+def _batch(optimizer: LayerwiseOptimizer, plan: StepPlan, bucket: Bucket) -> Batch:
+    """The tensors of a bucket now."""
+    members = bucket.params
+    group, device = members[0].group, members[0].param.device
+    params, states = [p.param for p in members], [p.state for p in members]
+    given = [x.grad for x in (params if bucket.is_plain else members)] if bucket.form else []
+    grads = [grad for grad in given if grad is not None]
+    if not bucket.is_plain:
+        shards = [p.shard for p in members]
+        if bucket.form:
+            grads = [real(s.local_grad(g)) for s, g in zip(shards, grads, strict=True)]
+        params = [real(s.local(p)) for s, p in zip(shards, params, strict=True)]
+        states = [
+            {name: real(s.local(x)) for name, x in state.items()}
+            for s, state in zip(shards, states, strict=True)
+        ]
+    steps, lr = plan.read("step", bucket.where, device), group["lr"]
+    return Batch(
+        rule=optimizer.rule,
+        signal=optimizer.signal,
+        group=group if members[0].decays else group | {"weight_decay": 0.0},
+        members=members,
+        params=params,
+        grads=grads,
+        states=states,
+        steps=steps + 1 if bucket.form else steps,
+        lr=as_scalar(lr, device) if isinstance(lr, Tensor) else lr,
+        sketch=bucket.sketch,
+        stoppable=plan.raises or bool(plan.sharded),  # whose collective may fail
+        memo=bucket.memo if bucket.is_plain else {},  # an engine may give a shard other memory
+    )
+
+
+# The loop form
+
+
+def measure(batch: Batch) -> Tensor:
+    """‖g_t‖, ‖x_t‖ and ‖x_t - x_{t-1}‖ of each tensor, shape [tensors, 3].
+
+    Nothing is changed, but for the history of a batch that is not stoppable: a form may write it
+    as it reads it. With a sketch, the sketch of x_t follows in further columns, shape
+    [tensors, 3 + sketch], and the change, which can only be had of the whole parameter, is zero.
+    """
+    rule, signal, group = batch.rule, batch.signal, batch.group
+    rows = []
+    tensors = zip(batch.params, batch.grads, batch.states, batch.steps.unbind(), strict=True)
+    for i, (param, raw, state, step) in enumerate(tensors):
+        grad = _gradient(param, raw, group)
+        old = {key: _widened(state[key], group) for key in batch.keys}
+
+        def proposed(grad: Tensor = grad, old: Moments = old, step: Tensor = step) -> Tensor:
+            return -batch.lr * rule.direction(rule.moments(grad, old, group), step, group)
+
+        def recomputed(old: Moments = old, state: State = state, step: Tensor = step) -> Tensor:
+            return previous_update(batch, old, state["prev_lr"], step - 1)
+
+        x = signal.current(grad, proposed)
+        size = norm(grad)
+        own = norm(x) if signal.of_updates else size
+        if batch.sketch:
+            rows.append(sketched(x, size, own, batch.members[i].shard, batch.sketch))
+        else:
+            rows.append(torch.stack([size, own, norm(x - signal.previous(old, recomputed))]))
+    return torch.stack(rows)
+
+
+def advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
+    """Takes the step: moments, history and parameters.
+
+    Args:
+        batch: what to step.
+        rates: A_t of each tensor, shape [tensors].
+        kept: what d_t is multiplied with in the update that the next is compared with: A_t or α_t,
+            shape [tensors].
+        active: shape [tensors]; where False, a tensor and its state stay as they are, but for the
+            history, which becomes zero: what it was is forgotten.
+    """
+    rule, signal, group = batch.rule, batch.signal, batch.group
+    for i, (param, raw, state, steps) in enumerate(
+        zip(batch.params, batch.grads, batch.states, active.unbind(), strict=True)
+    ):
+        grad = _gradient(param, raw, group)
+        old = {key: _widened(state[key], group) for key in batch.keys}
+        new = rule.moments(grad, old, group)
+        direction = rule.direction(new, batch.steps[i], group)
+        value = _widened(param, group)
+        if group["weight_decay"] and group["decoupled_weight_decay"]:
+            value = value * (1 - batch.lr * group["weight_decay"])
+        value = value - rates[i] * direction
+        for key in batch.moments:
+            state[key].copy_(torch.where(steps, new[key], _widened(state[key])))
+        if batch.history:
+            history = signal.kept(grad, partial(mul, direction, -kept[i]))
+            for key, x in history.items():
+                state[key].copy_(torch.where(steps, x, 0.0))
+        param.copy_(torch.where(steps, value, _widened(param)))
+
+
+def _gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
+    """g_t: the gradient to descend, with λp added when weight decay is coupled."""
+    grad = widened(grad, param.dtype)
+    if group["maximize"]:
+        grad = -grad
+    if group["weight_decay"] and not group["decoupled_weight_decay"]:
+        grad = grad + group["weight_decay"] * _widened(param, group)
+    return grad
+
+
+def _widened(x: Tensor, group: Group | None = None) -> Tensor:
+    """A parameter or state in its opmath dtype; apart from what the step will write into it, where
+    autograd is to run through the step."""
+    dtype = opmath_dtype(x.dtype)
+    wide = x if x.dtype == dtype else x.to(dtype)
+    return wide.clone() if group is not None and group["differentiable"] else wide
+
+
+def widened(x: Tensor, like: torch.dtype) -> Tensor:
+    """x in the dtype that arithmetic on `like` is done in. (Tensor.to takes a microsecond to find
+    that there is nothing to do, and there are hundreds of tensors.)"""
+    dtype = opmath_dtype(like)
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def previous_update(batch: Batch, old: Moments, prev_lr: Tensor, step: Tensor) -> Tensor:
+    """u_{t-1} from the moments of step t-1; zero before the first step, where they give 0/0."""
+    step = step.clamp(min=1)
+    rate = _widened(prev_lr, batch.group) / batch.rule.inverse_bias_correction(step, batch.group)
+    direction = batch.rule.direction(old, step, batch.group)
+    return torch.where(rate == 0, torch.zeros_like(direction), -rate * direction)
+
+
+# Parameters without a gradient in a layer that has one: theirs is zero
+
+
+def measure_absent(batch: Batch) -> Tensor:
+    """`measure` for them."""
+    if batch.sketch:
+        return batch.steps.new_zeros(len(batch.states), 3 + batch.sketch)
+    rows = []
+    for state, step in zip(batch.states, batch.steps.unbind(), strict=True):
+        old = {key: _widened(state[key], batch.group) for key in batch.keys}
+
+        def recomputed(old: Moments = old, state: State = state, step: Tensor = step) -> Tensor:
+            return previous_update(batch, old, state["prev_lr"], step)
+
+        before = norm(batch.signal.previous(old, recomputed))
+        rows.append(torch.stack([torch.zeros_like(before), torch.zeros_like(before), before]))
+    return torch.stack(rows)
+
+
+def advance_absent(batch: Batch, active: Tensor) -> None:
+    """`advance` for them: their previous signal becomes zero."""
+    for state, steps in zip(batch.states, active.unbind(), strict=True):
+        for key in batch.history:
+            old = _widened(state[key])
+            state[key].copy_(torch.where(steps, torch.zeros_like(old), old))
+
+
+# Sketches
+
+
+def sketched(x: Tensor, grad_norm: Tensor, size: Tensor, shard: Shard, k: int) -> Tensor:
+    """A row of `measure`, with the sketch of x."""
+    shape, offset = shard.place
+    norms = torch.stack([grad_norm, size, torch.zeros_like(size)])
+    return torch.cat([norms, sketch(x, k, shape=shape, offset=offset)])
+
+
+def _sketches(plan: StepPlan, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of the parameters that have one, in their order.
+
+    Args:
+        plan: of this step.
+        rows: what `measure` gave for each batch.
+
+    Returns:
+        the sketches of x_t of whole parameters, shape [sketched, sketch_size]; and
+        ‖x_t - x_{t-1}‖ estimated from them, shape [sketched].
+    """
+    now = [torch.zeros(0, plan.sketch_size, device=plan.device)]
+    before = list(now)
+    for bucket, row in zip(plan.buckets, rows, strict=True):
+        if bucket.sketch:
+            more = 0, plan.sketch_size - bucket.sketch
+            now.append(pad(row[:, 3:], more))
+            before.append(pad(bucket.previous_sketches().to(plan.device), more))
+    sketches = plan.whole_sketches(_joined(now))
+    return sketches, torch.linalg.vector_norm(sketches - _joined(before), dim=1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Without a copy where there is one part but for the empty first."""
+    return parts[1] if len(parts) == 2 else torch.cat(parts)
+
+
+def _keep_sketches(plan: StepPlan, sketches: Tensor, factor: Tensor, steps: Tensor) -> None:
+    for bucket in plan.buckets:
+        if bucket.sketch:
+            x = sketches[bucket.sketch_rows, : bucket.sketch].to(bucket.params[0].param.device)
+            if bucket.params[0].group.get("previous") == "applied":
+                x = x * factor[bucket.where, None].to(x)
+            bucket.keep_sketches(x, steps[bucket.where].to(x.device))
+
+
+# CUDA graphs
+
+
+def _check_capture(optimizer: LayerwiseOptimizer) -> None:
+    """torch's check of `capturable`, and that a captured step would follow a changing lr."""
+    check = "_accelerator_graph_capture_health_check"  # of newer torch
+    getattr(optimizer, check if hasattr(optimizer, check) else "_cuda_graph_capture_health_check")()
+    if not _is_capturing():
+        return  # torch.distributed.checkpoint's trial step has a lr tensor on the CPU
+    for group in optimizer.param_groups:
+        lr = group["lr"]
+        if (
+            group["capturable"]
+            and isinstance(lr, Tensor)
+            and any(lr.device != p.device for p in group["params"])
+        ):
+            raise ValueError(
+                f"capturable=True needs lr on the parameters' device, got it on {lr.device}"
+            )
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+# c="theoretical"
+
+
+def _steps_taken(optimizer: LayerwiseOptimizer, like: Tensor) -> Tensor:
+    """t-1 of Eq. A.3: how often the optimizer, and with it the scheduler, has stepped.
+
+    Not how often a layer has: one that misses steps sees α decay all the same.
+    """
+    groups = [g for g in optimizer.param_groups if g["params"]]
+    counts = [g["lipschitz_step"] for g in groups if "lipschitz_step" in g]
+    return torch.stack([like.new_zeros(()), *(x.to(like.device) for x in counts)]).max()
+
+
+def _count_step(optimizer: LayerwiseOptimizer, active: list[Tensor]) -> None:
+    """Ends a step, also one in which no layer had a gradient."""
+    for group in optimizer.param_groups:
+        if group.get("c", optimizer._c) != "theoretical":
+            continue
+        # ZeRO-3 makes one call of step() for each flat tensor of a group.
+        tensors = optimizer._flat_tensors.tensors(group)
+        if tensors and any(p is tensors[-1] for p in group["params"]):
+            if "lipschitz_step" not in group:
+                device = plans.home_device(optimizer)
+                group["lipschitz_step"] = torch.zeros((), dtype=_get_scalar_dtype(), device=device)
+            count = group["lipschitz_step"]
+            taken = torch.cat(active).any().to(count.device)
+            count += (taken | plans.has_rate([group], count.device)[0]).to(count.dtype)
