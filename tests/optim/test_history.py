@@ -30,7 +30,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 @pytest.fixture(params=[32, 2**17], ids=["many slabs", "one slab"])
 def _slabs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "_SLAB", request.param)
+    monkeypatch.setattr(countsketch, "_SLAB", request.param)
 
 
 in_slabs = pytest.mark.usefixtures("_slabs")
@@ -184,7 +184,7 @@ def test_parts_add_up(
     shape, cuts = partition
     x = randn(*shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(history, "_SLAB", slab)
+        patch.setattr(countsketch, "_SLAB", slab)
         parts = [sketch(x[at], size, shape=shape, offset=offset) for at, offset in grid(cuts)]
     torch.testing.assert_close(sum(parts), specified(x, size), rtol=1e-12, atol=1e-12)
 

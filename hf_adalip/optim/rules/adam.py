@@ -16,7 +16,8 @@ class Adam(Rule):
     name = "Adam"
     cpp = CppRule(
         moments="2",
-        follow="{beta1 * old.first + take1 * grad, beta2 * old.second + take2 * grad * grad}",
+        follow="Moments{beta1 * old.first + take1 * grad, "
+        "beta2 * old.second + take2 * grad * grad}",
         direction="m.first * scale1 / root(m.second * scale2)",
     )
 

@@ -15,7 +15,7 @@ class RMSprop(Rule):
     name = "RMSprop"
     cpp = CppRule(  # beta1 is α
         moments="1",
-        follow="{beta1 * old.first + take1 * grad * grad, 0}",
+        follow="Moments{beta1 * old.first + take1 * grad * grad, 0}",
         direction="grad / root(m.first)",
     )
 

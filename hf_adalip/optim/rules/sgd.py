@@ -14,7 +14,7 @@ class SGD(Rule):
     name = "SGD"
     cpp = CppRule(
         moments="MOMENTUM ? 1 : 0",
-        follow="{MOMENTUM ? old.first * momentum + grad : 0, 0}",
+        follow="Moments{MOMENTUM ? old.first * momentum + grad : 0, 0}",
         direction="NESTEROV ? grad + momentum * m.first : MOMENTUM ? m.first : grad",
     )
 

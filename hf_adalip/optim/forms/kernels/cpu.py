@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...rules import RULES
 from ...signals import opmath_dtype
 from . import Constants, KernelError, Spec, Tensors
 
@@ -115,8 +116,11 @@ def _compile(source: str, *flags: str) -> ctypes.CDLL:
 
 def _defined(spec: Spec) -> dict[str, str]:
     flags = ("momentum", "nesterov", "eps_in_sqrt", "maximize", "coupled", "early")
+    formula = RULES[spec.rule].cpp
     return {
-        "RULE": spec.rule,
+        "MOMENTS": formula.moments,
+        "FOLLOW": formula.follow,
+        "DIRECTION": formula.direction,
         "SIGNAL": spec.signal,
         "PARAM": _TYPES[spec.dtype],
         "WIDE": _TYPES[opmath_dtype(spec.dtype)],

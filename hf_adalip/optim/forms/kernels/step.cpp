@@ -7,7 +7,8 @@
 // writing is little beside its waiting for what it reads next.
 //
 // cpu.py defines, above this text, what depends on the Spec:
-//   RULE SIGNAL                                     a word of the enumerations below
+//   MOMENTS FOLLOW DIRECTION                        the base optimizer's formula, see rules/rule.py
+//   SIGNAL                                          a word of the enumeration below
 //   MOMENTUM NESTEROV EPS_IN_SQRT MAXIMIZE COUPLED  true or false
 //   PARAM WIDE HISTORY   types: of parameters, of arithmetic, of the history (void for none)
 //   HALF                 whether one of them is float16
@@ -65,10 +66,8 @@ using float16 = _Float16;
 struct float16 {};
 #endif
 
-enum class Rule { SGD, RMSprop, Adam };
 enum class Signal { gradient, update, retraced };
 
-constexpr Rule rule = Rule::RULE;
 constexpr Signal signal = Signal::SIGNAL;
 constexpr bool has_history = !std::is_void_v<HISTORY>;
 constexpr bool written_late = has_history && !EARLY;
@@ -76,7 +75,7 @@ using Param = PARAM;
 using Wide = WIDE;
 using History = std::conditional_t<has_history, HISTORY, Wide>;
 
-constexpr int moments = rule == Rule::Adam ? 2 : rule == Rule::RMSprop || MOMENTUM ? 1 : 0;
+constexpr int moments = MOMENTS;
 
 constexpr int64_t block = 1024;  // elements that `measure` takes together
 constexpr int64_t ahead = 512;   // elements between what is worked on and what is fetched
@@ -115,7 +114,7 @@ struct Tensors {  // rows of n numbers each
   int64_t start(int64_t i) const { return rows[(3 + moments + has_history) * n + i]; }
 };
 
-// The rules, one element at a time, as in rules.py
+// The base optimizer, one element at a time
 
 struct Moments {
   Wide first, second;
@@ -134,27 +133,9 @@ struct Arithmetic {
     return grad;
   }
 
-  Moments follow(Wide grad, Moments old) const {
-    if constexpr (rule == Rule::Adam)
-      return {beta1 * old.first + take1 * grad, beta2 * old.second + take2 * grad * grad};
-    else if constexpr (rule == Rule::RMSprop)
-      return {beta1 * old.first + take1 * grad * grad, 0};
-    else if constexpr (MOMENTUM)
-      return {old.first * momentum + grad, 0};
-    else
-      return {0, 0};
-  }
+  Moments follow(Wide grad, Moments old) const { return FOLLOW; }
 
-  Wide direction(Wide grad, Moments m, Wide scale1, Wide scale2) const {
-    if constexpr (rule == Rule::Adam)
-      return m.first * scale1 / root(m.second * scale2);
-    else if constexpr (rule == Rule::RMSprop)
-      return grad / root(m.first);
-    else if constexpr (NESTEROV)
-      return grad + momentum * m.first;
-    else
-      return MOMENTUM ? m.first : grad;
-  }
+  Wide direction(Wide grad, Moments m, Wide scale1, Wide scale2) const { return DIRECTION; }
 
   Wide root(Wide square) const {
     return EPS_IN_SQRT ? std::sqrt(square + eps) : std::sqrt(square) + eps;

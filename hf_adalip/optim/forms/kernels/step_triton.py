@@ -19,6 +19,8 @@ are added.
 import triton
 import triton.language as tl
 
+from ...rules.triton import direction, follow, root
+
 # A record of a tensor: pointers, then its size, the index of its first element in the whole
 # parameter, and its first chunk, which the following record ends.
 PARAM = tl.constexpr(0)
@@ -41,14 +43,7 @@ REMEMBERED = tl.constexpr(7)
 DECAY = tl.constexpr(8)
 NUMBERS = tl.constexpr(9)
 
-# The constants of a group.
-MOMENTUM = tl.constexpr(0)
-BETA1 = tl.constexpr(1)  # RMSprop's alpha too
-TAKE1 = tl.constexpr(2)  # 1 - β1, which in float32 would have lost digits
-BETA2 = tl.constexpr(3)
-TAKE2 = tl.constexpr(4)
-EPS_INSIDE = tl.constexpr(5)  # of the root; one of the two is zero
-EPS_OUTSIDE = tl.constexpr(6)
+# The constants of a group, after those of rules/triton.py.
 WEIGHT_DECAY = tl.constexpr(7)
 SIGN = tl.constexpr(8)  # of the gradient: -1 to maximize
 
@@ -78,7 +73,8 @@ def _load(record, ROLE: tl.constexpr, offset, at, mask, DTYPE: tl.constexpr, ACC
     pointers = _pointer(record, ROLE, offset, DTYPE, ACCESS) + at
     if ACCESS == "masked":
         return tl.load(pointers, mask=mask, other=0.0)
-    return tl.load(pointers)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -90,23 +86,6 @@ def _store(
         tl.store(pointers, value.to(DTYPE), mask=mask)
     else:
         tl.store(pointers, value.to(DTYPE))
-
-
-# The rules, as in rules/
-
-
-@triton.jit
-def _divide(x, y):
-    if y.dtype == tl.float64:
-        return x / y
-    return tl.div_rn(x, y)
-
-
-@triton.jit
-def _root(x):
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    return tl.sqrt_rn(x)
 
 
 @triton.jit
@@ -138,36 +117,6 @@ def _moments(
     return first, second
 
 
-@triton.jit
-def _follow(grad, first, second, constants, RULE: tl.constexpr):
-    """The moments of step t."""
-    if RULE == "Adam":
-        first = tl.load(constants + BETA1) * first + tl.load(constants + TAKE1) * grad
-        second = tl.load(constants + BETA2) * second + tl.load(constants + TAKE2) * grad * grad
-    elif RULE == "RMSprop":
-        first = tl.load(constants + BETA1) * first + tl.load(constants + TAKE1) * grad * grad
-    elif RULE != "plain":
-        first = first * tl.load(constants + MOMENTUM) + grad
-    return first, second
-
-
-@triton.jit
-def _direction(grad, first, second, constants, corrections, RULE: tl.constexpr):
-    direction = grad
-    if RULE == "Adam" or RULE == "RMSprop":
-        square = first
-        if RULE == "Adam":
-            direction = first * _divide(1.0, tl.load(corrections))
-            square = second * _divide(1.0, tl.load(corrections + 1))
-        root = _root(square + tl.load(constants + EPS_INSIDE)) + tl.load(constants + EPS_OUTSIDE)
-        direction = _divide(direction, root)
-    elif RULE == "momentum":
-        direction = first
-    elif RULE == "nesterov":
-        direction = grad + tl.load(constants + MOMENTUM) * first
-    return direction
-
-
 # Measuring
 
 
@@ -183,11 +132,11 @@ def _signals(
     before = tl.zeros_like(grad)
     if SIGNAL != "gradient":
         old1, old2 = _moments(grad, record, offset, at, mask, RULE, DTYPE, ACCESS)
-        new1, new2 = _follow(grad, old1, old2, constants, RULE)
-        now = _direction(grad, new1, new2, constants, row + CORRECTIONS, RULE)
+        new1, new2 = follow(grad, old1, old2, constants, RULE)
+        now = direction(grad, new1, new2, constants, row + CORRECTIONS, RULE)
         now = now * -tl.load(row + LR)
         if SIGNAL == "retraced":
-            before = _direction(grad, old1, old2, constants, row + PREV_CORRECTIONS, RULE)
+            before = direction(grad, old1, old2, constants, row + PREV_CORRECTIONS, RULE)
             rate = tl.load(row + PREV_RATE)
             before = tl.where(rate == 0.0, 0.0, before * -rate)
     if KEPT is not None:
@@ -259,7 +208,7 @@ def add(
         total += tl.load(parts + places, mask=inside, other=0.0)
     result = tl.sum(total, axis=0)
     if ROOT:
-        result = _root(result)
+        result = root(result)
     tl.store(out + tensor * WIDTH + column, result, mask=column < WIDTH)
 
 
@@ -331,10 +280,10 @@ def _advance(
 ):
     grad = _gradient(record, constants, offset, at, mask, COUPLED, DTYPE, ACCESS)
     first, second = _moments(grad, record, offset, at, mask, RULE, DTYPE, ACCESS)
-    first, second = _follow(grad, first, second, constants, RULE)
-    direction = _direction(grad, first, second, constants, row + CORRECTIONS, RULE)
+    first, second = follow(grad, first, second, constants, RULE)
+    d = direction(grad, first, second, constants, row + CORRECTIONS, RULE)
     param = _load(record, PARAM, offset, at, mask, DTYPE, ACCESS).to(grad.dtype)
-    param = param * tl.load(row + DECAY) - direction * tl.load(row + RATE)
+    param = param * tl.load(row + DECAY) - d * tl.load(row + RATE)
     if RULE != "plain":
         _store(record, FIRST_MOMENT, offset, at, mask, first, DTYPE, ACCESS)
     if RULE == "Adam":
@@ -342,7 +291,7 @@ def _advance(
     if KEPT is not None:
         now = grad
         if SIGNAL != "gradient":
-            now = direction * -tl.load(row + REMEMBERED)
+            now = d * -tl.load(row + REMEMBERED)
         _store(record, HISTORY, offset, at, mask, now, KEPT, ACCESS)
     _store(record, PARAM, offset, at, mask, param, DTYPE, ACCESS)
 
