@@ -476,9 +476,10 @@ def _prepare(run: Run, batch: Batch) -> None:
         return
     try:
         fused.prepare(batch)
-    except KernelError:
+    except KernelError as error:
         if batch.group["fused"]:
             raise
+        fused.forgo(error)
         run.form, batch.prepared = foreach, None
 
 
