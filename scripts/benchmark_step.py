@@ -377,8 +377,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as caches:
-        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": caches}
-        fused.missing(torch.device(args.device))  # which compiles too
+        os.environ |= {"XDG_CACHE_HOME": caches, "TRITON_CACHE_DIR": caches}
+        fused.missing(torch.device(args.device))  # for which Triton compiles too
         for model in args.model:
             benchmark(model, rows, args)
 

@@ -249,9 +249,10 @@ class LipOptimizer(LayerwiseOptimizer):
         """Compiles the fused form; where nobody asked for it and it does not compile, foreach."""
         try:
             fused.prepare(batch)
-        except KernelError:
+        except KernelError as error:
             if batch.group["fused"]:
                 raise
+            fused.forgo(error)
             bucket.form, batch.prepared = foreach, None
 
 

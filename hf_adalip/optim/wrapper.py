@@ -453,9 +453,10 @@ class Lipschitz(LayerwiseOptimizer):
         """Whether there are kernels, which is found out before the base has stepped."""
         try:
             fused_form.compile_for(device, dtype)
-        except KernelError:
+        except KernelError as error:
             if self._fused:
                 raise
+            fused_form.forgo(error)
             return False
         return True
 

@@ -17,7 +17,8 @@ from torch.autograd.graph import increment_version
 from ..plan import Batch, LocalParam
 from ..rules import bias_correction
 from ..signals import opmath_dtype
-from .kernels import COLUMNS, Constants, Spec, Tensors, cpu, gpu
+from .kernels import COLUMNS, Constants, KernelError, Spec, Tensors, cpu, gpu
+from .kernels.build import warn_once
 
 Copies = list[tuple[Tensor, Tensor]]
 
@@ -74,6 +75,11 @@ def pays(size: int) -> bool:
     """Whether the fused form is the default on a CPU for so many elements: where their step costs
     more than finding the compiler does."""
     return size >= _WORTH and missing(torch.device("cpu")) is None
+
+
+def forgo(error: KernelError) -> None:
+    """Says, once a process, why a step that nobody asked to be fused is not."""
+    warn_once(f"{str(error).splitlines()[0]}; steps go without them, and take longer")
 
 
 def prepare(batch: Batch) -> None:

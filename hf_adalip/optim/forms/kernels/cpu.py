@@ -1,10 +1,9 @@
-"""The kernels on the CPU: step.cpp, compiled by the compiler that torch.compile finds."""
+"""The kernels on the CPU: step.cpp, compiled on first use."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ...rules import RULES
 from ...signals import opmath_dtype
-from . import Constants, KernelError, Spec, Tensors
+from . import Constants, KernelError, Spec, Tensors, build
 
 _TYPES = {
     torch.float32: "float",
@@ -22,9 +21,6 @@ _TYPES = {
     torch.float16: "float16",
     None: "void",
 }
-
-# After torch.compile's own flags, which keep loops and roots from becoming vectors.
-_FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")
 
 # bfloat16 is rounded by integer arithmetic; float32 waits for memory, whatever the vectors.
 _WIDE_VECTORS = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
@@ -62,18 +58,12 @@ def advance(
 
 @cache
 def missing() -> str | None:
-    """What the kernels lack on this machine, or None; found out once, by compiling two lines."""
-    if sys.platform == "win32":
-        return "a compiler that takes GCC's options (not on Windows)"
-    try:
-        _compile('#include <omp.h>\nextern "C" int threads() { return omp_get_max_threads(); }')
-    except Exception as error:
-        return f"a C++ compiler with OpenMP (name one in the environment as CXX): {error}"
-    return None
+    """What the kernels lack on this machine, or None; found out once, by looking for a compiler."""
+    return build.missing()
 
 
 def library(spec: Spec) -> ctypes.CDLL:
-    """step.cpp for a Spec, compiled when first asked for, and kept on disk by torch.
+    """step.cpp for a Spec, compiled when first asked for, and kept on disk.
 
     Raises:
         KernelError: where it cannot be compiled.
@@ -91,26 +81,16 @@ def _library(spec: Spec) -> ctypes.CDLL | KernelError:
     source = "".join(f"#define {name} {value}\n" for name, value in _defined(spec).items())
     source += Path(__file__).with_name("step.cpp").read_text("utf-8")
     try:
-        made = _compile(
+        made = build.load(
             source, *(_WIDE_VECTORS if torch.bfloat16 in (spec.dtype, spec.history) else ())
         )
     except Exception as error:
-        failed = KernelError(f"the C++ of fused=True did not compile for {spec}")
+        failed = KernelError(f"the kernels of the fused form cannot be had: {error}")
         failed.__cause__ = error
         return failed
     pointers = _POINTER, _POINTER, _POINTER
     made.measure.argtypes = made.advance.argtypes = ctypes.c_int64, *pointers, _INT, _POINTER
     made.measure.restype = made.advance.restype = None
-    return made
-
-
-def _compile(source: str, *flags: str) -> ctypes.CDLL:
-    # Imported here: it is large, and only who runs a fused step needs it. It finds the compiler,
-    # and locks between processes that compile the same.
-    from torch._inductor.codecache import CppCodeCache
-
-    # `load` takes no flags in torch 2.6.
-    made: ctypes.CDLL = CppCodeCache.load_async(source, extra_flags=(*_FLAGS, *flags))()
     return made
 
 
