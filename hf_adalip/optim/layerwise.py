@@ -750,9 +750,12 @@ def _has_rate(groups: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
     return torch.stack([as_scalar(lr, device) for lr in rates]) != 0
 
 
-def apart(state: State) -> State:
+def apart(state: Any) -> Any:
     """A parameter's state, of which each number and sketch has memory of its own: pickle writes
-    the whole memory of a tensor, and `Census.pack` puts many into one."""
+    the whole memory of a tensor, and `Census.pack` puts many into one. An entry that is no
+    parameter's, and no dict, is returned as it is."""
+    if not isinstance(state, dict):
+        return state
 
     def is_packed(key: str, x: Any) -> bool:
         small = key in SCALARS or key.endswith(SKETCH)
