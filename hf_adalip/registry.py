@@ -299,6 +299,8 @@ def _base_optimizer(name: str) -> tuple[type[Optimizer], dict[str, Any]] | None:
     found = get_optimizer_class(name, bind_defaults=False)
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         return None
+    if issubclass(found, LayerwiseOptimizer):  # ours, which timm has from `integrations.timm`
+        return None
     return found, dict(get_optimizer_info(name).defaults or {})
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from typing import Any
 
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from ..optim import Lipschitz
 from ..registry import LIP_PREFIX, OptimizerInfo, get_optimizer_info, list_optimizers
 
 
@@ -13,7 +18,8 @@ def register() -> None:
 
     timm's own conventions hold: where an optimizer has a momentum, timm passes 0.9 unless told
     otherwise (pass momentum=0 for the paper's AdaLip); arguments of `--opt-kwargs` go through.
-    timm gives no parameter names, so layers are tensors; for layers="module" pass
+    timm gives no parameter names, so layers are tensors (as by default in the classes, which are
+    what timm's registry holds); for layers="module" pass
     `param_group_fn=lambda model: parameter_groups(model, weight_decay)`, of `hf_adalip.layers`.
 
     An optimizer without weight decay, which timm always passes, is left out; it warns of those
@@ -33,16 +39,16 @@ def register() -> None:
     known = set(default_registry.list_optimizers())
     new = []
     for name in list_optimizers():
-        made = default_registry.get_optimizer_info(name).opt_class if name in known else None
-        if made is None:
-            new.append(name)
-        elif getattr(made, "__func__", None) is not OptimizerInfo.create:  # none of ours
+        info = get_optimizer_info(name)
+        if name not in known:
+            new.append(info)
+        elif default_registry.get_optimizer_info(name).opt_class is not _class_of(info):
             raise ValueError(
                 f"cannot register {name!r} with timm, which has an optimizer of that name; "
                 "give it another in OptimizerInfo"
             )
-    for name in new:
-        info = get_optimizer_info(name)
+    for info in new:
+        name = info.name
         takes = inspect.signature(info.arguments_of).parameters
         if "weight_decay" not in takes:
             if not name.startswith(LIP_PREFIX):
@@ -56,10 +62,34 @@ def register() -> None:
         default_registry.register(
             OptimInfo(
                 name=name,
-                opt_class=info.create,
+                opt_class=_class_of(info),
                 description=info.description,
                 has_eps="eps" in takes,
                 has_momentum="momentum" in takes,
                 has_betas="betas" in takes,
+                defaults=dict(info.defaults) or None,
             )
         )
+
+
+_wrapped: dict[tuple[str, type[Optimizer]], type[Any]] = {}
+"""The classes that timm has of `lip-` names."""
+
+
+def _class_of(info: OptimizerInfo) -> type[Optimizer]:
+    """The class that timm calls with parameters and arguments.
+
+    `Lipschitz` is called with an optimizer instead: for a `lip-` name it is a class that makes
+    that optimizer first, and whose instances are plain `Lipschitz`.
+    """
+    base = info.base
+    if info.optimizer_class is not Lipschitz or base is None:
+        return info.optimizer_class
+
+    def new(_: type[Lipschitz], params: ParamsT, **arguments: Any) -> Optimizer:
+        return info.create(params, **arguments)
+
+    key = info.name, base
+    if key not in _wrapped:
+        _wrapped[key] = type(f"Lipschitz{base.__name__}", (Lipschitz,), {"__new__": new})
+    return _wrapped[key]

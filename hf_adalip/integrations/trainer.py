@@ -215,7 +215,9 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
                     f"Trainer trains with {name}, which has no learning rate per layer: {INSTEAD}"
                 )
             resumed = state.global_step and not nothing_to_train(found)
-            if resumed and not any("lipschitz_scale" in s for s in found.state.values()):
+            if resumed and not any(
+                isinstance(s, dict) and "lipschitz_scale" in s for s in found.state.values()
+            ):
                 warnings.warn(
                     f"Trainer goes on from step {state.global_step}, but found no S of any layer "
                     "in the checkpoint (another engine's, or save_only_model): S starts at 1",

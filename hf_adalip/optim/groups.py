@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,15 +22,63 @@ ROOT = "(root)"
 """The layer of parameters that belong to the outermost module itself."""
 
 
+def each_once(params: list[Any], layers: Layers) -> list[Any]:
+    """The parameters of a group, given as tensors or as pairs of a name and a tensor, without
+    those that are there a second time, of which it warns as torch does.
+
+    Raises:
+        ValueError: if there are such and a layer may have several parameters.
+    """
+    which = _duplicate(params)
+    if which is None:
+        return params
+    if layers != "tensor":
+        raise _refusal(which)
+    warnings.warn(
+        f"optimizer contains a parameter group with duplicate parameters ({which}): each is "
+        "stepped once and has one S, where torch's own optimizers step it twice",
+        stacklevel=3,
+    )
+    once: dict[object, Any] = {}
+    for param in params:
+        once.setdefault(_identity(param), param)
+    return list(once.values())
+
+
+def _identity(param: Any) -> tuple[bool, int]:
+    named = isinstance(param, tuple)
+    return named, id(param[1] if named else param)  # a mixture of both is for torch to refuse
+
+
+def _duplicate(params: Sequence[Any]) -> str | None:
+    """Which parameter is there a second time: its name or, without one, its place."""
+    seen = set()
+    for i, param in enumerate(params):
+        if _identity(param) in seen:
+            return repr(param[0]) if isinstance(param, tuple) else f"number {i}"
+        seen.add(_identity(param))
+    return None
+
+
+def _refusal(which: str) -> ValueError:
+    return ValueError(
+        f"parameter {which} is in a parameter group more than once: its gradient would count twice "
+        "in the norm of its layer, or S twice in its step; give each parameter once, as "
+        "model.named_parameters() does"
+    )
+
+
 def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
     """Gives the last of the groups its "layer_names" and "layer_sizes": of each parameter, its
     layer, and its number of elements, by which a parameter that was replaced is known.
 
     Raises:
         ValueError: if `layers` is unknown, or needs names and there are none, or there are two
-            parameters of one name. Nothing has been changed then.
+            parameters of one name, or one twice. Nothing has been changed then.
     """
     group = groups[-1]
+    if which := _duplicate(group["params"]):
+        raise _refusal(which)
     for param in group["params"]:
         if getattr(param, "_is_flat_param", False):
             raise ValueError(

@@ -13,7 +13,7 @@ from . import step as loop
 from .estimator import Estimator
 from .forms import foreach, fused
 from .forms.kernels import KernelError
-from .groups import Layers, number_of
+from .groups import Layers, each_once, number_of
 from .history import DEFAULT_SKETCH_SIZE
 from .options import as_plain, validate
 from .plan import Batch, Bucket, LocalParam, Options, StepPlan
@@ -129,18 +129,20 @@ class LipOptimizer(LayerwiseOptimizer):
         """As torch's; a group may have its own value of every option, `layers` included, and
         "no_weight_decay", the names of parameters that its weight decay is not for.
 
+        A parameter that a group has twice is stepped once, with a warning, where torch's own
+        optimizers step it twice.
+
         Raises:
-            ValueError: for a bad option, or a parameter given twice; nothing is added then.
+            ValueError: for a bad option, a parameter in two groups, or one given twice where
+                `layers` is not "tensor"; nothing is added then.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = {key: as_plain(value) for key, value in param_group.items() if key != "layers"}
         self._validate(self.defaults | group)
+        layers = param_group.get("layers", self._layers)
         if not isinstance(group["params"], (Tensor, set)):
-            group["params"] = list(group["params"])
-            given = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-            if len({id(p) for p in given}) != len(given):
-                raise ValueError("some parameters appear more than once in a parameter group")
+            group["params"] = each_once(list(group["params"]), layers)
         named = [p[0] for p in group["params"] if isinstance(p, tuple)]
         if unknown := set(group.get("no_weight_decay", ())) - set(named):
             raise ValueError(
@@ -156,7 +158,7 @@ class LipOptimizer(LayerwiseOptimizer):
         if (self.defaults | group)["fused"]:
             fused.refuse_unless_possible(group["params"])
         super().add_param_group(group)
-        self._name_last_group(param_group.get("layers", self._layers))
+        self._name_last_group(layers)
 
     def _validate(self, group: dict[str, Any]) -> None:
         """Refuses a bad option of a group (or of the defaults) before anything is changed."""
@@ -179,9 +181,16 @@ class LipOptimizer(LayerwiseOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; numbers and sketches may be copies."""
-        packed: dict[str, Any] = super().state_dict()
-        packed["state"] = {key: unpacked(kept) for key, kept in packed["state"].items()}
-        return packed
+
+        def separate(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+            packed["state"] = {key: unpacked(kept) for key, kept in packed["state"].items()}
+
+        # The first hook: the user's see, and may change, what is returned.
+        handle = self.register_state_dict_post_hook(separate, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict; S, norms and step come back bit for bit, also for bf16 parameters.
@@ -226,8 +235,9 @@ class LipOptimizer(LayerwiseOptimizer):
         """Tensors of one group, device and dtype go together, those of the fused form last."""
         alike: dict[Any, list[tuple[int, LocalParam]]] = {}
         for group in self.param_groups:
-            if group["fused"] and group["params"]:  # set by hand, loaded, or moved since
-                fused.refuse_unless_possible(group["params"])
+            if group["fused"]:  # set by hand, loaded, or moved since
+                stepped = [p for p in group["params"] if p.grad is not None]
+                fused.refuse_unless_possible(stepped, stepped=True)
         params = [p for group in self.param_groups for p in group["params"]]
         size = sum(shard_of(p).local(p).numel() for p in params)
         chosen = {number_of(group): _form(group, size) for group in self.param_groups}

@@ -123,9 +123,12 @@ def scalar(value: float, param: Tensor) -> Tensor:
     return torch.tensor(value, dtype=_get_scalar_dtype(), device=param.device)
 
 
-def unpacked(state: State) -> State:
+def unpacked(state: Any) -> Any:
     """A parameter's state, of which each number and sketch has memory of its own: pickle writes
-    the whole memory of a tensor, and `StepPlan.pack` puts many into one."""
+    the whole memory of a tensor, and `StepPlan.pack` puts many into one. An entry that is no
+    parameter's, and no dict, is returned as it is."""
+    if not isinstance(state, dict):
+        return state
 
     def is_packed(key: str, x: Any) -> bool:
         small = key in SCALARS or key.endswith(SKETCH)

@@ -37,6 +37,10 @@ from .step import Form, LayerwiseOptimizer, widened
 _OURS = "lipschitz."
 """Marks a key of ours in a state_dict where the base has one of the same name."""
 
+_ENTRIES = "lipschitz.entries"
+"""Says in a state_dict which entries that are no parameter's are of our `state`, by what key; the
+others are of the base's."""
+
 
 class Lipschitz(LayerwiseOptimizer):
     """A Lipschitz-adaptive learning rate per layer on top of any torch.optim.Optimizer.
@@ -142,7 +146,7 @@ class Lipschitz(LayerwiseOptimizer):
             group.update(structure_of(copy))
             self._flat_tensors.note(group, decays_of(group))
         self.optimizer = optimizer
-        self.state: defaultdict[Tensor, State] = defaultdict(dict)
+        self.state: defaultdict[Any, State] = defaultdict(dict)
         # What torch does to make an optimizer of a dict: hooks, and the profiled step.
         self.__setstate__({})
 
@@ -203,33 +207,46 @@ class Lipschitz(LayerwiseOptimizer):
                 based = state.get(key, {})
                 own = {_OURS * (n in based) + n: x for n, x in unpacked(self.state[param]).items()}
                 state[key] = {**based, **own}
+        entries: dict[Any, Any] = {}
+        for key, value in self.state.items():
+            if not isinstance(key, Tensor):
+                name = f"{_OURS}{key}" if key in state else key
+                entries[name], state[name] = key, value
+        if entries:
+            state[_ENTRIES] = entries
         packed = {**packed, "state": state}
         for after in self._optimizer_state_dict_post_hooks.values():
-            packed = after(self, packed) or packed
+            changed = after(self, packed)
+            packed = packed if changed is None else changed
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave; S and norms come back bit for bit."""
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         state_dict = by_name(state_dict, self.param_groups)
         structure = [structure_of(group) for group in self.param_groups]
         own: dict[Any, State] = {}
         based: dict[Any, Any] = {}
+        entries = state_dict["state"].get(_ENTRIES, {})
+        others: dict[Any, Any] = {}
         params = set(_ids(state_dict))
         for key, saved in state_dict["state"].items():
             if key in params:
                 own[key], based[key] = self._split(saved)
                 if own[key] and not based[key]:
                     del based[key]
-            else:  # of the base as a whole
+            elif key in entries:  # of this optimizer as a whole
+                others[entries[key]] = saved
+            elif key != _ENTRIES:  # of the base as a whole
                 based[key] = saved
         self._check_loaded({**state_dict, "state": own})
         self.optimizer.load_state_dict({**state_dict, "state": based})
         for group, own_structure in zip(self.param_groups, structure, strict=True):
             restore_structure(group, own_structure)
-        self.state = defaultdict(dict)
+        self.state = defaultdict(dict, others)
         for key, param in zip(_ids(state_dict), self._parameters(), strict=True):
             if mine := own.get(key):
                 restore_scalars(self, param, mine)
@@ -320,6 +337,8 @@ class Lipschitz(LayerwiseOptimizer):
         params = [p.param for layer in plan.layers for p in layer.params]
         if wanted is None and all(p.device.type == "cpu" for p in params):
             wanted = fused_form.pays(sum(p.numel() for p in params))
+        if self._fused:
+            fused_form.refuse_unless_possible(params, stepped=True)
         return bool(wanted) and not self.signal.of_updates and not torch.compiler.is_compiling()
 
     def _batches(self, plan: StepPlan) -> list[Batch]:
@@ -377,7 +396,7 @@ class Lipschitz(LayerwiseOptimizer):
             which layers are finite and, as the base steps a flat tensor as one, share none with
             one that is not; and which parameters the base is to see.
         """
-        if self._estimator.nonfinite != "skip":
+        if self._estimator.nonfinite != "skip" or not plan.layers:
             return finite, [True] * len(plan.params)
         fine = finite.tolist()
         bad = {id(p.tensor) for i, p in zip(plan.owner, plan.params, strict=True) if not fine[i]}

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_adalip.optim.kernels import cpu
 from torch import Tensor
 
-from hf_adalip import AdaLip, AdamLip, AdamLipU
+from hf_adalip import AdaLip, AdamLip, AdamLipU, Lipschitz
 from tests.optim.cases import (
     CLASSES,
     UPDATE,
@@ -200,17 +201,67 @@ def test_no_parameters(name: str, empty: Any) -> None:
 @six
 def test_a_parameter_given_twice(name: str) -> None:
     p, q = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
-    with pytest.raises(ValueError, match="more than once"):
-        CLASSES[name]([p, q, p])
     with pytest.raises(ValueError, match="more than one parameter group"):
         CLASSES[name]([{"params": [p, q]}, {"params": [p]}])
-    with pytest.raises(ValueError, match="more than once"):
-        CLASSES[name]([("a", p), ("b", p)])
-    optimizer = CLASSES[name]([p])
-    for wrong in ([p], [q, q]):
+    named = [("a.weight", p), ("b.weight", p)]
+    for layers in ("module", lambda _: "one"):  # in which it would count twice
+        with pytest.raises(ValueError, match=r"'b.weight' is in .* more than once: its gradient"):
+            CLASSES[name](named, layers=layers)
+    optimizer = CLASSES[name](named[:1])
+    for wrong in (
+        {"params": [("a.bias", p)]},
+        {"params": [("c", q), ("d", q)], "layers": "module"},
+    ):
         with pytest.raises(ValueError, match="more than"):
-            optimizer.add_param_group({"params": wrong})
+            optimizer.add_param_group(wrong)
     assert [g["params"] for g in optimizer.param_groups] == [[p]]
+    with pytest.raises(ValueError, match="names are missing"):
+        CLASSES[name]([("a", p), p])
+
+
+@six
+@pytest.mark.parametrize("form", ["foreach", "fused", None])
+def test_a_parameter_given_twice_is_a_layer_once(name: str, form: str | None) -> None:
+    """torch warns, and steps it twice; S of the second of two equal gradients would be a pole."""
+    if form == "fused" and cpu.missing():
+        pytest.skip(f"needs {cpu.missing()}")
+    options = {"foreach": False} if form is None else {form: True}
+    results = []
+    for twice in (False, True):
+        params = named_params()
+        p, q, r = params.values()
+        if twice:
+            with pytest.warns(
+                UserWarning, match=r"duplicate .* \(number 2\): each is stepped once"
+            ):
+                optimizer = CLASSES[name]([p, q, p], lr=0.1, **options)
+            with pytest.warns(UserWarning, match=r"group with duplicate parameters \('d'\)"):
+                CLASSES[name]([("c", r), ("d", r)])
+            with pytest.warns(UserWarning, match="group with duplicate parameters"):
+                optimizer.add_param_group({"params": iter([r, r])})
+        else:
+            optimizer = CLASSES[name]([p, q], lr=0.1, **options)
+            optimizer.add_param_group({"params": [r]})
+        train(optimizer, params, range(3))
+        results.append(snapshot(optimizer, params))
+    assert_same(*results)
+
+
+def test_a_base_that_steps_a_parameter_twice_is_refused() -> None:
+    """S would scale the step of its step."""
+    p, q = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    with pytest.warns(UserWarning, match="group with duplicate parameters"):
+        base = torch.optim.SGD([p, q, p], lr=0.1)
+    with pytest.raises(ValueError, match=r"number 2 is in .* more than once: .* S twice in its"):
+        Lipschitz(base)
+    assert "layer_names" not in base.param_groups[0]
+    optimizer = Lipschitz(torch.optim.SGD([p], lr=0.1))
+    with (
+        pytest.warns(UserWarning, match="duplicate parameters"),
+        pytest.raises(ValueError, match="more than once"),
+    ):
+        optimizer.add_param_group({"params": [q, q]})
+    assert len(optimizer.param_groups) == 1
 
 
 @six

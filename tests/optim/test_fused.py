@@ -612,3 +612,41 @@ def test_autograd_sees_the_change() -> None:
         fused.advance(batch, rates, remembered, torch.ones(1, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["adamlip", "Lipschitz"])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_a_model_is_built_on_meta(kind: str, swapped: bool) -> None:
+    """The device is looked at when parameters are stepped. to_empty replaces them or, as under
+    FSDP2, swaps what they are."""
+
+    def make(params: Any) -> Any:
+        if kind == "adamlip":
+            return AdamLip(params, fused=True)
+        return Lipschitz(torch.optim.SGD(params, lr=0.1), fused=True)
+
+    with torch.device("meta"):
+        model, added = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+        optimizer = make(model.parameters())
+        optimizer.add_param_group({"params": list(added.parameters())})
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+    with pytest.raises(
+        RuntimeError, match=r"fused=True cannot step .* on the meta device.*to_empty"
+    ):
+        optimizer.step()
+    optimizer.zero_grad()
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(swapped)
+    try:
+        for module in (model, added):
+            module.to_empty(device="cpu")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    for module in (model, added):
+        for p in module.parameters():
+            torch.nn.init.ones_(p)
+            p.grad = torch.ones_like(p)
+    optimizer.step()  # of parameters that were replaced, none has a gradient
+    assert bool(optimizer.layer_learning_rates()) == swapped
+    assert all((p < 1).all() == swapped for p in (*model.parameters(), *added.parameters()))

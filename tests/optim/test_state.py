@@ -546,6 +546,49 @@ def test_state_dict_hooks(kind: str) -> None:
     assert calls == ["pre", "post"]
 
 
+@pytest.mark.parametrize("kind", ["adamlip", "Lipschitz adamlip"])
+def test_a_hook_may_write_into_state_and_replace_what_is_saved(kind: str) -> None:
+    params = named_params()
+    optimizer = BUILDERS[kind](params)
+    train(optimizer, params, range(2))
+    optimizer.register_state_dict_pre_hook(lambda o: o.state.update(seen=1))
+    assert optimizer.state_dict()["state"]["seen"] == 1
+    optimizer.register_state_dict_post_hook(lambda _, saved: saved["state"].pop("seen") and None)
+    assert "seen" not in optimizer.state_dict()["state"]
+    optimizer.register_state_dict_post_hook(lambda *_: {})
+    assert optimizer.state_dict() == {}
+
+
+@pytest.mark.parametrize("kind", ["adamlip", "adalipu", "Lipschitz adamlip"])
+@pytest.mark.parametrize("entry", [3, "text", None, [1, 2], {"a": 1}], ids=str)
+def test_an_entry_of_state_that_is_no_parameters(kind: str, entry: Any) -> None:
+    params, others = named_params(), named_params()
+    optimizer, restored = BUILDERS[kind](params), BUILDERS[kind](others)
+    optimizer.state["global"] = entry
+    train(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    assert saved["state"]["global"] == entry
+    restored.load_state_dict(through_file(saved))
+    assert restored.state["global"] == entry
+    assert restored.state_dict()["state"]["global"] == entry
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert copied.state["global"] == entry
+    train(restored, others, [2])
+    assert restored.layer_learning_rates()
+
+
+def test_entries_of_the_base_and_of_lipschitz_stay_apart() -> None:
+    params = named_params()
+    base = torch.optim.SGD(params.items(), lr=0.1)
+    optimizer = Lipschitz(base)
+    base.state["calls"], optimizer.state["calls"], optimizer.state["own"] = 1, 2, 3
+    saved = optimizer.state_dict()
+    base.state.clear()
+    optimizer.state.clear()
+    optimizer.load_state_dict(saved)
+    assert (dict(base.state), dict(optimizer.state)) == ({"calls": 1}, {"calls": 2, "own": 3})
+
+
 def test_loading_leaves_no_hooks_behind() -> None:
     params = named_params()
     optimizer = AdamLip(params.items())

@@ -35,11 +35,13 @@ def missing(device: torch.device) -> str | None:
     return cpu.missing() if device.type == "cpu" else gpu.missing(device)
 
 
-def refuse_unless_possible(params: Any) -> None:
+def refuse_unless_possible(params: Any, *, stepped: bool = False) -> None:
     """For `fused=True`.
 
     Args:
         params: of a group, as it is given to an optimizer.
+        stepped: whether they are stepped now. Before that they may be on the meta device, where a
+            model is built that gets its memory later.
 
     Raises:
         RuntimeError: for a device that has no fused form, or where a compiler is missing.
@@ -47,7 +49,14 @@ def refuse_unless_possible(params: Any) -> None:
     given = [params] if isinstance(params, Tensor) else params
     tensors = [p[1] if isinstance(p, tuple) else p for p in given]
     for device in {p.device for p in tensors if isinstance(p, Tensor)}:
-        if lack := missing(device):
+        if device.type == "meta":
+            if stepped:
+                raise RuntimeError(
+                    "fused=True cannot step parameters on the meta device, which have no memory: "
+                    "call model.to_empty(device=...), and make the optimizer after it, because "
+                    "to_empty replaces the parameters"
+                )
+        elif lack := missing(device):
             raise RuntimeError(f"fused=True needs {lack}; fused=None does without it")
 
 
