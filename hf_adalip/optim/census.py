@@ -15,7 +15,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from .groups import number_of
 from .lipschitz import Estimator
-from .norms import index_tensor
+from .norms import index_tensor, least_unsquarable
 from .shards import Over
 
 State = dict[str, Any]
@@ -121,6 +121,7 @@ class Census:
         self.groups = list(groups.values())
         self.runs: list[Any] = []  # an optimizer's, of members that are stepped together
         self.kept = False  # whether the optimizer has the members' state
+        self._unsquarable: Tensor | None = None
         self._vectors: dict[str, Tensor] = {}
         self._is_packed = False
         self._packed: list[Tensor] = []  # the members' views of those and of packed sketches
@@ -194,6 +195,18 @@ class Census:
             self._vectors[key][here].copy_(values)
         else:
             store([member.state[key] for member in self.members[here]], values)
+
+    def unsquarable(self, norms: Tensor) -> Tensor | float:
+        """The least norms of layers whose squares overflow, for `norms` of shape [layers, columns].
+
+        Beside float64 tensors, whose dtype `norms` has then, others are still of float32.
+        """
+        if norms.dtype == torch.float32:
+            return least_unsquarable(torch.float32)
+        if self._unsquarable is None:
+            least = [min(least_unsquarable(m.param.dtype) for m in x.all) for x in self.layers]
+            self._unsquarable = norms.new_tensor(least)[:, None]
+        return self._unsquarable
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of layers as values of members."""

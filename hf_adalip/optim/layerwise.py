@@ -27,6 +27,7 @@ from .census import (
     Options,
     State,
     as_scalar,
+    real,
     same_objects,
     scalar,
 )
@@ -41,6 +42,14 @@ from .groups import (
 )
 from .history import HISTORIES, SKETCH, Exact, history_of
 from .lipschitz import FORGOTTEN, NO_PREDECESSOR, Estimator, LayerState
+from .loading import (
+    check_form,
+    check_numbers,
+    check_shape,
+    check_step_of_c,
+    check_tensor,
+    unchanged_if_refused,
+)
 from .names import by_name
 from .norms import index_tensor, layer_norms
 from .shards import (
@@ -233,7 +242,7 @@ class LayerwiseOptimizer(Optimizer):
         for name in moments:
             if state.get(name) is None:
                 state[name] = Exact().empty(param)
-            _check_shape(name, state[name], Exact().shape(param))
+            check_shape(name, state[name], Exact().shape(param))
         keys = [keeps.key(name) for name in histories]
         previous = [n for n in numbers if n.startswith("prev_")]
         for name in [n for n in state if n.startswith((*HISTORIES, "prev_lr"))]:
@@ -246,7 +255,7 @@ class LayerwiseOptimizer(Optimizer):
         for key in keys:
             if state.get(key) is None:
                 state[key] = keeps.empty(param)
-            _check_shape(key, state[key], keeps.shape(param))
+            check_shape(key, state[key], keeps.shape(param))
         initial = {"lipschitz_scale": 1.0, "prev_norm": NO_PREDECESSOR}
         if estimator.theoretical:
             initial["lipschitz_c"] = estimator.initial_c
@@ -521,7 +530,8 @@ class LayerwiseOptimizer(Optimizer):
             changes: ‖x_t - x_{t-1}‖ of the members that have a sketch, which is of the whole.
 
         Returns:
-            shape [layers, columns]; and which layers live, shape [layers]: some rank has a
+            shape [layers, columns], infinite where the square overflows the dtype that the
+            layer is computed in; and which layers live, shape [layers]: some rank has a
             gradient, and this is not the step with zero gradients and lr = 0 with which
             torch.distributed.checkpoint makes the state before training.
         """
@@ -542,6 +552,9 @@ class LayerwiseOptimizer(Optimizer):
         if not census.layers:
             return norms, norms.new_zeros(0, dtype=torch.bool)
         norms = layer_norms(norms, owner, len(census.layers))
+        # One rule for every form and engine, some of which add squares up: a norm is infinite
+        # where its square is, as that of a gradient would be in a second moment.
+        norms = norms.masked_fill(norms >= census.unsquarable(norms), math.inf)
         everyone = slice(0, len(census.layers))
         if all(not isinstance(group["lr"], Tensor) and group["lr"] for group in census.groups):
             live = norms.new_ones(len(census.layers), dtype=torch.bool)  # nearly always
@@ -575,7 +588,8 @@ class LayerwiseOptimizer(Optimizer):
             ]
             if bad:
                 raise RuntimeError(
-                    f"the gradient norm is not finite in {len(bad)} of {len(layers)} layers "
+                    "the gradient norm (or its square) is not finite in "
+                    f"{len(bad)} of {len(layers)} layers "
                     f"({', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}); nothing was "
                     'changed. nonfinite="skip" leaves such layers alone for the step'
                 )
@@ -684,15 +698,31 @@ class LayerwiseOptimizer(Optimizer):
                 if name in SCALARS or (loaded is not None and loaded.dtype != value.dtype):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
+    def _saved_group(self, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """A group as it will be once a saved one is loaded."""
+        return {**self.defaults, **saved, **structure_of(group), "params": group["params"]}
+
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        """Refuses the state of other parameters before any of it is loaded."""
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+        """Refuses a state that cannot be gone on with, before any of it is loaded."""
+        numbers = []
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            check_step_of_c(saved)
+            group = self._saved_group(own, saved)
+            propagates = self._options(group)[0].nonfinite == "propagate"
             moments, histories, _ = self._state_keys(group)
-            for param, key in zip(group["params"], saved["params"], strict=False):
+            for param, key in zip(own["params"], saved["params"], strict=False):
                 state = state_dict["state"].get(key, {})
-                for name in (*moments, *(histories if not param.is_complex() else ())):
+                numbers.append((key, state, propagates))
+                for name in moments:
+                    check_tensor(key, name, state.get(name))
                     if isinstance(state.get(name), Tensor):
-                        _check_shape(name, state[name], param.shape)
+                        check_shape(name, state[name], param.shape)
+                for name in histories:
+                    check_tensor(key, name + SKETCH, state.get(name + SKETCH))
+                    check_tensor(key, name, kept := state.get(name))
+                    if kept is not None:
+                        check_shape(name, real(kept), real(param).shape)
+        check_numbers(numbers)
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
@@ -706,6 +736,7 @@ class LayerwiseOptimizer(Optimizer):
 
         def see(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             # The last hook: it sees what the user's hooks made of it.
+            check_form(state_dict)
             loaded.update(by_name(state_dict, self.param_groups))
             self._check_loaded(loaded)
             return loaded
@@ -717,25 +748,18 @@ class LayerwiseOptimizer(Optimizer):
                 self._restore_numbers(param, loaded["state"].get(key, {}))
             for group, own in zip(self.param_groups, structure, strict=True):
                 restore_structure(group, own)
+            self._complete_loaded()
 
         handles = (
             self.register_load_state_dict_pre_hook(see),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         )
         try:
-            yield
+            with unchanged_if_refused(self):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _check_shape(name: str, kept: Tensor, shape: tuple[int, ...]) -> None:
-    if kept.shape != shape:
-        raise ValueError(
-            f"state {name!r} has shape {tuple(kept.shape)} where {tuple(shape)} is needed: it "
-            "belongs to another parameter; leave the state of such a parameter out, and it starts "
-            "anew"
-        )
 
 
 def _name_of(function: Callable[[str], str]) -> str:

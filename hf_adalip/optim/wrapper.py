@@ -19,6 +19,15 @@ from .groups import Layers, name_layers, restore_structure, structure_of
 from .kernels import KernelError
 from .layerwise import Keys, LayerwiseOptimizer, apart, forget_predecessor
 from .lipschitz import Estimator, is_number
+from .loading import (
+    check_base_group,
+    check_base_state,
+    check_form,
+    check_numbers,
+    is_torchs,
+    refuse_unless_dict,
+    unchanged_if_refused,
+)
 from .names import by_name
 from .norms import index_tensor, mixed_norms
 from .rules import SGD, Batch, wide
@@ -53,10 +62,11 @@ class Lipschitz(LayerwiseOptimizer):
         previous: with signal="update", the predecessor as "applied" (S included; the default)
             or as "proposed".
         scale_bounds: (low, high) that S is kept in; None for no bounds.
-        nonfinite: what a layer does whose gradient norm is not finite. "skip" hides the layer's
-            gradients from the base for the step, and S stays, as at the layer's next step, too;
-            "raise" stops before anything has changed. Both look at one flag per layer on the
-            host; "propagate" looks at nothing.
+        nonfinite: what a layer does whose gradient norm, or its square, is not finite (from 1.8e19
+            on; for float64 parameters, from 1.3e154 on). "skip" hides the layer's gradients from
+            the base for the step, and S stays, as at the layer's next step, too; "raise" stops
+            before anything has changed. Both look at one flag per layer on the host; "propagate"
+            looks at nothing.
         fused: measure and scale in the compiled form, as the six optimizers do (see
             `LipOptimizer`); how the base steps is for it to say. For signal="gradient". None
             takes it where they do.
@@ -196,10 +206,18 @@ class Lipschitz(LayerwiseOptimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave; S and norms come back bit for bit."""
+        """Loads what `state_dict` gave; S and norms come back bit for bit.
+
+        Raises:
+            TypeError: for what is no dict.
+            ValueError: for the state of other parameters, and for a value that no option or state
+                can have, in the base's part as far as the base says. Nothing has been changed then.
+        """
+        refuse_unless_dict(state_dict)
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
+        check_form(state_dict)
         state_dict = by_name(state_dict, self.param_groups)
         structure = [structure_of(group) for group in self.param_groups]
         own: dict[Any, State] = {}
@@ -213,19 +231,32 @@ class Lipschitz(LayerwiseOptimizer):
             else:  # of the base as a whole
                 based[key] = saved
         self._check_loaded({**state_dict, "state": own})
-        self.optimizer.load_state_dict({**state_dict, "state": based})
-        for group, own_structure in zip(self.param_groups, structure, strict=True):
-            restore_structure(group, own_structure)
-        self.state = defaultdict(dict)
-        for key, param in zip(_ids(state_dict), self._parameters(), strict=True):
-            if mine := own.get(key):
-                self._restore_numbers(param, mine)
-                if self._history in mine:
-                    history = mine[self._history].to(param.device, param.dtype)
-                    self.state[param][self._history] = history
-        self._complete_loaded()
+        self._check_base({**state_dict, "state": based})
+        with unchanged_if_refused(self, self.optimizer):
+            self.optimizer.load_state_dict({**state_dict, "state": based})
+            for group, own_structure in zip(self.param_groups, structure, strict=True):
+                restore_structure(group, own_structure)
+            self.state = defaultdict(dict)
+            for key, param in zip(_ids(state_dict), self._parameters(), strict=True):
+                if mine := own.get(key):
+                    self._restore_numbers(param, mine)
+                    if self._history in mine:
+                        history = mine[self._history].to(param.device, param.dtype)
+                        self.state[param][self._history] = history
+            self._complete_loaded()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _check_base(self, state_dict: dict[str, Any]) -> None:
+        steps = []
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            check_base_group(self.optimizer, group, saved)
+            for param, key in zip(group["params"], saved["params"], strict=False):
+                state = state_dict["state"].get(key, {})
+                check_base_state(self.optimizer, key, param, state)
+                if is_torchs(self.optimizer) and "step" in state:
+                    steps.append((key, {"step": state["step"]}, False))
+        check_numbers(steps)
 
     def _split(self, saved: State) -> tuple[State, State]:
         """A parameter's saved state: our part, and the base's."""
