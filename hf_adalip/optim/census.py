@@ -197,14 +197,19 @@ class Census:
             store([member.state[key] for member in self.members[here]], values)
 
     def unsquarable(self, norms: Tensor) -> Tensor | float:
-        """The least norms of layers whose squares overflow, for `norms` of shape [layers, columns].
+        """The norms of layers from which on they cannot be computed with, for `norms` of shape
+        [layers, columns]: the square overflows, or the norm itself the numbers of the state.
 
         Beside float64 tensors, whose dtype `norms` has then, others are still of float32.
         """
         if norms.dtype == torch.float32:
             return least_unsquarable(torch.float32)
         if self._unsquarable is None:
-            least = [min(least_unsquarable(m.param.dtype) for m in x.all) for x in self.layers]
+            largest = torch.finfo(_get_scalar_dtype()).max
+            least = [
+                min(largest, *(least_unsquarable(m.param.dtype) for m in layer.all))
+                for layer in self.layers
+            ]
             self._unsquarable = norms.new_tensor(least)[:, None]
         return self._unsquarable
 

@@ -97,7 +97,7 @@ class LipOptimizer(LayerwiseOptimizer):
             one module; needs names), or a function from a parameter's name to its layer's name.
         scale_bounds: (low, high) that S is kept in; None for the paper's unbounded S.
         nonfinite: what a layer does whose gradient norm, or its square, is not finite (from 1.8e19
-            on; for float64 parameters, from 1.3e154 on). "skip" leaves parameter, S and moments as
+            on; for float64 parameters, from 3.4e38 on). "skip" leaves parameter, S and moments as
             they were, counts the step in `nonfinite_steps` and forgets the gradient before, so
             that S keeps its value at the layer's next step, too; "raise" stops before anything
             has changed, at the price of one device synchronisation a step; "propagate" computes

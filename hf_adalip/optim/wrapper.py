@@ -63,7 +63,7 @@ class Lipschitz(LayerwiseOptimizer):
             or as "proposed".
         scale_bounds: (low, high) that S is kept in; None for no bounds.
         nonfinite: what a layer does whose gradient norm, or its square, is not finite (from 1.8e19
-            on; for float64 parameters, from 1.3e154 on). "skip" hides the layer's gradients from
+            on; for float64 parameters, from 3.4e38 on). "skip" hides the layer's gradients from
             the base for the step, and S stays, as at the layer's next step, too; "raise" stops
             before anything has changed. Both look at one flag per layer on the host; "propagate"
             looks at nothing.

@@ -323,12 +323,13 @@ FIRST = 2.0**64  # 1.8e19, whose square is the first to overflow float32
 def test_a_gradient_whose_square_overflows_is_left_out(
     name: str, size: int, dtype: torch.dtype
 ) -> None:
-    """In every form alike; for a second moment would be infinite for good."""
+    """In every form alike: a second moment would be infinite for good. Of float64 parameters, one
+    is left out whose norm is no float32, which S and norms are."""
     for form in in_every_form():
         p = torch.ones(size, dtype=dtype, requires_grad=True)
         optimizer = CLASSES[name]([p], lr=1e-3, **form)
         counts = []
-        for value in (1.0, 1e18, 1e20, -1e38, 2.0, FIRST, math.sqrt(1e307), 1e155):
+        for value in (1.0, 1e18, 1e20, -1e38, 2.0, FIRST, 1e39, 1e155):
             before = p.detach().clone()
             p.grad = torch.tensor([0.0] * (size - 1) + [value], dtype=dtype)
             optimizer.step()
@@ -337,7 +338,7 @@ def test_a_gradient_whose_square_overflows_is_left_out(
             assert torch.equal(p, before) or not counts[-1], (form, value)
             assert all(x.isfinite().all() for x in (p, *optimizer.state[p].values())), form
         wide = dtype == torch.float64
-        assert counts == ([0] * 7 + [1] if wide else [0, 0, 1, 1, 0, 1, 1, 1]), form
+        assert counts == ([0] * 6 + [1, 1] if wide else [0, 0, 1, 1, 0, 1, 1, 1]), form
 
 
 @pytest.mark.parametrize("name", ["adalip", "adamlip"])
