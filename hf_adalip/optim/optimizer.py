@@ -15,11 +15,12 @@ from .forms import foreach, fused
 from .forms.kernels import KernelError
 from .groups import Layers, each_once, number_of
 from .history import DEFAULT_SKETCH_SIZE
+from .loading import loading, refuse_unless_dict, saved_group
 from .options import as_plain, validate
 from .plan import Batch, Bucket, LocalParam, Options, StepPlan
 from .sharding import FlatTensors, shard_of
 from .signals import Updates
-from .state import StateKeys, complete_loaded, loading, unpacked
+from .state import StateKeys, unpacked
 from .step import Form, LayerwiseOptimizer
 
 FORMS: dict[str, Form] = {"loop": loop, "foreach": foreach, "fused": fused}
@@ -40,11 +41,12 @@ class LipOptimizer(LayerwiseOptimizer):
         layers: what shares one S: "tensor" (each parameter tensor), "module" (the parameters of
             one module; needs names), or a function from a parameter's name to its layer's name.
         scale_bounds: (low, high) that S is kept in; None for the paper's unbounded S.
-        nonfinite: what a layer does whose gradient norm is not finite. "skip" leaves parameter,
-            S and moments as they were, counts the step in `nonfinite_steps` and forgets the
-            gradient before, so that S keeps its value at the layer's next step, too; "raise"
-            stops before anything has changed, at the price of one device synchronisation a
-            step; "propagate" computes with it.
+        nonfinite: what a layer does whose gradient norm, or its square, is not finite (from 1.8e19
+            on; for float64 parameters, from 3.4e38 on). "skip" leaves parameter, S and moments as
+            they were, counts the step in `nonfinite_steps` and forgets the gradient before, so
+            that S keeps its value at the layer's next step, too; "raise" stops before anything
+            has changed, at the price of one device synchronisation a step; "propagate" computes
+            with it.
         decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p, not scaled by S; False
             adds λp to the gradient, and so to what S is estimated from.
         history: how x_{t-1} is remembered. "exact": as a tensor of the parameter's shape and
@@ -201,12 +203,14 @@ class LipOptimizer(LayerwiseOptimizer):
         `decoupled_weight_decay` is False, in AdamW's True).
 
         Raises:
-            ValueError: for the state of other parameters, and for an option of torch's that this
+            TypeError: for what is no dict.
+            ValueError: for the state of other parameters, for a value that no option or state can
+                have (a bad beta, an S that is NaN), and for an option of torch's that this
                 optimizer does not have (amsgrad, centered, ...). Nothing has been changed then.
         """
+        refuse_unless_dict(state_dict)
         with loading(self):
             super().load_state_dict(state_dict)
-        complete_loaded(self)
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         own = {key for group in self.param_groups for key in group}
@@ -218,6 +222,11 @@ class LipOptimizer(LayerwiseOptimizer):
                         f"{type(self).__name__} does not have; to go on without it, set it to "
                         f"{type(group[name])()!r} in the state_dict's param_groups"
                     )
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            options = {key: as_plain(x) for key, x in saved_group(self, group, saved).items()}
+            if not isinstance(self.signal, Updates):
+                options.pop("previous", None)  # of a -U form, whose moments will do
+            self._validate(options)
         super()._check_loaded(state_dict)
 
     def _state_keys(self, group: dict[str, Any]) -> StateKeys:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
 
 from .estimator import NO_PREDECESSOR, Estimator
 from .groups import decays_of, number_of
@@ -25,11 +26,13 @@ from .sharding import (
     shard_of,
     sum_over_shards,
 )
-from .signals import Signal, index_tensor, layer_norms
+from .signals import Signal, index_tensor, layer_norms, least_unsquarable
 from .state import LAYER_SCALARS, SCALARS, State, complete, forget_predecessor
 
 if TYPE_CHECKING:
     from .step import Form, LayerwiseOptimizer
+
+_FLOAT32_LIMIT = least_unsquarable(torch.float32)
 
 Options = tuple[Estimator, str | None]  # with -U's `previous`
 
@@ -215,6 +218,7 @@ class StepPlan:
         groups = {number_of(p.group): p.group for layer in self.layers for p in layer.all}
         self.groups = list(groups.values())
         self.buckets: list[Bucket] = []
+        self._limits: Tensor | None = None  # of the norms of layers
         self._in_state = False  # whether the optimizer has the parameters' state
         self._vectors: dict[str, Tensor] = {}
         self._is_packed = False
@@ -356,8 +360,9 @@ class StepPlan:
                 whole.
 
         Returns:
-            shape [layers, columns]; and which layers are active, shape [layers], or None for
-            all: some rank has a gradient, and this is not the step with zero gradients and
+            shape [layers, columns], infinite where the square overflows the dtype that the layer
+            is computed in; and which layers are active, shape [layers], or None for all: some
+            rank has a gradient, and this is not the step with zero gradients and
             lr = 0 with which torch.distributed.checkpoint makes the state before training.
         """
         params, owner = self.params, self.owner
@@ -383,11 +388,31 @@ class StepPlan:
         if not self.layers:
             return norms, norms.new_zeros(0, dtype=torch.bool)
         norms = layer_norms(norms, owner, len(self.layers))
+        # One rule for every form and engine, some of which add squares up: a norm is infinite
+        # where its square is, as that of a gradient would be in a second moment.
+        norms = norms.masked_fill(norms >= self._unsquarable(norms), math.inf)
         if not self.hidden:
             return norms, self._active(norms)
         active = self._active(norms)
         on_some_rank = norms[:, -1] > 0
         return norms[:, :-1], on_some_rank if active is None else active & on_some_rank
+
+    def _unsquarable(self, norms: Tensor) -> Tensor | float:
+        """The norms of layers from which on they cannot be computed with, for `norms` of shape
+        [layers, columns]: the square overflows, or the norm itself the numbers of the state.
+
+        Beside float64 tensors, whose dtype `norms` has then, others are still of float32.
+        """
+        if norms.dtype == torch.float32:
+            return _FLOAT32_LIMIT
+        if self._limits is None:
+            largest = torch.finfo(_get_scalar_dtype()).max
+            least = [
+                min(largest, *(least_unsquarable(p.param.dtype) for p in layer.all))
+                for layer in self.layers
+            ]
+            self._limits = norms.new_tensor(least)[:, None]
+        return self._limits
 
     def _active(self, norms: Tensor) -> Tensor | None:
         if all(not isinstance(group["lr"], Tensor) and group["lr"] for group in self.groups):
@@ -427,7 +452,8 @@ class StepPlan:
             ]
             if bad:
                 raise RuntimeError(
-                    f"the gradient norm is not finite in {len(bad)} of {len(self.layers)} layers "
+                    "the gradient norm (or its square) is not finite in "
+                    f"{len(bad)} of {len(self.layers)} layers "
                     f"({', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}); nothing was "
                     'changed. nonfinite="skip" leaves such layers alone for the step'
                 )

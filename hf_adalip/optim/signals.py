@@ -5,6 +5,7 @@ Norms are Euclidean, and accumulated in float32 (float64 for float64).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -102,6 +103,12 @@ _vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that arithmetic on tensors of `dtype` is done in: at least float32."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def least_unsquarable(dtype: torch.dtype) -> float:
+    """The least number whose square overflows the dtype that arithmetic on `dtype` is done in:
+    1.8e19 but for float64."""
+    return 2.0 ** math.ceil(math.log2(torch.finfo(opmath_dtype(dtype)).max) / 2)
 
 
 def norm(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The state of a parameter: which keys it has, made before its first step, completed after loading.
+"""The state of a parameter: its keys, made before its first step, completed after loading.
 
 Each parameter keeps a copy of the numbers of its layer, so that state stays per parameter, as every
 checkpoint format wants it.
@@ -6,20 +6,15 @@ checkpoint format wants it.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
 from .estimator import FORGOTTEN, NO_PREDECESSOR
-from .groups import restore_structure, structure_of
 from .history import HISTORIES, SKETCH, Exact, history_of
-from .names import by_name
 
 if TYPE_CHECKING:
     from .step import LayerwiseOptimizer
@@ -63,7 +58,7 @@ def complete(
     for name in moments:
         if state.get(name) is None:
             state[name] = Exact().empty(param)
-        _check_shape(name, state[name], Exact().shape(param))
+        check_shape(name, state[name], Exact().shape(param))
     keys = [history.key(name) for name in histories]
     previous = [n for n in scalars if n.startswith("prev_")]
     for name in [n for n in state if n.startswith((*HISTORIES, "prev_lr"))]:
@@ -76,7 +71,7 @@ def complete(
     for key in keys:
         if state.get(key) is None:
             state[key] = history.empty(param)
-        _check_shape(key, state[key], history.shape(param))
+        check_shape(key, state[key], history.shape(param))
     initial = dict.fromkeys((*scalars, "nonfinite_steps", "layer_lr"), 0.0) | estimator.initial
     for name, value in initial.items():
         if not isinstance(state.get(name), Tensor):  # old checkpoints have step as a number
@@ -137,66 +132,7 @@ def unpacked(state: Any) -> Any:
     return {key: x.clone() if is_packed(key, x) else x for key, x in state.items()}
 
 
-# Loading
-
-
-@contextmanager
-def loading(optimizer: LayerwiseOptimizer) -> Iterator[None]:
-    """Within it, load_state_dict keeps our numbers exactly as they were saved.
-
-    torch casts floating-point state to the parameter's dtype, which would make S a bf16.
-    What layer a parameter belongs to is not loaded: that is for the model to say.
-    """
-    loaded: dict[str, Any] = {}
-    structure = [structure_of(group) for group in optimizer.param_groups]
-
-    def see(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        # The last hook: it sees what the user's hooks made of it.
-        loaded.update(by_name(state_dict, optimizer.param_groups))
-        optimizer._check_loaded(loaded)
-        return loaded
-
-    def restore(_: Optimizer) -> None:
-        saved = itertools.chain.from_iterable(g["params"] for g in loaded["param_groups"])
-        params = itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups)
-        for key, param in zip(saved, params, strict=True):
-            restore_scalars(optimizer, param, loaded["state"].get(key, {}))
-        for group, own in zip(optimizer.param_groups, structure, strict=True):
-            restore_structure(group, own)
-
-    handles = (
-        optimizer.register_load_state_dict_pre_hook(see),
-        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def restore_scalars(optimizer: LayerwiseOptimizer, param: Tensor, saved: State) -> None:
-    """Puts numbers and histories in the place of what torch made of them, in their own dtypes."""
-    for name, value in saved.items():
-        own = name in SCALARS or name.startswith(HISTORIES)
-        if own and isinstance(value, Tensor):
-            loaded = optimizer.state[param].get(name)
-            if name in SCALARS or (loaded is not None and loaded.dtype != value.dtype):
-                optimizer.state[param][name] = value.detach().to(param.device, copy=True)
-
-
-def check_loaded(optimizer: LayerwiseOptimizer, state_dict: dict[str, Any]) -> None:
-    """Refuses the state of other parameters before any of it is loaded."""
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
-        moments, histories, _ = optimizer._state_keys(group)
-        for param, key in zip(group["params"], saved["params"], strict=False):
-            state = state_dict["state"].get(key, {})
-            for name in (*moments, *(histories if not param.is_complex() else ())):
-                if isinstance(state.get(name), Tensor):
-                    _check_shape(name, state[name], param.shape)
-
-
-def _check_shape(name: str, kept: Tensor, shape: tuple[int, ...]) -> None:
+def check_shape(name: str, kept: Tensor, shape: tuple[int, ...]) -> None:
     if kept.shape != shape:
         raise ValueError(
             f"state {name!r} has shape {tuple(kept.shape)} where {tuple(shape)} is needed: it "

@@ -27,11 +27,12 @@ from . import plan as plans
 from .estimator import LayerState
 from .groups import Layers, decays_of, name_layers
 from .history import real, sketch
+from .loading import check_loaded
 from .plan import Batch, Bucket, LocalParam, Options, StepPlan, as_scalar, current_plan, keep_plan
 from .rules import Group, Moments, Rule
 from .sharding import FlatTensors, Shard
 from .signals import Signal, norm, opmath_dtype
-from .state import State, StateKeys, check_loaded, unpacked
+from .state import State, StateKeys, unpacked
 
 if TYPE_CHECKING:
     from .release import GradientRelease

@@ -18,6 +18,16 @@ from .forms import fused as fused_form
 from .forms.kernels import KernelError
 from .groups import Layers, decays_of, name_layers, number_of, restore_structure, structure_of
 from .history import real
+from .loading import (
+    check_base_group,
+    check_base_state,
+    check_form,
+    check_numbers,
+    is_torchs,
+    refuse_unless_dict,
+    restore_scalars,
+    unchanged_if_refused,
+)
 from .names import by_name
 from .plan import Batch, LocalParam, Options, StepPlan, as_scalar
 from .rules import SGD
@@ -29,7 +39,6 @@ from .state import (
     StateKeys,
     complete_loaded,
     forget_predecessor,
-    restore_scalars,
     unpacked,
 )
 from .step import Form, LayerwiseOptimizer, widened
@@ -66,10 +75,11 @@ class Lipschitz(LayerwiseOptimizer):
         previous: with signal="update", the predecessor as "applied" (S included; the default)
             or as "proposed".
         scale_bounds: (low, high) that S is kept in; None for no bounds.
-        nonfinite: what a layer does whose gradient norm is not finite. "skip" hides the layer's
-            gradients from the base for the step, and S stays, as at the layer's next step, too;
-            "raise" stops before anything has changed. Both look at one flag per layer on the
-            host; "propagate" looks at nothing.
+        nonfinite: what a layer does whose gradient norm, or its square, is not finite (from 1.8e19
+            on; for float64 parameters, from 3.4e38 on). "skip" hides the layer's gradients from
+            the base for the step, and S stays, as at the layer's next step, too; "raise" stops
+            before anything has changed. Both look at one flag per layer on the host; "propagate"
+            looks at nothing.
         fused: measure and scale in the compiled form, as the six optimizers do (see
             `LipOptimizer`); how the base steps is for it to say. For signal="gradient". None
             takes it where they do.
@@ -221,11 +231,19 @@ class Lipschitz(LayerwiseOptimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave; S and norms come back bit for bit."""
+        """Loads what `state_dict` gave; S and norms come back bit for bit.
+
+        Raises:
+            TypeError: for what is no dict.
+            ValueError: for the state of other parameters, and for a value that no option or state
+                can have, in the base's part as far as the base says. Nothing has been changed then.
+        """
+        refuse_unless_dict(state_dict)
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        check_form(state_dict)
         state_dict = by_name(state_dict, self.param_groups)
         structure = [structure_of(group) for group in self.param_groups]
         own: dict[Any, State] = {}
@@ -243,19 +261,32 @@ class Lipschitz(LayerwiseOptimizer):
             elif key != _ENTRIES:  # of the base as a whole
                 based[key] = saved
         self._check_loaded({**state_dict, "state": own})
-        self.optimizer.load_state_dict({**state_dict, "state": based})
-        for group, own_structure in zip(self.param_groups, structure, strict=True):
-            restore_structure(group, own_structure)
-        self.state = defaultdict(dict, others)
-        for key, param in zip(_ids(state_dict), self._parameters(), strict=True):
-            if mine := own.get(key):
-                restore_scalars(self, param, mine)
-                if self._history in mine:
-                    history = mine[self._history].to(param.device, param.dtype)
-                    self.state[param][self._history] = history
-        complete_loaded(self)
+        self._check_base({**state_dict, "state": based})
+        with unchanged_if_refused(self, self.optimizer):
+            self.optimizer.load_state_dict({**state_dict, "state": based})
+            for group, own_structure in zip(self.param_groups, structure, strict=True):
+                restore_structure(group, own_structure)
+            self.state = defaultdict(dict, others)
+            for key, param in zip(_ids(state_dict), self._parameters(), strict=True):
+                if mine := own.get(key):
+                    restore_scalars(self, param, mine)
+                    if self._history in mine:
+                        history = mine[self._history].to(param.device, param.dtype)
+                        self.state[param][self._history] = history
+            complete_loaded(self)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _check_base(self, state_dict: dict[str, Any]) -> None:
+        steps = []
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            check_base_group(self.optimizer, group, saved)
+            for param, key in zip(group["params"], saved["params"], strict=False):
+                state = state_dict["state"].get(key, {})
+                check_base_state(self.optimizer, key, param, state)
+                if is_torchs(self.optimizer) and "step" in state:
+                    steps.append((key, {"step": state["step"]}, False))
+        check_numbers(steps)
 
     def _split(self, saved: State) -> tuple[State, State]:
         """A parameter's saved state: our part, and the base's."""

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_adalip.optim.kernels import cpu
 from torch import Tensor
 
 from hf_adalip import AdaLip, AdamLip, AdamLipU, Lipschitz
+from hf_adalip.optim.forms.kernels import cpu
 from tests.optim.cases import (
     CLASSES,
     UPDATE,

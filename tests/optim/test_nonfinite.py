@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from hf_adalip import AdamLip, Lipschitz
 from hf_adalip.optim.estimator import FORGOTTEN
 from hf_adalip.optim.forms.kernels import cpu
+from hf_adalip.optim.release import release_gradients
 from tests.optim.cases import (
     CLASSES,
     SHAPES,
@@ -303,6 +304,124 @@ def test_a_history_of_lipschitz_that_overflows_is_forgotten(nonfinite: str) -> N
     p = torch.zeros(8, dtype=torch.float16, requires_grad=True)
     p.grad_dtype = torch.float32
     forgets_what_overflowed(Lipschitz(torch.optim.Rprop([p], lr=0.1), nonfinite=nonfinite), p)
+
+
+# Squares that overflow
+
+
+def in_every_form() -> list[dict[str, bool]]:
+    fused = [] if cpu.missing() else [{"fused": True}]
+    return [{"foreach": False}, {"foreach": True}, *fused]
+
+
+FIRST = 2.0**64  # 1.8e19, whose square is the first to overflow float32
+
+
+@six
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_gradient_whose_square_overflows_is_left_out(
+    name: str, size: int, dtype: torch.dtype
+) -> None:
+    """In every form alike: a second moment would be infinite for good. Of float64 parameters, one
+    is left out whose norm is no float32, which S and norms are."""
+    for form in in_every_form():
+        p = torch.ones(size, dtype=dtype, requires_grad=True)
+        optimizer = CLASSES[name]([p], lr=1e-3, **form)
+        counts = []
+        for value in (1.0, 1e18, 1e20, -1e38, 2.0, FIRST, 1e39, 1e155):
+            before = p.detach().clone()
+            p.grad = torch.tensor([0.0] * (size - 1) + [value], dtype=dtype)
+            optimizer.step()
+            (rate,) = optimizer.layer_learning_rates().values()
+            counts.append(rate.nonfinite_steps - sum(counts))
+            assert torch.equal(p, before) or not counts[-1], (form, value)
+            assert all(x.isfinite().all() for x in (p, *optimizer.state[p].values())), form
+        wide = dtype == torch.float64
+        assert counts == ([0] * 6 + [1, 1] if wide else [0, 0, 1, 1, 0, 1, 1, 1]), form
+
+
+@pytest.mark.parametrize("name", ["adalip", "adamlip"])
+def test_the_norm_of_a_layer_may_overflow_where_no_element_does(name: str) -> None:
+    for form in in_every_form():
+        params = named_params()
+        optimizer = CLASSES[name](params.items(), layers="module", **form)
+        set_grads(params, {n: torch.full_like(p, 1.5e19) for n, p in params.items()})
+        before = {n: p.clone() for n, p in detached(params).items()}
+        optimizer.step()
+        assert_same(detached(params), before)
+        assert all(r.nonfinite_steps == 1 for r in optimizer.layer_learning_rates().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_float32_and_float64_layers_side_by_side(dtype: torch.dtype) -> None:
+    """Each by its own dtype, and a layer of both by the narrower one."""
+    for form in in_every_form():
+        params = {
+            "a.w": torch.ones(2, dtype=torch.float64, requires_grad=True),
+            "a.b": torch.ones(2, dtype=dtype, requires_grad=True),
+            "b.w": torch.ones(2, dtype=torch.float64, requires_grad=True),
+            "c.w": torch.ones(2, dtype=torch.float32, requires_grad=True),
+        }
+        optimizer = CLASSES["adamlip"](params.items(), layers="module", **form)
+        set_grads(params, {n: torch.full_like(p, 1e20) for n, p in params.items()})
+        optimizer.step()
+        counts = {n: r.nonfinite_steps for n, r in optimizer.layer_learning_rates().items()}
+        assert counts == {"a": int(dtype == torch.float32), "b": 0, "c": 1}
+
+
+@six
+def test_raise_where_a_square_overflows(name: str) -> None:
+    for form in in_every_form():
+        p = torch.ones(1, requires_grad=True)
+        optimizer = CLASSES[name]([("p", p)], nonfinite="raise", **form)
+        p.grad = torch.tensor([1e20])
+        with pytest.raises(RuntimeError, match=r"or its square.*\(p\)"):
+            optimizer.step()
+        assert not optimizer.state
+        p.grad = torch.tensor([1e18])
+        optimizer.step()
+
+
+@pytest.mark.parametrize("signal", ["gradient", "update"])
+def test_a_base_never_sees_a_gradient_whose_square_overflows(signal: Any) -> None:
+    for fused in [None] if signal == "update" or cpu.missing() else [False, True]:
+        params = [torch.ones(1, requires_grad=True), torch.ones(3, requires_grad=True)]
+        base = torch.optim.Adam(params, lr=0.1)
+        optimizer = Lipschitz(base, signal=signal, fused=fused)
+        for value in (1.0, 1e20, -1e38, 2.0):
+            for p in params:
+                p.grad = torch.full_like(p, value)
+            optimizer.step()
+        for p in params:
+            kept = (p, *base.state[p].values(), *optimizer.state[p].values())
+            assert all(x.isfinite().all() for x in kept)
+            assert optimizer.state[p][COUNT] == 2
+            assert base.state[p]["step"] == 2
+
+
+def test_a_change_whose_square_overflows_is_forgotten() -> None:
+    """Of two gradients that fit: in every form, S keeps its value."""
+    for form in in_every_form():
+        p = torch.ones(1, requires_grad=True)
+        optimizer = CLASSES["adalip"]([p], lr=1e-20, **form)
+        for value in (1.5e19, -1.5e19):
+            p.grad = torch.tensor([value])
+            optimizer.step()
+        (rate,) = optimizer.layer_learning_rates().values()
+        assert rate.scale == pytest.approx(0.8)
+        assert rate.nonfinite_steps == 0
+
+
+def test_released_gradients_whose_squares_overflow_are_left_out() -> None:
+    p = torch.ones(1, requires_grad=True)
+    optimizer = AdamLip([p], lr=0.1)
+    with release_gradients(optimizer):
+        for value in (1.0, 1e20, 2.0):
+            (p * value).sum().backward()
+            optimizer.step()
+    assert optimizer.state[p][COUNT] == 1
+    assert all(x.isfinite().all() for x in (p, *optimizer.state[p].values()))
 
 
 # raise

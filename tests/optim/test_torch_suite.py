@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from hf_adalip.optim.kernels import cpu
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -26,6 +25,7 @@ from torch.optim.optimizer import (
 
 from hf_adalip import Lipschitz
 from hf_adalip.optim import LipOptimizer
+from hf_adalip.optim.forms.kernels import cpu
 from tests.optim.cases import CLASSES, assert_same
 
 BASES = {"ada": "SGD", "rms": "RMSprop", "adam": "Adam"}
