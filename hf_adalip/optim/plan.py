@@ -296,8 +296,8 @@ class StepPlan:
             if self.params and all(key in p.stored for p in self.params):
                 vector = torch.stack([p.stored[key] for p in self.params])
                 self._vectors[key] = vector
-                for i, param in enumerate(self.params):
-                    param.stored[key] = vector[i]
+                for param, number in zip(self.params, vector.unbind(), strict=True):
+                    param.stored[key] = number
                 self._packed += [param.stored[key] for param in self.params]
         for bucket in self.buckets:
             self._packed += bucket.pack()
@@ -480,16 +480,24 @@ def current_plan(optimizer: LayerwiseOptimizer) -> StepPlan:
             plan.pack()
             return plan
         optimizer.__dict__.pop("_plan", None)
-    return make_plan(optimizer)
+    plan = make_plan(optimizer)
+    if _can_keep(plan):
+        plan.pack()
+    return plan
 
 
 def keep_plan(optimizer: LayerwiseOptimizer, plan: StepPlan) -> None:
     """Keeps the plan of a step that was taken for the next one."""
-    if torch.compiler.is_compiling() or plan.hidden or torch.is_grad_enabled():
-        return
-    if "_plan" not in optimizer.__dict__ and not any(p.parts for p in plan.params):
+    if "_plan" not in optimizer.__dict__ and _can_keep(plan):
         plan.note(optimizer)
         optimizer._plan = plan
+
+
+def _can_keep(plan: StepPlan) -> bool:
+    """Whether a step may find everything where the step before it has left it."""
+    if torch.compiler.is_compiling() or plan.hidden or torch.is_grad_enabled():
+        return False
+    return not any(p.parts for p in plan.params)
 
 
 def make_plan(optimizer: LayerwiseOptimizer) -> StepPlan:

@@ -93,6 +93,24 @@ class Updates(Signal):
         return {"prev_update": update()}
 
 
+# Numbers on the host
+
+
+def readable(x: Tensor, group: Group) -> bool:
+    """Whether the host may look at the numbers of x: no device is waited for, and neither a graph,
+    nor autograd, nor a mode that traces the step would miss what depends on them."""
+    if x.device.type != "cpu" or type(x) is not Tensor or group.get("capturable"):
+        return False
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return not (group["differentiable"] or traced)
+
+
+def numbers(x: Tensor, group: Group) -> list[Any]:
+    """The elements of a vector: Python's numbers where they are `readable`, else 0-dim tensors,
+    each of which costs an operator as much as a small tensor does."""
+    return x.tolist() if readable(x, group) else list(x.unbind())
+
+
 # Norms
 
 _ROW = 4096
@@ -129,10 +147,10 @@ def norm(x: Tensor) -> Tensor:
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """‖x‖ of each tensor, as a vector; few kernel launches where `_foreach_norm` has them."""
-    if tensors[0].device.type == "cpu":
-        return torch.stack([norm(x) for x in tensors])
-    dtype = opmath_dtype(tensors[0].dtype)
-    return torch.stack(list(torch._foreach_norm(list(tensors), 2, dtype=dtype)))
+    dtype, cpu = opmath_dtype(tensors[0].dtype), tensors[0].device.type == "cpu"
+    together = [x for x in tensors if not cpu or x.numel() <= _ROW]
+    found = iter(torch._foreach_norm(together, 2, dtype=dtype) if together else ())
+    return torch.stack([norm(x) if cpu and x.numel() > _ROW else next(found) for x in tensors])
 
 
 def mixed_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

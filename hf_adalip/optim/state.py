@@ -55,6 +55,7 @@ def complete(
     moments, histories, scalars = optimizer._state_keys(group)
     estimator, _ = optimizer._options(group)
     history = history_of(group, param)
+    new = not state
     for name in moments:
         if state.get(name) is None:
             state[name] = Exact().empty(param)
@@ -75,14 +76,14 @@ def complete(
     initial = dict.fromkeys((*scalars, "nonfinite_steps", "layer_lr"), 0.0) | estimator.initial
     for name, value in initial.items():
         if not isinstance(state.get(name), Tensor):  # old checkpoints have step as a number
-            state[name] = scalar(float(state.get(name, value)), param).expand(parts).clone()
+            state[name] = filled(parts, float(state.get(name, value)), param)
         elif state[name].shape != parts:
             found = tuple(state[name].shape)
             raise ValueError(
                 f"state {name!r} has shape {found} and needs {parts}: it was saved by an "
                 "engine that shards otherwise; load it under the same one"
             )
-    if lost:
+    if lost and not new:
         forget_predecessor([state])
     return lost
 
@@ -112,10 +113,11 @@ def forget_predecessor(states: Sequence[State]) -> None:
         norm.masked_fill_(norm != NO_PREDECESSOR, FORGOTTEN)
 
 
-def scalar(value: float, param: Tensor) -> Tensor:
-    """A number of the state: float32 whatever the parameter's dtype (float64 if that is
-    torch's default dtype, as in torch.optim), on the parameter's device."""
-    return torch.tensor(value, dtype=_get_scalar_dtype(), device=param.device)
+def filled(shape: tuple[int, ...], value: float, param: Tensor) -> Tensor:
+    """A number of the state, or one for each part of a flat tensor: float32 whatever the
+    parameter's dtype (float64 if that is torch's default dtype, as in torch.optim), on the
+    parameter's device."""
+    return torch.full(shape, value, dtype=_get_scalar_dtype(), device=param.device)
 
 
 def unpacked(state: Any) -> Any:

@@ -29,9 +29,9 @@ from .groups import Layers, decays_of, name_layers
 from .history import real, sketch
 from .loading import check_loaded
 from .plan import Batch, Bucket, LocalParam, Options, StepPlan, as_scalar, current_plan, keep_plan
-from .rules import Group, Moments, Rule
+from .rules import Group, Moments, Numbers, Rule
 from .sharding import FlatTensors, Shard
-from .signals import Signal, norm, opmath_dtype
+from .signals import Signal, norm, numbers, opmath_dtype
 from .state import State, StateKeys, unpacked
 
 if TYPE_CHECKING:
@@ -331,17 +331,16 @@ def measure(batch: Batch) -> Tensor:
     [tensors, 3 + sketch], and the change, which can only be had of the whole parameter, is zero.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
+    corrections, before = _corrections(batch, batch.steps), _before(batch, batch.steps - 1)
     rows = []
-    tensors = zip(batch.params, batch.grads, batch.states, batch.steps.unbind(), strict=True)
-    for i, (param, raw, state, step) in enumerate(tensors):
+    for i, (param, raw, state) in enumerate(
+        zip(batch.params, batch.grads, batch.states, strict=True)
+    ):
         grad = _gradient(param, raw, group)
         old = {key: _widened(state[key], group) for key in batch.keys}
 
-        def proposed(grad: Tensor = grad, old: Moments = old, step: Tensor = step) -> Tensor:
-            return -batch.lr * rule.direction(rule.moments(grad, old, group), step, group)
-
-        def recomputed(old: Moments = old, state: State = state, step: Tensor = step) -> Tensor:
-            return previous_update(batch, old, state["prev_lr"], step - 1)
+        def proposed(i: int = i, grad: Tensor = grad, old: Moments = old) -> Tensor:
+            return -batch.lr * rule.direction(rule.moments(grad, old, group), corrections[i], group)
 
         x = signal.current(grad, proposed)
         size = norm(grad)
@@ -349,8 +348,9 @@ def measure(batch: Batch) -> Tensor:
         if batch.sketch:
             rows.append(sketched(x, size, own, batch.members[i].shard, batch.sketch))
         else:
-            rows.append(torch.stack([size, own, norm(x - signal.previous(old, recomputed))]))
-    return torch.stack(rows)
+            change = x - signal.previous(old, partial(_previous_update, batch, old, before[i]))
+            rows += [size, own, norm(change)]
+    return torch.stack(rows) if batch.sketch else torch.stack(rows).view(-1, 3)
 
 
 def advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
@@ -365,24 +365,24 @@ def advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
             history, which becomes zero: what it was is forgotten.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
-    for i, (param, raw, state, steps) in enumerate(
-        zip(batch.params, batch.grads, batch.states, active.unbind(), strict=True)
+    corrections = _corrections(batch, batch.steps)
+    rates_, kept_, active_ = (numbers(x, group) for x in (rates, kept, active))
+    for i, (param, raw, state) in enumerate(
+        zip(batch.params, batch.grads, batch.states, strict=True)
     ):
         grad = _gradient(param, raw, group)
-        old = {key: _widened(state[key], group) for key in batch.keys}
+        old = {key: _widened(state[key], group) for key in batch.moments}
         new = rule.moments(grad, old, group)
-        direction = rule.direction(new, batch.steps[i], group)
+        direction = rule.direction(new, corrections[i], group)
         value = _widened(param, group)
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             value = value * (1 - batch.lr * group["weight_decay"])
-        value = value - rates[i] * direction
         for key in batch.moments:
-            state[key].copy_(torch.where(steps, new[key], _widened(state[key])))
+            _store(state[key], new[key], active_[i])
         if batch.history:
-            history = signal.kept(grad, partial(mul, direction, -kept[i]))
-            for key, x in history.items():
-                state[key].copy_(torch.where(steps, x, 0.0))
-        param.copy_(torch.where(steps, value, _widened(param)))
+            for key, x in signal.kept(grad, partial(mul, direction, -kept_[i])).items():
+                _store(state[key], x, active_[i], otherwise=0.0)
+        _store(param, value - rates_[i] * direction, active_[i])
 
 
 def _gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
@@ -410,11 +410,42 @@ def widened(x: Tensor, like: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def previous_update(batch: Batch, old: Moments, prev_lr: Tensor, step: Tensor) -> Tensor:
+def _store(target: Tensor, value: Tensor, active: Any, otherwise: float | None = None) -> None:
+    """Makes the target the value where `active`, else `otherwise`: None for what it is."""
+    if isinstance(active, Tensor):
+        other = _widened(target) if otherwise is None else otherwise
+        target.copy_(torch.where(active, value, other))
+    elif active:
+        target.copy_(value)
+    elif otherwise is not None:
+        target.fill_(otherwise)
+
+
+def _corrections(batch: Batch, steps: Tensor) -> list[Numbers]:
+    """Of each tensor, those of its rule."""
+    steps = steps.to(opmath_dtype(batch.params[0].dtype))
+    vectors = batch.rule.bias_corrections(steps, batch.group)
+    if not vectors:
+        return [()] * len(steps)
+    return list(zip(*(numbers(x, batch.group) for x in vectors), strict=True))
+
+
+def _before(batch: Batch, steps: Tensor) -> list[Any]:
+    """What u_{t-1} of each tensor is computed again with, from `steps`, the numbers of step t-1:
+    its bias corrections and its rate. None where it is not computed again."""
+    rule, group = batch.rule, batch.group
+    if not batch.signal.is_recomputed(rule, group):
+        return [None] * len(batch.states)
+    steps = steps.clamp(min=1)
+    rates = torch.stack([state["prev_lr"] for state in batch.states])
+    rates = rates / rule.inverse_bias_correction(steps, group)
+    return list(zip(_corrections(batch, steps), rates.unbind(), strict=True))
+
+
+def _previous_update(batch: Batch, old: Moments, before: tuple[Numbers, Tensor]) -> Tensor:
     """u_{t-1} from the moments of step t-1; zero before the first step, where they give 0/0."""
-    step = step.clamp(min=1)
-    rate = _widened(prev_lr, batch.group) / batch.rule.inverse_bias_correction(step, batch.group)
-    direction = batch.rule.direction(old, step, batch.group)
+    corrections, rate = before
+    direction = batch.rule.direction(old, corrections, batch.group)
     return torch.where(rate == 0, torch.zeros_like(direction), -rate * direction)
 
 
@@ -425,24 +456,20 @@ def measure_absent(batch: Batch) -> Tensor:
     """`measure` for them."""
     if batch.sketch:
         return batch.steps.new_zeros(len(batch.states), 3 + batch.sketch)
-    rows = []
-    for state, step in zip(batch.states, batch.steps.unbind(), strict=True):
+    before, rows = _before(batch, batch.steps), []
+    for i, state in enumerate(batch.states):
         old = {key: _widened(state[key], batch.group) for key in batch.keys}
-
-        def recomputed(old: Moments = old, state: State = state, step: Tensor = step) -> Tensor:
-            return previous_update(batch, old, state["prev_lr"], step)
-
-        before = norm(batch.signal.previous(old, recomputed))
-        rows.append(torch.stack([torch.zeros_like(before), torch.zeros_like(before), before]))
-    return torch.stack(rows)
+        recomputed = partial(_previous_update, batch, old, before[i])
+        size = norm(batch.signal.previous(old, recomputed))
+        rows += [torch.zeros_like(size), torch.zeros_like(size), size]
+    return torch.stack(rows).view(-1, 3)
 
 
 def advance_absent(batch: Batch, active: Tensor) -> None:
     """`advance` for them: their previous signal becomes zero."""
-    for state, steps in zip(batch.states, active.unbind(), strict=True):
+    for state, steps in zip(batch.states, numbers(active, batch.group), strict=True):
         for key in batch.history:
-            old = _widened(state[key])
-            state[key].copy_(torch.where(steps, torch.zeros_like(old), old))
+            _store(state[key], torch.zeros_like(_widened(state[key])), steps)
 
 
 # Sketches

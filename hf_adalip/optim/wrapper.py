@@ -32,7 +32,7 @@ from .names import by_name
 from .plan import Batch, LocalParam, Options, StepPlan, as_scalar
 from .rules import SGD
 from .sharding import FlatTensors
-from .signals import Gradients, Signal, Updates, index_tensor, norms
+from .signals import Gradients, Signal, Updates, index_tensor, norms, numbers
 from .state import (
     SCALARS,
     State,
@@ -410,7 +410,9 @@ class Lipschitz(LayerwiseOptimizer):
                 1
             ]
         self._base_step(plan, batches, visible)
-        rows = super()._measure(plan, [replace(b, grads=_updates(b)) for b in batches])
+        rows = super()._measure(
+            plan, [replace(b, grads=_updates(b), prepared=None) for b in batches]
+        )
         if self._estimator.nonfinite != "propagate":
             for row, size in zip(rows, sizes, strict=True):
                 row[:, 0] = size
@@ -470,25 +472,30 @@ class Lipschitz(LayerwiseOptimizer):
             here, device = bucket.where, batch.params[0].device
             scale, steps = factor[here].to(device), active[here].to(device)
             history = [state["prev_grad"] for state in batch.states]
+            watched = {"differentiable": False, "capturable": self._is_capturable}
+            scales, moves = numbers(scale, watched), numbers(steps, watched)
             if bucket.form is None:
-                for x, moves in zip(history, steps.unbind(), strict=True):
-                    x.copy_(torch.where(moves, 0.0, x))
+                for x, move in zip(history, moves, strict=True):
+                    x.copy_(_unless_skipped(move, torch.zeros_like(x), x))
                 continue
             if self.signal.of_updates:
-                by = scale if self._previous == "applied" else torch.ones_like(scale)
                 for i, (x, update) in enumerate(zip(history, _updates(batch), strict=True)):
-                    kept = update * by[i].to(update)
-                    x.copy_(torch.where(steps[i], kept.to(x.dtype), x))
+                    kept = update * scales[i] if self._previous == "applied" else update
+                    x.copy_(_unless_skipped(moves[i], kept, x))
             old = batch.prepared
             if bucket.form is fused_form:
                 fused_form.blend(batch.params, old, scale, steps)
             else:
                 for i, param in enumerate(batch.params):
-                    _scale(param, old[i], scale[i], steps[i])
+                    _scale(param, old[i], scales[i], moves[i])
             lr = bucket.params[0].group["lr"]
             rates = scale * (as_scalar(lr, device) if isinstance(lr, Tensor) else lr)
-            kept = plan.read("layer_lr", here, device)
-            plan.write("layer_lr", torch.where(steps, rates.to(kept.dtype), kept), here)
+            before = plan.read("layer_lr", here, device)
+            plan.write("layer_lr", _unless_skipped(steps, rates, before), here)
+
+    @property
+    def _is_capturable(self) -> bool:
+        return any(group.get("capturable", False) for group in self.param_groups)
 
     def _keep_gradients(self, plan: StepPlan, batches: list[Batch]) -> None:
         """Before the base steps, as it may compute with the gradients in their place."""
@@ -516,13 +523,20 @@ def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
     return itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
 
 
-def _scale(param: Tensor, old: Tensor, factor: Tensor, steps: Tensor) -> None:
+def _scale(param: Tensor, old: Tensor, factor: Tensor | float, steps: Tensor | bool) -> None:
     """Makes p_old + S·û of what the base has stepped to."""
     before, after = widened(old, old.dtype), widened(param, param.dtype)
-    applied = torch.lerp(before, after, factor.to(after.dtype))
-    # The base has not stepped a layer whose gradient is not finite; this is for an update that is
-    # not finite although the gradient is.
-    param.copy_(torch.where(steps, applied, before))
+    if isinstance(factor, Tensor):
+        factor = factor.to(after.dtype)
+    # The base has not stepped a layer whose gradient is not finite; what is skipped here as well
+    # is an update that is not finite although the gradient is.
+    param.copy_(_unless_skipped(steps, torch.lerp(before, after, factor), before))
+
+
+def _unless_skipped(steps: Tensor | bool, new: Tensor, old: Tensor) -> Tensor:
+    if not isinstance(steps, Tensor):
+        return new if steps else old
+    return torch.where(steps, new.to(old.dtype), old)
 
 
 def _updates(batch: Batch) -> list[Tensor]:

@@ -10,7 +10,6 @@ cache: each of the many operations of a step would otherwise go through memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..plan import Batch
-from ..rules import TensorLists, scalars
-from ..signals import layer_norms, norms
+from ..rules import Group, Numbers
+from ..signals import layer_norms, norms, numbers, opmath_dtype, readable
 from ..step import sketched, widened
 
 Tensors = list[Tensor]
@@ -33,11 +32,6 @@ class Piece(NamedTuple):
 
     batch: Batch
     tensors: slice  # of the batch's
-
-
-def _times_(tensors: Tensors, by: Tensor) -> Tensors:
-    torch._foreach_mul_(tensors, scalars(by, tensors))
-    return tensors
 
 
 def measure(batch: Batch) -> Tensor:
@@ -54,30 +48,35 @@ def measure(batch: Batch) -> Tensor:
 def _measure(batch: Batch) -> Tensor:
     rule, group = batch.rule, batch.group
     grads = _gradients(batch)
-    old = _old(batch)
+    old = {name: _wide(_state(batch, name)) for name in batch.keys}
 
-    def proposal() -> Tensors:
-        directions = rule.foreach_directions(
-            rule.foreach_moments(grads, old, group), batch.steps, group
-        )
+    def proposed() -> Tensors:
+        new = rule.foreach_moments_(grads, {name: _apart(xs) for name, xs in old.items()}, group)
+        directions = rule.foreach_directions(new, _corrections(batch, batch.steps), group)
         torch._foreach_mul_(directions, -batch.lr)
         return directions
 
-    def retraced() -> Tensors:
+    def recomputed() -> Tensors:
         steps = (batch.steps - 1).clamp(min=1)
         prev_lr = torch.stack([state["prev_lr"] for state in batch.states])
-        prev_lr = prev_lr / batch.rule.inverse_bias_correction(steps, group)
-        directions = _times_(rule.foreach_directions(old, steps, group), -prev_lr)
-        fresh = (prev_lr == 0).unbind()
-        return [d.masked_fill_(zero, 0.0) for d, zero in zip(directions, fresh, strict=True)]
+        prev_lr = prev_lr / rule.inverse_bias_correction(steps, group)
+        directions = _times_(
+            rule.foreach_directions(old, _corrections(batch, steps), group), -prev_lr, group
+        )
+        for direction, fresh in zip(directions, numbers(prev_lr == 0, group), strict=True):
+            if isinstance(fresh, Tensor):
+                direction.masked_fill_(fresh, 0.0)
+            elif fresh:
+                direction.zero_()
+        return directions
 
-    now = batch.signal.current(grads, proposal)
+    now = batch.signal.current(grads, proposed)
     if batch.sketch:
         sizes = norms(grads).unbind(), norms(now).unbind()
         shards = [member.shard for member in batch.members]
         rows = zip(now, *sizes, shards, strict=True)
         return torch.stack([sketched(*row, batch.sketch) for row in rows])
-    changes = list(torch._foreach_sub(now, batch.signal.previous(old, retraced)))
+    changes = list(torch._foreach_sub(now, batch.signal.previous(old, recomputed)))
     size = norms(grads)
     own = norms(now) if batch.signal.of_updates else size
     return torch.stack([size, own, norms(changes)], dim=1)
@@ -85,52 +84,88 @@ def _measure(batch: Batch) -> Tensor:
 
 def advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
     """As `step.advance`."""
+    everyone = readable(active, batch.group) and bool(active.all())
     for piece, here in _pieces(batch):
-        _advance(piece, rates[here], kept[here], active[here])
+        _advance(piece, rates[here], kept[here], None if everyone else active[here])
 
 
-def _advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
+def _advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor | None) -> None:
+    """active: None where it is known that all are, which are then stepped in place."""
     rule, group = batch.rule, batch.group
+
+    def own(tensors: Tensors) -> Tensors:
+        return _wide(tensors) if active is None else _apart(tensors)
+
     grads = _gradients(batch)
-    new = rule.foreach_moments(grads, _old(batch), group)
-    directions = rule.foreach_directions(new, batch.steps, group)
-    for name in batch.moments:
-        old = [state[name] for state in batch.states]
-        _commit(old, new[name], map(_wide, old), active)
+    state = {name: _state(batch, name) for name in batch.keys}
+    old = {name: own(state[name]) for name in batch.moments}
+    new = rule.foreach_moments_(grads, old, group)
+    directions = rule.foreach_directions(new, _corrections(batch, batch.steps), group)
+    for name in old:
+        _store(state[name], new[name], active)
     if batch.history:
-        history = batch.signal.kept(grads, lambda: _times_([d.clone() for d in directions], -kept))
+        history = batch.signal.kept(grads, lambda: _times_(_apart(directions), -kept, group))
         for name, xs in history.items():
-            zeros = [xs[0].new_zeros(())] * len(xs)
-            _commit([state[name] for state in batch.states], xs, zeros, active)
-    updates = _times_(directions, -rates)
-    values = [_wide(p) for p in batch.params]
+            _store(state[name], xs, active, otherwise=0.0)
+    updates = _times_(directions, -rates, group)
+    values = own(batch.params)
     if group["weight_decay"] and group["decoupled_weight_decay"]:
-        values = list(torch._foreach_mul(values, 1 - batch.lr * group["weight_decay"]))
-    torch._foreach_add_(updates, values)
-    _commit(batch.params, updates, map(_wide, batch.params), active)
+        torch._foreach_mul_(values, 1 - batch.lr * group["weight_decay"])
+    torch._foreach_add_(values, updates)
+    _store(batch.params, values, active)
 
 
-def _old(batch: Batch) -> TensorLists:
-    return {name: [_wide(state[name]) for state in batch.states] for name in batch.keys}
+def _corrections(batch: Batch, steps: Tensor) -> list[Numbers]:
+    """Each of the rule's bias corrections, of all tensors."""
+    steps = steps.to(opmath_dtype(batch.params[0].dtype))
+    return [numbers(x, batch.group) for x in batch.rule.bias_corrections(steps, batch.group)]
 
 
-def _wide(x: Tensor) -> Tensor:
-    return widened(x, x.dtype)
+def _times_(tensors: Tensors, by: Tensor, group: Group) -> Tensors:
+    torch._foreach_mul_(tensors, numbers(by.to(tensors[0].dtype), group))
+    return tensors
+
+
+def _state(batch: Batch, name: str) -> Tensors:
+    return [state[name] for state in batch.states]
+
+
+def _wide(tensors: Tensors) -> Tensors:
+    """The tensors themselves, or float32 copies where they are of low precision."""
+    if all(opmath_dtype(dtype) == dtype for dtype in {x.dtype for x in tensors}):
+        return tensors
+    return [widened(x, x.dtype) for x in tensors]
+
+
+def _apart(tensors: Tensors) -> Tensors:
+    """As `_wide`, but for writing: none is one of the tensors themselves."""
+    found = _wide(tensors)
+    return [x.clone() if x is y else x for x, y in zip(found, tensors, strict=True)]
 
 
 def _gradients(batch: Batch) -> Tensors:
     group = batch.group
-    grads = [widened(g, p.dtype) for p, g in zip(batch.params, batch.grads, strict=True)]
+    grads = batch.grads
+    if {opmath_dtype(batch.params[0].dtype)} != {g.dtype for g in grads}:
+        grads = [widened(g, p.dtype) for p, g in zip(batch.params, grads, strict=True)]
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        params = [_wide(p) for p in batch.params]
-        grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+        grads = list(torch._foreach_add(grads, _wide(batch.params), alpha=group["weight_decay"]))
     return grads
 
 
-def _commit(targets: Tensors, values: Tensors, others: Iterable[Tensor], active: Tensor) -> None:
-    """Makes each target its value where `active`, else its other."""
+def _store(
+    targets: Tensors, values: Tensors, active: Tensor | None, otherwise: float | None = None
+) -> None:
+    """Makes each target its value where `active`, else `otherwise`: None for what it is."""
+    if active is None:
+        if values is not targets:
+            torch._foreach_copy_(targets, values)
+        return
+    others = (
+        _wide(targets) if otherwise is None else [values[0].new_full((), otherwise)] * len(active)
+    )
     choices = zip(active.unbind(), values, others, strict=True)
     if targets[0].dtype == values[0].dtype:
         for choice, target in zip(choices, targets, strict=True):

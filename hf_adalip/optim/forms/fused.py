@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..plan import Batch, LocalParam
-from ..rules import bias_correction
 from ..signals import opmath_dtype
 from .kernels import COLUMNS, Constants, KernelError, Spec, Tensors, cpu, gpu
 from .kernels.build import warn_once
@@ -222,22 +221,18 @@ def _numbers(batch: Batch, rates: tuple[Tensor, Tensor] | None = None) -> Tensor
         before = (batch.steps - 1).clamp(min=1)
         prev_lr = torch.stack([state["prev_lr"] for state in batch.states])
         columns["prev_rate"] = prev_lr / batch.rule.inverse_bias_correction(before, group)
-        columns |= _corrections(group, before.to(dtype), "prev_")
+        columns |= _corrections(batch, before.to(dtype), "prev_")
     if columns:
-        columns |= _corrections(group, steps)
+        columns |= _corrections(batch, steps)
     numbers = torch.ones(len(batch.params), len(COLUMNS), dtype=dtype, device=steps.device)
     for name, value in columns.items():
         numbers[:, COLUMNS.index(name)] = value
     return numbers
 
 
-def _corrections(group: Any, steps: Tensor, prefix: str = "") -> dict[str, Tensor | float]:
-    if "betas" not in group:
-        return {}
-    return {
-        f"{prefix}correction{i}": bias_correction(beta, steps)
-        for i, beta in enumerate(group["betas"], start=1)
-    }
+def _corrections(batch: Batch, steps: Tensor, prefix: str = "") -> dict[str, Tensor | float]:
+    vectors = batch.rule.bias_corrections(steps, batch.group)
+    return {f"{prefix}correction{i}": vector for i, vector in enumerate(vectors, start=1)}
 
 
 # Memory order

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .adam import Adam, bias_correction
 from .rmsprop import RMSprop
-from .rule import CppRule, Group, Moments, Rule, TensorLists, scalars
+from .rule import CppRule, Group, Moments, Numbers, Rule, TensorLists
 from .sgd import SGD
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in (SGD(), RMSprop(), Adam())}
@@ -21,9 +21,9 @@ __all__ = [
     "CppRule",
     "Group",
     "Moments",
+    "Numbers",
     "RMSprop",
     "Rule",
     "TensorLists",
     "bias_correction",
-    "scalars",
 ]

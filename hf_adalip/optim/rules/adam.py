@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .rule import CppRule, Group, Moments, Rule, TensorLists, foreach_divide
+from .rule import CppRule, Group, Moments, Numbers, Rule, TensorLists
 
 
 class Adam(Rule):
@@ -27,28 +28,31 @@ class Adam(Rule):
     def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
         beta1, beta2 = group["betas"]
         return {
-            "exp_avg": beta1 * old["exp_avg"] + (1 - beta1) * grad,
-            "exp_avg_sq": beta2 * old["exp_avg_sq"] + (1 - beta2) * grad * grad,
+            "exp_avg": torch.add(beta1 * old["exp_avg"], grad, alpha=1 - beta1),
+            "exp_avg_sq": torch.addcmul(beta2 * old["exp_avg_sq"], grad, grad, value=1 - beta2),
         }
 
-    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
-        beta1, beta2 = group["betas"]
-        step = step.to(moments["exp_avg"].dtype)
-        mean = moments["exp_avg"] / bias_correction(beta1, step)
-        return mean / root(moments["exp_avg_sq"] / bias_correction(beta2, step), group)
+    def bias_corrections(self, steps: Tensor, group: Group) -> tuple[Tensor, ...]:
+        return tuple(bias_correction(beta, steps) for beta in group["betas"])
 
-    def foreach_moments(self, grads: list[Tensor], old: TensorLists, group: Group) -> TensorLists:
-        beta1, beta2 = group["betas"]
-        means = list(torch._foreach_mul(old["exp_avg"], beta1))
-        torch._foreach_add_(means, grads, alpha=1 - beta1)
-        squares = foreach_square_average(old["exp_avg_sq"], grads, beta2)
-        return {"exp_avg": means, "exp_avg_sq": squares}
+    def direction(self, moments: Moments, corrections: Numbers, group: Group) -> Tensor:
+        correction1, correction2 = corrections
+        mean = moments["exp_avg"] / correction1
+        return mean / root(moments["exp_avg_sq"] / correction2, group)
 
-    def foreach_directions(self, moments: TensorLists, steps: Tensor, group: Group) -> list[Tensor]:
+    def foreach_moments_(self, grads: list[Tensor], old: TensorLists, group: Group) -> TensorLists:
         beta1, beta2 = group["betas"]
-        steps = steps.to(moments["exp_avg"][0].dtype)
-        directions = foreach_divide(moments["exp_avg"], bias_correction(beta1, steps))
-        squares = foreach_divide(moments["exp_avg_sq"], bias_correction(beta2, steps))
+        torch._foreach_mul_(old["exp_avg"], beta1)
+        torch._foreach_add_(old["exp_avg"], grads, alpha=1 - beta1)
+        foreach_square_average_(old["exp_avg_sq"], grads, beta2)
+        return old
+
+    def foreach_directions(
+        self, moments: TensorLists, corrections: Sequence[Numbers], group: Group
+    ) -> list[Tensor]:
+        correction1, correction2 = corrections
+        directions = list(torch._foreach_div(moments["exp_avg"], correction1))
+        squares = list(torch._foreach_div(moments["exp_avg_sq"], correction2))
         torch._foreach_div_(directions, foreach_root_(squares, group))
         return directions
 
@@ -81,8 +85,7 @@ def foreach_root_(squares: list[Tensor], group: Group) -> list[Tensor]:
     return squares
 
 
-def foreach_square_average(old: list[Tensor], grads: list[Tensor], decay: float) -> list[Tensor]:
-    """β·v + (1-β)·g²."""
-    new = list(torch._foreach_mul(old, decay))
-    torch._foreach_addcmul_(new, grads, grads, value=1 - decay)
-    return new
+def foreach_square_average_(average: list[Tensor], grads: list[Tensor], decay: float) -> None:
+    """β·v + (1-β)·g², in place."""
+    torch._foreach_mul_(average, decay)
+    torch._foreach_addcmul_(average, grads, grads, value=1 - decay)

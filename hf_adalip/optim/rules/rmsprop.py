@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .adam import foreach_root_, foreach_square_average, root
-from .rule import CppRule, Group, Moments, Rule, TensorLists
+from .adam import foreach_root_, foreach_square_average_, root
+from .rule import CppRule, Group, Moments, Numbers, Rule, TensorLists
 
 
 class RMSprop(Rule):
@@ -24,16 +26,18 @@ class RMSprop(Rule):
 
     def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
         alpha = group["alpha"]
-        square = alpha * old["square_avg"] + (1 - alpha) * grad * grad
+        square = torch.addcmul(alpha * old["square_avg"], grad, grad, value=1 - alpha)
         return {"grad": grad, "square_avg": square}
 
-    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
+    def direction(self, moments: Moments, corrections: Numbers, group: Group) -> Tensor:
         return moments["grad"] / root(moments["square_avg"], group)
 
-    def foreach_moments(self, grads: list[Tensor], old: TensorLists, group: Group) -> TensorLists:
-        squares = foreach_square_average(old["square_avg"], grads, group["alpha"])
-        return {"grad": grads, "square_avg": squares}
+    def foreach_moments_(self, grads: list[Tensor], old: TensorLists, group: Group) -> TensorLists:
+        foreach_square_average_(old["square_avg"], grads, group["alpha"])
+        return {"grad": grads, "square_avg": old["square_avg"]}
 
-    def foreach_directions(self, moments: TensorLists, steps: Tensor, group: Group) -> list[Tensor]:
+    def foreach_directions(
+        self, moments: TensorLists, corrections: Sequence[Numbers], group: Group
+    ) -> list[Tensor]:
         roots = foreach_root_([square.clone() for square in moments["square_avg"]], group)
         return list(torch._foreach_div(moments["grad"], roots))

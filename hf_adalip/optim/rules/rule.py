@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 Group = Mapping[str, Any]
 Moments = dict[str, Tensor]
 TensorLists = dict[str, list[Tensor]]
+Numbers = Sequence[Any]
+"""Python's, or 0-dim tensors."""
 
 
 class CppRule(NamedTuple):
@@ -42,17 +44,29 @@ class Rule(ABC):
     def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
         """The moments of step t from g_t and the moments of step t-1."""
 
-    @abstractmethod
-    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
-        """d_t, such that the base optimizer's update is -α_t·d_t."""
+    def bias_corrections(self, steps: Tensor, group: Group) -> tuple[Tensor, ...]:
+        """What d_t needs of t, of each of many tensors: vectors as `steps`."""
+        return ()
 
     @abstractmethod
-    def foreach_moments(self, grads: list[Tensor], old: TensorLists, group: Group) -> TensorLists:
-        """`moments` of many tensors at once, in new tensors."""
+    def direction(self, moments: Moments, corrections: Numbers, group: Group) -> Tensor:
+        """d_t, such that the base optimizer's update is -α_t·d_t.
+
+        Args:
+            moments: of step t.
+            corrections: the tensor's elements of `bias_corrections`.
+            group: the options.
+        """
 
     @abstractmethod
-    def foreach_directions(self, moments: TensorLists, steps: Tensor, group: Group) -> list[Tensor]:
-        """`direction` of many tensors at once, in new tensors."""
+    def foreach_moments_(self, grads: list[Tensor], old: TensorLists, group: Group) -> TensorLists:
+        """`moments` of many tensors at once, written into the old ones."""
+
+    @abstractmethod
+    def foreach_directions(
+        self, moments: TensorLists, corrections: Sequence[Numbers], group: Group
+    ) -> list[Tensor]:
+        """`direction` of many tensors at once, in new tensors; each correction of all tensors."""
 
     def inverse_bias_correction(self, step: Tensor, group: Group) -> Tensor:
         """The factor of d_t that depends on t and on options that a schedule may change.
@@ -69,13 +83,3 @@ class Rule(ABC):
     def can_recompute(self, group: Group) -> bool:
         """Whether d_{t-1} can be had again from the kept moments, without the gradient."""
         return "grad" not in self.uses(group)
-
-
-def foreach_divide(tensors: list[Tensor], by: Tensor) -> list[Tensor]:
-    """Each tensor over its element of a vector."""
-    return list(torch._foreach_div(tensors, scalars(by, tensors)))
-
-
-def scalars(values: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """The elements of a vector as 0-dim tensors, in the dtype of the tensors beside them."""
-    return list(values.to(like[0].dtype).unbind())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .rule import CppRule, Group, Moments, Rule, TensorLists
+from .rule import CppRule, Group, Moments, Numbers, Rule, TensorLists
 
 
 class SGD(Rule):
@@ -29,21 +31,24 @@ class SGD(Rule):
         buffer = old["momentum_buffer"] * group["momentum"] + grad
         return {"grad": grad, "momentum_buffer": buffer}
 
-    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
+    def direction(self, moments: Moments, corrections: Numbers, group: Group) -> Tensor:
         if not group["momentum"]:
             return moments["grad"]
         buffer = moments["momentum_buffer"]
         momentum: float = group["momentum"]
         return moments["grad"] + momentum * buffer if group["nesterov"] else buffer
 
-    def foreach_moments(self, grads: list[Tensor], old: TensorLists, group: Group) -> TensorLists:
+    def foreach_moments_(self, grads: list[Tensor], old: TensorLists, group: Group) -> TensorLists:
         if not group["momentum"]:
             return {"grad": grads}
-        buffers = list(torch._foreach_mul(old["momentum_buffer"], group["momentum"]))
+        buffers = old["momentum_buffer"]
+        torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads)
         return {"grad": grads, "momentum_buffer": buffers}
 
-    def foreach_directions(self, moments: TensorLists, steps: Tensor, group: Group) -> list[Tensor]:
+    def foreach_directions(
+        self, moments: TensorLists, corrections: Sequence[Numbers], group: Group
+    ) -> list[Tensor]:
         if not group["momentum"]:
             return [grad.clone() for grad in moments["grad"]]
         if not group["nesterov"]:
