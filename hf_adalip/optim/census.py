@@ -159,8 +159,8 @@ class Census:
             if self.members and all(key in m.stored for m in self.members):
                 vector = torch.stack([m.stored[key] for m in self.members])
                 self._vectors[key] = vector
-                for i, member in enumerate(self.members):
-                    member.stored[key] = vector[i]
+                for member, number in zip(self.members, vector.unbind(), strict=True):
+                    member.stored[key] = number
                 self._packed += [member.stored[key] for member in self.members]
         for run in self.runs:
             self._packed += run.pack()
@@ -242,10 +242,11 @@ def real(x: Any) -> Any:
     return torch.view_as_real(x) if isinstance(x, Tensor) and x.is_complex() else x
 
 
-def scalar(value: float, param: Tensor) -> Tensor:
-    """A number of the state: float32 whatever the parameter's dtype (float64 if that is
-    torch's default dtype, as in torch.optim), on the parameter's device."""
-    return torch.tensor(value, dtype=_get_scalar_dtype(), device=param.device)
+def filled(shape: tuple[int, ...], value: float, param: Tensor) -> Tensor:
+    """A number of the state, or one for each part of a flat tensor: float32 whatever the
+    parameter's dtype (float64 if that is torch's default dtype, as in torch.optim), on the
+    parameter's device."""
+    return torch.full(shape, value, dtype=_get_scalar_dtype(), device=param.device)
 
 
 def as_scalar(number: Tensor | float, device: torch.device) -> Tensor:

@@ -10,19 +10,21 @@ cache: each of the many operations of a step would otherwise go through memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import rules
-from .norms import layer_norms, norms
-from .rules import Batch, Group, bias_correction, wide, widened
+from .norms import layer_norms, norms, wide_dtype
+from .rules import Batch, Group, bias_correction, numbers, readable, wide, widened
 
 Tensors = list[Tensor]
 Moments = dict[str, Tensors]
+
+_dtype = attrgetter("dtype")
 
 _PIECE, _CACHED_PIECE = 2**22, 2**19
 """Elements that are worked on together, and the same on a CPU."""
@@ -36,18 +38,20 @@ class Piece(NamedTuple):
 
 
 class Form(Protocol):
-    """The foreach sibling of a rule: its two functions on lists, results in new tensors."""
+    """The foreach sibling of a rule: its two functions on lists. `moments_` writes the new moments
+    into the old ones, `directions` makes new tensors."""
 
-    def moments(self, grads: Tensors, old: Moments, group: Group) -> Moments: ...
+    def moments_(self, grads: Tensors, old: Moments, group: Group) -> Moments: ...
 
     def directions(self, moments: Moments, steps: Tensor, group: Group) -> Tensors: ...
 
 
 class SGD:
-    def moments(self, grads: Tensors, old: Moments, group: Group) -> Moments:
+    def moments_(self, grads: Tensors, old: Moments, group: Group) -> Moments:
         if not group["momentum"]:
             return {"grad": grads}
-        buffers = list(torch._foreach_mul(old["momentum_buffer"], group["momentum"]))
+        buffers = old["momentum_buffer"]
+        torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads)
         return {"grad": grads, "momentum_buffer": buffers}
 
@@ -62,8 +66,8 @@ class SGD:
 
 
 class RMSprop:
-    def moments(self, grads: Tensors, old: Moments, group: Group) -> Moments:
-        return {"grad": grads, "square_avg": _average(old["square_avg"], grads, group["alpha"])}
+    def moments_(self, grads: Tensors, old: Moments, group: Group) -> Moments:
+        return {"grad": grads, "square_avg": _average_(old["square_avg"], grads, group["alpha"])}
 
     def directions(self, moments: Moments, steps: Tensor, group: Group) -> Tensors:
         roots = _root_([square.clone() for square in moments["square_avg"]], group)
@@ -71,17 +75,18 @@ class RMSprop:
 
 
 class Adam:
-    def moments(self, grads: Tensors, old: Moments, group: Group) -> Moments:
+    def moments_(self, grads: Tensors, old: Moments, group: Group) -> Moments:
         beta1, beta2 = group["betas"]
-        mean = list(torch._foreach_mul(old["exp_avg"], beta1))
+        mean = old["exp_avg"]
+        torch._foreach_mul_(mean, beta1)
         torch._foreach_add_(mean, grads, alpha=1 - beta1)
-        return {"exp_avg": mean, "exp_avg_sq": _average(old["exp_avg_sq"], grads, beta2)}
+        return {"exp_avg": mean, "exp_avg_sq": _average_(old["exp_avg_sq"], grads, beta2)}
 
     def directions(self, moments: Moments, steps: Tensor, group: Group) -> Tensors:
         beta1, beta2 = group["betas"]
         steps = steps.to(moments["exp_avg"][0].dtype)
-        directions = _divide(moments["exp_avg"], bias_correction(beta1, steps))
-        squares = _divide(moments["exp_avg_sq"], bias_correction(beta2, steps))
+        directions = _divide(moments["exp_avg"], bias_correction(beta1, steps), group)
+        squares = _divide(moments["exp_avg_sq"], bias_correction(beta2, steps), group)
         torch._foreach_div_(directions, _root_(squares, group))
         return directions
 
@@ -93,11 +98,11 @@ FORMS: dict[type[rules.Rule], Form] = {
 }
 
 
-def _average(old: Tensors, grads: Tensors, decay: float) -> Tensors:
+def _average_(average: Tensors, grads: Tensors, decay: float) -> Tensors:
     """The running average of the squares."""
-    new = list(torch._foreach_mul(old, decay))
-    torch._foreach_addcmul_(new, grads, grads, value=1 - decay)
-    return new
+    torch._foreach_mul_(average, decay)
+    torch._foreach_addcmul_(average, grads, grads, value=1 - decay)
+    return average
 
 
 def _root_(squares: Tensors, group: Group) -> Tensors:
@@ -111,18 +116,13 @@ def _root_(squares: Tensors, group: Group) -> Tensors:
     return squares
 
 
-def _divide(tensors: Tensors, by: Tensor) -> Tensors:
-    return list(torch._foreach_div(tensors, _scalars(by, tensors)))
+def _divide(tensors: Tensors, by: Tensor, group: Group) -> Tensors:
+    return list(torch._foreach_div(tensors, numbers(by.to(tensors[0].dtype), group)))
 
 
-def _times_(tensors: Tensors, by: Tensor) -> Tensors:
-    torch._foreach_mul_(tensors, _scalars(by, tensors))
+def _times_(tensors: Tensors, by: Tensor, group: Group) -> Tensors:
+    torch._foreach_mul_(tensors, numbers(by.to(tensors[0].dtype), group))
     return tensors
-
-
-def _scalars(values: Tensor, like: Tensors) -> Tensors:
-    """One 0-dim tensor for each tensor of the batch, in the dtype of its arithmetic."""
-    return list(values.to(like[0].dtype).unbind())
 
 
 def measure(batch: Batch) -> Tensor:
@@ -139,10 +139,11 @@ def measure(batch: Batch) -> Tensor:
 def _measure(batch: Batch) -> Tensor:
     form, group = FORMS[type(batch.rule)], batch.group
     grads = _gradients(batch)
-    old = _old(batch)
+    old = {name: _wide(_kept(batch, name)) for name in batch.names}
 
     def proposal() -> Tensors:
-        directions = form.directions(form.moments(grads, old, group), batch.steps, group)
+        new = form.moments_(grads, {name: _apart(xs) for name, xs in old.items()}, group)
+        directions = form.directions(new, batch.steps, group)
         torch._foreach_mul_(directions, -batch.lr)
         return directions
 
@@ -150,9 +151,13 @@ def _measure(batch: Batch) -> Tensor:
         steps = (batch.steps - 1).clamp(min=1)
         prev_lr = torch.stack([state["prev_lr"] for state in batch.states])
         prev_lr = prev_lr / batch.rule.gain(steps, group)
-        directions = _times_(form.directions(old, steps, group), -prev_lr)
-        fresh = (prev_lr == 0).unbind()
-        return [d.masked_fill_(zero, 0.0) for d, zero in zip(directions, fresh, strict=True)]
+        directions = _times_(form.directions(old, steps, group), -prev_lr, group)
+        for direction, fresh in zip(directions, numbers(prev_lr == 0, group), strict=True):
+            if isinstance(fresh, Tensor):
+                direction.masked_fill_(fresh, 0.0)
+            elif fresh:
+                direction.zero_()
+        return directions
 
     now = batch.signal.now(grads, proposal)
     if batch.sketch:
@@ -168,50 +173,77 @@ def _measure(batch: Batch) -> Tensor:
 
 def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
     """As `rules.advance`."""
+    everyone = readable(go, batch.group) and bool(go.all())
     for piece, here in _pieces(batch):
-        _advance(piece, rates[here], remembered[here], go[here])
+        _advance(piece, rates[here], remembered[here], None if everyone else go[here])
 
 
-def _advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
+def _advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor | None) -> None:
+    """go: None where it is known that all go, who are then stepped in place."""
     form, group = FORMS[type(batch.rule)], batch.group
+
+    def own(tensors: Tensors) -> Tensors:
+        return _wide(tensors) if go is None else _apart(tensors)
+
     grads = _gradients(batch)
-    new = form.moments(grads, _old(batch), group)
+    kept = {name: _kept(batch, name) for name in batch.names}
+    old = {name: own(kept[name]) for name in batch.rule.kept(group)}
+    new = form.moments_(grads, old, group)
     directions = form.directions(new, batch.steps, group)
-    for name in batch.rule.kept(group):
-        kept = [state[name] for state in batch.states]
-        _commit(kept, new[name], map(wide, kept), go)
+    for name in old:
+        _commit(kept[name], new[name], go)
     if batch.history:
         history = batch.signal.remember(
-            grads, lambda: _times_([d.clone() for d in directions], -remembered)
+            grads, lambda: _times_(_apart(directions), -remembered, group)
         )
         for name, xs in history.items():
-            zeros = [xs[0].new_zeros(())] * len(xs)
-            _commit([state[name] for state in batch.states], xs, zeros, go)
-    updates = _times_(directions, -rates)
-    values = [wide(p) for p in batch.params]
+            _commit(kept[name], xs, go, otherwise=0.0)
+    updates = _times_(directions, -rates, group)
+    values = own(batch.params)
     if group["weight_decay"] and group["decoupled_weight_decay"]:
-        values = list(torch._foreach_mul(values, 1 - batch.lr * group["weight_decay"]))
-    torch._foreach_add_(updates, values)
-    _commit(batch.params, updates, map(wide, batch.params), go)
+        torch._foreach_mul_(values, 1 - batch.lr * group["weight_decay"])
+    torch._foreach_add_(values, updates)
+    _commit(batch.params, values, go)
 
 
-def _old(batch: Batch) -> Moments:
-    return {name: [wide(state[name]) for state in batch.states] for name in batch.names}
+def _kept(batch: Batch, name: str) -> Tensors:
+    return [state[name] for state in batch.states]
+
+
+def _wide(tensors: Tensors) -> Tensors:
+    """The tensors themselves, or float32 copies where they are of low precision."""
+    if all(wide_dtype(dtype) == dtype for dtype in set(map(_dtype, tensors))):
+        return tensors
+    return [wide(x) for x in tensors]
+
+
+def _apart(tensors: Tensors) -> Tensors:
+    """As `_wide`, but for writing: none is one of the tensors themselves."""
+    found = _wide(tensors)
+    return [x.clone() if x is y else x for x, y in zip(found, tensors, strict=True)]
 
 
 def _gradients(batch: Batch) -> Tensors:
     group = batch.group
-    grads = [widened(g, p.dtype) for p, g in zip(batch.params, batch.grads, strict=True)]
+    grads = batch.grads
+    if {wide_dtype(batch.params[0].dtype)} != set(map(_dtype, grads)):
+        grads = [widened(g, p.dtype) for p, g in zip(batch.params, grads, strict=True)]
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        params = [wide(p) for p in batch.params]
-        grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+        grads = list(torch._foreach_add(grads, _wide(batch.params), alpha=group["weight_decay"]))
     return grads
 
 
-def _commit(targets: Tensors, values: Tensors, others: Iterable[Tensor], go: Tensor) -> None:
-    """Makes each target its value where `go`, else its other."""
+def _commit(
+    targets: Tensors, values: Tensors, go: Tensor | None, otherwise: float | None = None
+) -> None:
+    """Makes each target its value where `go`, else `otherwise`: None for what it is."""
+    if go is None:
+        if values is not targets:
+            torch._foreach_copy_(targets, values)
+        return
+    others = _wide(targets) if otherwise is None else [values[0].new_full((), otherwise)] * len(go)
     choices = zip(go.unbind(), values, others, strict=True)
     if targets[0].dtype == values[0].dtype:
         for choice, target in zip(choices, targets, strict=True):

@@ -28,7 +28,7 @@ from .census import (
     State,
     as_scalar,
     same_objects,
-    scalar,
+    filled,
 )
 from .flat import Original, Part, flat_tensors, is_held, parts_of, unknown
 from .groups import (
@@ -230,6 +230,7 @@ class LayerwiseOptimizer(Optimizer):
         moments, histories, numbers = self._state_keys(group)
         estimator, _ = self._options(group)
         keeps = history_of(group, param)
+        new = not state
         for name in moments:
             if state.get(name) is None:
                 state[name] = Exact().empty(param)
@@ -253,14 +254,14 @@ class LayerwiseOptimizer(Optimizer):
         initial |= dict.fromkeys((*numbers, "nonfinite_steps", "layer_lr"), 0.0)
         for name, value in initial.items():
             if not isinstance(state.get(name), Tensor):  # old checkpoints have step as a number
-                state[name] = scalar(float(state.get(name, value)), param).expand(parts).clone()
+                state[name] = filled(parts, float(state.get(name, value)), param)
             elif state[name].shape != parts:
                 found = tuple(state[name].shape)
                 raise ValueError(
                     f"state {name!r} has shape {found} and needs {parts}: it was saved by an "
                     "engine that shards otherwise; load it under the same one"
                 )
-        if lost:
+        if lost and not new:
             forget_predecessor([state])
         return lost
 
@@ -361,10 +362,14 @@ class LayerwiseOptimizer(Optimizer):
 
     def _remember(self, census: Census) -> None:
         """Keeps the census of a step that was taken for the next one."""
-        if torch.compiler.is_compiling() or census.hidden or torch.is_grad_enabled():
-            return
-        if "_kept" not in self.__dict__ and not any(m.parts for m in census.members):
+        if "_kept" not in self.__dict__ and self._can_keep(census):
             self._kept = Kept(self, census)
+
+    def _can_keep(self, census: Census) -> bool:
+        """Whether a step may find everything where the step before it has left it."""
+        if torch.compiler.is_compiling() or census.hidden or torch.is_grad_enabled():
+            return False
+        return not any(m.parts for m in census.members)
 
     def _manner(self, group: dict[str, Any]) -> object:
         """What of a group's options decides how its parameters are stepped together."""

@@ -37,10 +37,10 @@ def norm(x: Tensor) -> Tensor:
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """‖x‖ of each tensor, as a vector; few kernel launches where `_foreach_norm` has them."""
-    if tensors[0].device.type == "cpu":
-        return torch.stack([norm(x) for x in tensors])
-    dtype = wide_dtype(tensors[0].dtype)
-    return torch.stack(list(torch._foreach_norm(list(tensors), 2, dtype=dtype)))
+    dtype, cpu = wide_dtype(tensors[0].dtype), tensors[0].device.type == "cpu"
+    together = [x for x in tensors if not cpu or x.numel() <= _CHUNK]
+    found = iter(torch._foreach_norm(together, 2, dtype=dtype) if together else ())
+    return torch.stack([norm(x) if cpu and x.numel() > _CHUNK else next(found) for x in tensors])
 
 
 def mixed_norms(tensors: Sequence[Tensor], home: torch.device) -> Tensor:

@@ -317,6 +317,8 @@ class LipOptimizer(LayerwiseOptimizer):
         layers, home = census.layers, self._home()
         if not census.runs:
             census.runs = self._runs(census)
+            if self._can_keep(census):
+                census.pack()
         runs = census.runs
         batches = [self._batch(run, census) for run in runs]
         for run, batch in zip(runs, batches, strict=True):

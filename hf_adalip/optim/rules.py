@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .history import sketch
 from .norms import norm, wide_dtype
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 Group = Mapping[str, Any]
 Moments = dict[str, Tensor]
+Number = Tensor | float
+Numbers = tuple[Number, ...]
 
 
 class Rule(ABC):
@@ -41,9 +44,18 @@ class Rule(ABC):
     def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
         """The moments of step t from g_t and the moments of step t-1."""
 
+    def corrections(self, steps: Tensor, group: Group) -> tuple[Tensor, ...]:
+        """What d_t needs of t, of one tensor or of each of many: of the shape of `steps`."""
+        return ()
+
     @abstractmethod
-    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
+    def corrected(self, moments: Moments, corrections: Numbers, group: Group) -> Tensor:
         """d_t, such that the base optimizer's update is -α_t·d_t."""
+
+    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
+        """d_t from t itself."""
+        step = step.to(next(iter(moments.values())).dtype)
+        return self.corrected(moments, self.corrections(step, group), group)
 
     def gain(self, step: Tensor, group: Group) -> Tensor:
         """A factor of d_t that depends on t and on options that a schedule may change.
@@ -75,7 +87,7 @@ class SGD(Rule):
         buffer = old["momentum_buffer"] * group["momentum"] + grad
         return {"grad": grad, "momentum_buffer": buffer}
 
-    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
+    def corrected(self, moments: Moments, corrections: Numbers, group: Group) -> Tensor:
         if not group["momentum"]:
             return moments["grad"]
         buffer = moments["momentum_buffer"]
@@ -91,10 +103,10 @@ class RMSprop(Rule):
 
     def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
         alpha = group["alpha"]
-        square = alpha * old["square_avg"] + (1 - alpha) * grad * grad
+        square = torch.addcmul(alpha * old["square_avg"], grad, grad, value=1 - alpha)
         return {"grad": grad, "square_avg": square}
 
-    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
+    def corrected(self, moments: Moments, corrections: Numbers, group: Group) -> Tensor:
         return moments["grad"] / root(moments["square_avg"], group)
 
 
@@ -107,15 +119,17 @@ class Adam(Rule):
     def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
         beta1, beta2 = group["betas"]
         return {
-            "exp_avg": beta1 * old["exp_avg"] + (1 - beta1) * grad,
-            "exp_avg_sq": beta2 * old["exp_avg_sq"] + (1 - beta2) * grad * grad,
+            "exp_avg": torch.add(beta1 * old["exp_avg"], grad, alpha=1 - beta1),
+            "exp_avg_sq": torch.addcmul(beta2 * old["exp_avg_sq"], grad, grad, value=1 - beta2),
         }
 
-    def direction(self, moments: Moments, step: Tensor, group: Group) -> Tensor:
-        beta1, beta2 = group["betas"]
-        step = step.to(moments["exp_avg"].dtype)
-        mean = moments["exp_avg"] / bias_correction(beta1, step)
-        return mean / root(moments["exp_avg_sq"] / bias_correction(beta2, step), group)
+    def corrections(self, steps: Tensor, group: Group) -> tuple[Tensor, ...]:
+        return tuple(bias_correction(beta, steps) for beta in group["betas"])
+
+    def corrected(self, moments: Moments, corrections: Numbers, group: Group) -> Tensor:
+        correction1, correction2 = corrections
+        mean = moments["exp_avg"] / correction1
+        return mean / root(moments["exp_avg_sq"] / correction2, group)
 
     def gain(self, step: Tensor, group: Group) -> Tensor:
         return 1 / bias_correction(group["betas"][0], step)
@@ -181,6 +195,21 @@ def widened(x: Tensor, like: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def readable(x: Tensor, group: Group) -> bool:
+    """Whether the host may look at the numbers of x: no device is waited for, and neither a graph,
+    nor autograd, nor a mode that traces the step would miss what depends on them."""
+    if x.device.type != "cpu" or type(x) is not Tensor or group.get("capturable"):
+        return False
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return not (group["differentiable"] or traced)
+
+
+def numbers(x: Tensor, group: Group) -> list[Any]:
+    """The elements of a vector: Python's numbers where they are `readable`, else 0-dim tensors,
+    each of which costs an operator as much as a small tensor does."""
+    return x.tolist() if readable(x, group) else list(x.unbind())
+
+
 def _read(x: Tensor, group: Group) -> Tensor:
     """A parameter or state to compute with, apart from what the step will write into it."""
     return wide(x).clone() if group["differentiable"] else wide(x)
@@ -204,25 +233,28 @@ def measure(batch: Batch) -> Tensor:
     the change, which can only be had of the whole parameter, is zero.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
-    rows = []
-    tensors = zip(batch.params, batch.grads, batch.states, batch.steps.unbind(), strict=True)
-    for i, (param, raw, state, step) in enumerate(tensors):
+    names, rows = batch.names, []
+    corrections = _corrections(batch, batch.steps)
+    last = _last(batch, batch.steps - 1)
+    for i, (param, raw, state) in enumerate(
+        zip(batch.params, batch.grads, batch.states, strict=True)
+    ):
         grad = gradient(param, raw, group)
-        old = {name: _read(state[name], batch.group) for name in batch.names}
+        old = {name: _read(state[name], group) for name in names}
 
-        def proposal(grad: Tensor = grad, old: Moments = old, step: Tensor = step) -> Tensor:
-            return -batch.lr * rule.direction(rule.moments(grad, old, group), step, group)
+        def proposal(i: int = i, grad: Tensor = grad, old: Moments = old) -> Tensor:
+            return -batch.lr * rule.corrected(rule.moments(grad, old, group), corrections[i], group)
 
         now = signal.now(grad, proposal)
         if batch.sketch:
             whole = batch.members[i].param
             rows.append(sketched(now, norm(grad), norm(now), whole, batch.sketch))
             continue
-        before = signal.before(old, partial(_retraced, batch, old, state, step - 1))
+        before = signal.before(old, partial(_retraced, batch, old, last[i]))
         size = norm(grad)
         own = norm(now) if signal.measures_updates else size
-        rows.append(torch.stack([size, own, norm(now - before)]))
-    return torch.stack(rows)
+        rows += [size, own, norm(now - before)]
+    return torch.stack(rows) if batch.sketch else torch.stack(rows).view(-1, 3)
 
 
 def sketched(x: Tensor, grad_norm: Tensor, size: Tensor, param: Tensor, k: int) -> Tensor:
@@ -237,12 +269,13 @@ def measure_absent(batch: Batch) -> Tensor:
     rows = []
     if batch.sketch:
         return batch.steps.new_zeros(len(batch.states), 3 + batch.sketch)
-    for state, step in zip(batch.states, batch.steps.unbind(), strict=True):
+    last = _last(batch, batch.steps)
+    for i, state in enumerate(batch.states):
         old = {name: _read(state[name], batch.group) for name in batch.names}
-        before = norm(batch.signal.before(old, partial(_retraced, batch, old, state, step)))
+        before = norm(batch.signal.before(old, partial(_retraced, batch, old, last[i])))
         zero = torch.zeros_like(before)
-        rows.append(torch.stack([zero, zero, before]))
-    return torch.stack(rows)
+        rows += [zero, zero, before]
+    return torch.stack(rows).view(-1, 3)
 
 
 def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
@@ -256,38 +289,66 @@ def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None
             history, which becomes zero: what it was is forgotten.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
-    for i, (param, raw, state, moves) in enumerate(
-        zip(batch.params, batch.grads, batch.states, go.unbind(), strict=True)
+    kept, history = rule.kept(group), batch.history
+    corrections = _corrections(batch, batch.steps)
+    rate_of, remembered_of, go_of = (numbers(x, group) for x in (rates, remembered, go))
+    for i, (param, raw, state) in enumerate(
+        zip(batch.params, batch.grads, batch.states, strict=True)
     ):
         grad = gradient(param, raw, group)
-        old = {name: _read(state[name], batch.group) for name in batch.names}
+        old = {name: _read(state[name], group) for name in kept}
         new = rule.moments(grad, old, group)
-        direction = rule.direction(new, batch.steps[i], group)
+        direction = rule.corrected(new, corrections[i], group)
         value = _read(param, group)
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             value = value * (1 - batch.lr * group["weight_decay"])
-        for name in rule.kept(group):
-            _commit(state[name], new[name], moves)
-        if batch.history:
-            for name, x in signal.remember(grad, partial(mul, direction, -remembered[i])).items():
-                state[name].copy_(torch.where(moves, x, 0.0))
-        _commit(param, value - rates[i] * direction, moves)
+        for name in kept:
+            _commit(state[name], new[name], go_of[i])
+        if history:
+            update = partial(mul, direction, -remembered_of[i])
+            for name, x in signal.remember(grad, update).items():
+                _commit(state[name], x, go_of[i], otherwise=0.0)
+        _commit(param, value - rate_of[i] * direction, go_of[i])
 
 
 def forget(batch: Batch, go: Tensor) -> None:
     """`advance` for the tensors of `measure_absent`: their previous signal becomes zero."""
-    for state, moves in zip(batch.states, go.unbind(), strict=True):
+    for state, moves in zip(batch.states, numbers(go, batch.group), strict=True):
         for name in batch.history:
             _commit(state[name], torch.zeros_like(wide(state[name])), moves)
 
 
-def _retraced(batch: Batch, old: Moments, state: dict[str, Tensor], step: Tensor) -> Tensor:
+def _corrections(batch: Batch, steps: Tensor) -> list[Numbers]:
+    """Of each tensor, those of its rule."""
+    steps = steps.to(wide_dtype(batch.params[0].dtype))
+    vectors = [numbers(x, batch.group) for x in batch.rule.corrections(steps, batch.group)]
+    return list(zip(*vectors, strict=True)) if vectors else [()] * len(steps)
+
+
+def _last(batch: Batch, steps: Tensor) -> list[Any]:
+    """What u_{t-1} of each tensor is retraced with: the corrections and the rate of step t-1, of
+    which `steps` has the number. None where it is not retraced."""
+    rule, group = batch.rule, batch.group
+    if not batch.signal.retraces(rule, group):
+        return [None] * len(batch.states)
+    steps = steps.clamp(min=1)
+    rates = torch.stack([state["prev_lr"] for state in batch.states]) / rule.gain(steps, group)
+    return list(zip(_corrections(batch, steps), rates.unbind(), strict=True))
+
+
+def _retraced(batch: Batch, old: Moments, last: tuple[Numbers, Tensor]) -> Tensor:
     """u_{t-1} from the moments of step t-1; zero before the first step, where they give 0/0."""
-    step = step.clamp(min=1)
-    prev_lr = _read(state["prev_lr"], batch.group) / batch.rule.gain(step, batch.group)
-    direction = batch.rule.direction(old, step, batch.group)
+    corrections, prev_lr = last
+    direction = batch.rule.corrected(old, corrections, batch.group)
     return torch.where(prev_lr == 0, torch.zeros_like(direction), -prev_lr * direction)
 
 
-def _commit(target: Tensor, value: Tensor, go: Tensor) -> None:
-    target.copy_(torch.where(go, value, wide(target)))
+def _commit(target: Tensor, value: Tensor, go: Tensor | bool, otherwise: Any = None) -> None:
+    """Makes the target the value where `go`, else `otherwise`: None for what it is."""
+    if isinstance(go, Tensor):
+        other = wide(target) if otherwise is None else otherwise
+        target.copy_(torch.where(go, value, other))
+    elif go:
+        target.copy_(value)
+    elif otherwise is not None:
+        target.fill_(otherwise)
