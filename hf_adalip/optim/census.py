@@ -127,9 +127,11 @@ class Census:
         self._places: list[int] = []  # where these were
         self._noted: list[Callable[[], Any]] = []  # weak references to the members' state
         self.arrange([(i, m) for i, layer in enumerate(layers) for m in layer.all])
+        self.arranged = False  # by who steps them
 
     def arrange(self, members: Sequence[tuple[int, Member]]) -> None:
         """Sets the order of the members, given with the index of their layer."""
+        self.arranged = True
         self.members = [member for _, member in members]
         self.owner = tuple(i for i, _ in members)
         places = {number_of(group): i for i, group in enumerate(self.groups)}

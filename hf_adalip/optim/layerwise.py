@@ -27,8 +27,8 @@ from .census import (
     Options,
     State,
     as_scalar,
-    same_objects,
     filled,
+    same_objects,
 )
 from .flat import Original, Part, flat_tensors, is_held, parts_of, unknown
 from .groups import (

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.optim import ASGD, LBFGS, Optimizer
 
 from . import fused as fused_form
-from .census import SCALARS, Census, Layer, Member, Options, State, as_scalar, real, store
+from .census import SCALARS, Census, Layer, Member, Options, State, as_scalar, real
 from .groups import Layers, name_layers, restore_structure, structure_of
 from .kernels import KernelError
 from .layerwise import Keys, LayerwiseOptimizer, apart, forget_predecessor
 from .lipschitz import Estimator, is_number
 from .names import by_name
 from .norms import index_tensor, mixed_norms
-from .rules import SGD, Batch, wide
+from .rules import SGD, Batch, numbers, wide
 from .shards import local, local_grad
 from .signals import Gradients, Signal, Updates
 
@@ -291,9 +291,12 @@ class Lipschitz(LayerwiseOptimizer):
         by_gradient = isinstance(self._signal, Gradients)
         members = [m for layer in layers for m in layer.members]
         silent = [m for layer in layers for m in layer.absent]
-        order = [(i, m) for i, layer in enumerate(layers) for m in layer.members]
-        order += [(i, m) for i, layer in enumerate(layers) for m in layer.absent]
-        census.arrange(order)
+        if not census.arranged:
+            order = [(i, m) for i, layer in enumerate(layers) for m in layer.members]
+            order += [(i, m) for i, layer in enumerate(layers) for m in layer.absent]
+            census.arrange(order)
+            if self._can_keep(census):
+                census.pack()
         home = self._home()
         params = [real(local(m.param)) for m in members]
         grads = [real(local_grad(m.param, m.grad)) for m in members if m.grad is not None]
@@ -312,7 +315,7 @@ class Lipschitz(LayerwiseOptimizer):
                 others = [wide(before[i]) for i in rest]
                 signals = [wide(now[i]) for i in rest if i < len(now)]
                 signals += [torch.zeros_like(x) for x in others[len(signals) :]]
-                changes = [x - y for x, y in zip(signals, others, strict=True)]
+                changes = list(torch._foreach_sub(signals, others))
                 columns = [mixed_norms(x, home).to(norms) for x in (signals, changes)]
                 norms[index_tensor(tuple(rest), home)] = torch.stack(columns, dim=1)
             return self._layer_norms(norms, census)
@@ -350,7 +353,8 @@ class Lipschitz(LayerwiseOptimizer):
             return live
         self._keep(census)
         factor, go = map(census.spread, self._follow(census, norms, finite, live))
-        goes = go.unbind()
+        watched = {"differentiable": False, "capturable": _capturable(self.param_groups)}
+        factors, goes = numbers(factor, watched), numbers(go, watched)
         for kind in compiled:
             here = [i for i in kind if moved[i]]
             if here:
@@ -359,15 +363,15 @@ class Lipschitz(LayerwiseOptimizer):
                 fused_form.blend([params[i] for i in here], [old[i] for i in here], weights, may)
         for i in sorted(set(range(len(members))).difference(*compiled)):
             if moved[i]:
-                _scale(params[i], old[i], factor[i], goes[i])
+                _scale(params[i], old[i], factors[i], goes[i])
         for i, update in enumerate(updates):
             if moved[i]:
-                scale = factor[i].to(update)
+                scale = factors[i].to(update) if isinstance(factors[i], Tensor) else factors[i]
                 remembered = self._signal.remembered(update, scale, self._previous)
                 before[i].copy_(_unless_skipped(goes[i], remembered, before[i]))
         for x, ok in zip(before[len(members) :], goes[len(members) :], strict=True):
             x.copy_(_unless_skipped(ok, torch.zeros_like(x), x))
-        self._keep_rates(members, factor, moved, go)
+        self._keep_rates(census, factor, moved, go)
         return live
 
     def _compiled(self, params: list[Tensor], grads: list[Tensor]) -> list[list[int]]:
@@ -424,18 +428,29 @@ class Lipschitz(LayerwiseOptimizer):
             for tensor, grad in hidden.items():
                 tensor.grad = grad
 
-    def _keep_rates(
-        self, members: list[Member], factor: Tensor, moved: list[bool], go: Tensor
-    ) -> None:
-        for group in self.param_groups:
-            here = tuple(i for i, m in enumerate(members) if m.group is group and moved[i])
-            if here:
-                lr = group["lr"]
-                lr = as_scalar(lr, factor.device) if isinstance(lr, Tensor) else lr
-                index = index_tensor(here, factor.device)
-                targets = [members[i].state["layer_lr"] for i in here]
-                before = torch.stack([x.to(factor.device) for x in targets])
-                store(targets, _unless_skipped(go[index], factor[index] * lr, before))
+    def _keep_rates(self, census: Census, factor: Tensor, moved: list[bool], go: Tensor) -> None:
+        """Of the census' first members, as many as `moved` has; the others have no gradient."""
+        if not moved:
+            return
+        here = slice(0, len(moved))
+        of_group: dict[int, list[int]] = {}
+        for i, place in enumerate(census.group_of[here]):
+            of_group.setdefault(place, []).append(i)
+        rates = torch.empty_like(factor[here])
+        for place, indices in of_group.items():
+            lr = census.groups[place]["lr"]
+            lr = as_scalar(lr, factor.device) if isinstance(lr, Tensor) else lr
+            index = index_tensor(tuple(indices), factor.device)
+            rates[index] = factor[index] * lr
+        may = go[here]
+        if not all(moved):
+            may = may & (index_tensor(tuple(map(int, moved)), may.device) > 0)
+        before = census.read("layer_lr", here, factor.device)
+        census.write("layer_lr", _unless_skipped(may, rates, before), here)
+
+
+def _capturable(groups: list[dict[str, Any]]) -> bool:
+    return any(group.get("capturable", False) for group in groups)
 
 
 def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
@@ -443,15 +458,19 @@ def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
     return itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
 
 
-def _scale(param: Tensor, old: Tensor, factor: Tensor, ok: Tensor) -> None:
+def _scale(param: Tensor, old: Tensor, factor: Tensor | float, ok: Tensor | bool) -> None:
     """Makes p_old + S·û of what the base has stepped to."""
-    applied = torch.lerp(wide(old), wide(param), factor.to(param.device, wide(param).dtype))
+    if isinstance(factor, Tensor):
+        factor = factor.to(param.device, wide(param).dtype)
+    applied = torch.lerp(wide(old), wide(param), factor)
     # The base has not stepped a layer whose gradient is not finite; this is for an update that is
     # not finite although the gradient is.
     param.copy_(_unless_skipped(ok, applied, wide(old)))
 
 
-def _unless_skipped(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def _unless_skipped(ok: Tensor | bool, new: Tensor, old: Tensor) -> Tensor:
+    if not isinstance(ok, Tensor):
+        return new if ok else old
     return torch.where(ok.to(old.device), new.to(old.dtype), old)
 
 
