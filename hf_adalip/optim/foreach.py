@@ -11,7 +11,6 @@ cache: each of the many operations of a step would otherwise go through memory.
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,8 +22,6 @@ from .rules import Batch, Group, bias_correction, numbers, readable, wide, widen
 
 Tensors = list[Tensor]
 Moments = dict[str, Tensors]
-
-_dtype = attrgetter("dtype")
 
 _PIECE, _CACHED_PIECE = 2**22, 2**19
 """Elements that are worked on together, and the same on a CPU."""
@@ -212,7 +209,7 @@ def _kept(batch: Batch, name: str) -> Tensors:
 
 def _wide(tensors: Tensors) -> Tensors:
     """The tensors themselves, or float32 copies where they are of low precision."""
-    if all(wide_dtype(dtype) == dtype for dtype in set(map(_dtype, tensors))):
+    if all(wide_dtype(dtype) == dtype for dtype in {x.dtype for x in tensors}):
         return tensors
     return [wide(x) for x in tensors]
 
@@ -226,7 +223,7 @@ def _apart(tensors: Tensors) -> Tensors:
 def _gradients(batch: Batch) -> Tensors:
     group = batch.group
     grads = batch.grads
-    if {wide_dtype(batch.params[0].dtype)} != set(map(_dtype, grads)):
+    if {wide_dtype(batch.params[0].dtype)} != {g.dtype for g in grads}:
         grads = [widened(g, p.dtype) for p, g in zip(batch.params, grads, strict=True)]
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
