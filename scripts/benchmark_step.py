@@ -7,7 +7,8 @@
 Rows: our six as a loop, foreach and fused, with each history they can keep; `Lipschitz` over Adam;
 and the optimizers of torch, timm, schedulefree, prodigyopt, pytorch_optimizer and, on a GPU,
 bitsandbytes (`pip install 'hf-adalip[benchmark]'`; what is not installed is listed as such).
-Tensors: those of the model (many_tensors: 10,000 of 8×8), with random values. Nothing is downloaded.
+Tensors: those of the model (many_tensors: 10,000 of 8×8), with random values. Nothing is
+downloaded.
 
 In a round, every row steps the same parameters once, in an order drawn anew, with gradients that
 are new in value and in place as after a backward pass; making them is not timed. A step is timed
