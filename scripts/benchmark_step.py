@@ -2,11 +2,13 @@
 
     python scripts/benchmark_step.py --model resnet50 vit_small bert_base llama_0.5b
     python scripts/benchmark_step.py --only "adamlip*" "adamw*" --threads 1
+    python scripts/benchmark_step.py --model many_tensors --rounds 5 --only "adam *" "adamlip *"
 
 Rows: our six as a loop, foreach and fused, with each history they can keep; `Lipschitz` over Adam;
 and the optimizers of torch, timm, schedulefree, prodigyopt, pytorch_optimizer and, on a GPU,
 bitsandbytes (`pip install 'hf-adalip[benchmark]'`; what is not installed is listed as such).
-Tensors: those of the model, with random values. Nothing is downloaded.
+Tensors: those of the model (many_tensors: 10,000 of 8×8), with random values. Nothing is
+downloaded.
 
 In a round, every row steps the same parameters once, in an order drawn anew, with gradients that
 are new in value and in place as after a backward pass; making them is not timed. A step is timed
@@ -88,6 +90,11 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=24, **sizes, **heads))
 
 
+def many_tensors() -> nn.Module:
+    """What a step costs for each tensor, whatever is in it."""
+    return nn.ParameterList(nn.Parameter(torch.empty(8, 8)) for _ in range(10_000))
+
+
 def timm_model(name: str) -> nn.Module:
     import timm
 
@@ -99,6 +106,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit_small": partial(timm_model, "vit_small_patch16_224"),
     "bert_base": bert_base,
     "llama_0.5b": llama,
+    "many_tensors": many_tensors,
 }
 
 

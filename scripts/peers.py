@@ -109,7 +109,7 @@ def _all_theirs() -> Iterator[Row]:
     for name, reference, words, forms, arguments in (
         ("SGD", SGD, 1, ("foreach", "fused"), {"momentum": 0.9}),
         ("RMSprop", ADAM, 1, ("foreach",), {}),
-        ("Adam", ADAM, 2, ("foreach", "fused"), {}),
+        ("Adam", ADAM, 2, ("loop", "foreach", "fused"), {}),
         ("AdamW", ADAM, 2, ("foreach", "fused"), {}),
     ):
         for form in forms:

@@ -37,7 +37,7 @@ class Adam(Rule):
 
     def direction(self, moments: Moments, corrections: Numbers, group: Group) -> Tensor:
         correction1, correction2 = corrections
-        mean = moments["exp_avg"] / correction1
+        mean: Tensor = moments["exp_avg"] / correction1
         return mean / root(moments["exp_avg_sq"] / correction2, group)
 
     def foreach_moments_(self, grads: list[Tensor], old: TensorLists, group: Group) -> TensorLists:
