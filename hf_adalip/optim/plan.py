@@ -671,7 +671,7 @@ def _facts(optimizer: LayerwiseOptimizer) -> tuple[list[object], list[object]]:
         equal += (
             [group.get(name) for name in optimizer._plan_options],
             bool(group.get("momentum")),
-            list(group["layer_names"]),
+            list(group.get("layer_names", ())),
             list(group.get("no_weight_decay", ())),
             missing,
             list(map(_of_grad, present)),

@@ -143,7 +143,6 @@ class Lipschitz(LayerwiseOptimizer):
             fused_form.refuse_unless_possible(group["params"])
         self._fused = fused
         self._estimator = Estimator(gamma, c, scale_bounds, nonfinite)
-        self._c = c
         self.signal: Signal = Gradients() if signal == "gradient" else Updates()
         self._previous = previous or ("applied" if signal == "update" else None)
         self._layers = layers
@@ -175,6 +174,10 @@ class Lipschitz(LayerwiseOptimizer):
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
         self.optimizer.defaults = value
+
+    @property
+    def _c(self) -> float | str:  # type: ignore[override]
+        return self._estimator.c
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("optimizer", "_estimator", "signal", "_previous", "_layers", "_fused")
@@ -431,7 +434,8 @@ class Lipschitz(LayerwiseOptimizer):
         """
         if self._estimator.nonfinite != "skip" or not plan.layers:
             return finite, [True] * len(plan.params)
-        fine = finite.tolist()
+        # Tensor subclasses have no tolist().
+        fine = finite.tolist() if type(finite) is Tensor else [bool(x) for x in finite]
         bad = {id(p.tensor) for i, p in zip(plan.owner, plan.params, strict=True) if not fine[i]}
         if bad:
             fine = [

@@ -449,7 +449,8 @@ def test_sketch(
         x = loop._gradient(param, grad, made.batch.group)
         if signal.of_updates:
             new = rule.moments(x, made.batch.states[i], made.batch.group)
-            x = -0.05 * rule.direction(new, made.batch.steps[i], made.batch.group)
+            corrections = loop._corrections(made.batch, made.batch.steps)
+            x = -0.05 * rule.direction(new, corrections[i], made.batch.group)
         expected = sketch(x, k, starts[i])
         torch.testing.assert_close(
             rows[i, 3:].double(), expected, rtol=1e-6, atol=1e-6 * x.norm().item()

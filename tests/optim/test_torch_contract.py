@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from hf_adalip import AdaLip, AdamLip, AdamLipU, Lipschitz
+from hf_adalip.optim import step as step_module
 from tests.optim.cases import (
     CLASSES,
     assert_same,
@@ -459,7 +460,7 @@ def test_a_captured_step_needs_its_lr_on_the_device(monkeypatch: pytest.MonkeyPa
     """Other steps do not: torch.distributed.checkpoint takes one with a lr tensor on the CPU."""
     params = [torch.nn.Parameter(torch.zeros(3, device="meta"))]
     optimizer = AdamLip(params, lr=torch.tensor(0.1), capturable=True)
-    optimizer._capture_check()
+    step_module._check_capture(optimizer)
     monkeypatch.setattr("hf_adalip.optim.step._is_capturing", lambda: True)
     with pytest.raises(ValueError, match=r"capturable=True needs lr .* got it on cpu"):
         optimizer.step()
