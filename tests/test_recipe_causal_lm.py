@@ -558,16 +558,23 @@ def test_what_must_not_be_published_stays_where_it_is(
     text: Path,
     tmp_path: Path,
     loopback_hub: LoopbackHub,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The run is there, and the command that publishes it is told of."""
+    """Of the user's, it is left out; in what the run wrote, the run is there, and the command that
+    publishes it is told of."""
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / ".env").write_text("PASSWORD=hunter2hunter2")
     push = ["--push_to_hub", "--hub_model_id=me/lm"]
-    assert recipe(options(text, folder, *SHORT, *push)) == 1
+    assert recipe(options(text, folder, *SHORT, *push)) == 0
+    assert "left out, a secret, by its name: .env\n" in capsys.readouterr().out
+    assert ".env" not in loopback_hub.repos["me/lm"].files
+    loopback_hub.requests.clear()
+    monkeypatch.setenv("MY_SECRET", "text-generation")
+    assert recipe(options(text, folder, *SHORT, *push, "--overwrite_output_dir")) == 1
     message = capsys.readouterr().err
-    assert "  .env: a secret, by its name" in message
+    assert "  all_results.json: contains the value of $MY_SECRET" in message
     assert f"To try again: hf-adalip publish {folder} ..." in message
     assert results(folder)["finished"]
     assert loopback_hub.requests == []
