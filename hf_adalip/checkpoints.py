@@ -176,7 +176,7 @@ def _check_content(file: Path) -> None:
         try:
             found = load(str(file), map_location="cpu", mmap=True)
         except pickle.UnpicklingError as error:
-            if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
                 raise UsageError(f"{file} has more in it than tensors and numbers") from error
             raise
         if re.match(r"random_states_|rng_state", file.name):

@@ -138,6 +138,16 @@ def test_metadata_of_every_kind_of_tensor_is_read(tmp_path, protocol):
     check_distributed(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "optimizer.bin"])
+@pytest.mark.parametrize("function", [os.mkdir, Code])
+def test_a_file_with_code_is_told_from_a_damaged_one(tmp_path, name, function):
+    (tmp_path / "saved").mkdir()
+    torch.save({"x": Code(function, str(tmp_path / "ran"))}, tmp_path / "saved" / name)
+    with pytest.raises(UsageError, match=f"{name} has more in it than tensors and numbers"):
+        check_contents(tmp_path / "saved", [])
+    assert not (tmp_path / "ran").exists()
+
+
 def test_an_edited_manifest_is_told_from_a_good_one(tmp_path):
     path = save(tmp_path, "step_1", 1)
     assert read_checkpoint(path)["step"] == 1
