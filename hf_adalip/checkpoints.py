@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import pickle
+import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +21,54 @@ if TYPE_CHECKING:
 
 MANIFEST, RESULTS = "checkpoint.json", "all_results.json"
 PARTIAL, _REPLACED = ".partial", ".replaced.partial"
+STAGED = f"results{PARTIAL}"
 _SAVED = re.compile(rf"(step|epoch)_[0-9]+({re.escape(PARTIAL)}|{re.escape(_REPLACED)})?")
 
 
 class UsageError(ValueError):
     """What is wrong with the arguments, in one line for the user."""
+
+
+class SaveError(OSError):
+    """What could not be written and why, in one line for the user."""
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Makes a SaveError of what a full disk, a quota or `ulimit -f` raises in it.
+
+    Args:
+        path: what could not be written then, unless the error says it.
+    """
+    try:
+        yield
+    except SaveError:
+        raise
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None:
+            if reason := _no_room(found):
+                name = getattr(found, "filename", None) or path
+                raise SaveError(f"{name} could not be written: {reason}") from error
+            found = found.__cause__ or found.__context__
+        raise
+
+
+def _no_room(error: BaseException) -> str | None:
+    """Why there was no room, if that is what the error is of."""
+    number = error.errno if isinstance(error, OSError) else None
+    if said := re.search(r"os error (\d+)", str(error)):  # of safetensors, which is no OSError
+        number = int(said[1])
+    if number in _NO_ROOM:
+        return os.strerror(number) + (" for ulimit -f" if number == errno.EFBIG else "")
+    if isinstance(error, RuntimeError) and re.search(
+        r"enforce fail at inline_container|PytorchStreamWriter failed writing", str(error)
+    ):  # torch does not say why
+        return "no space left on device, or file too large for ulimit -f"
+    return None
 
 
 def write_manifest(folder: Path, step: int, settings: Mapping[str, Any]) -> None:
@@ -33,10 +79,20 @@ def write_manifest(folder: Path, step: int, settings: Mapping[str, Any]) -> None
         step: optimizer steps done.
         settings: what a run that resumes from it must have in common with it.
     """
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    own = folder / MANIFEST
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path != own)
     files = {path.relative_to(folder).as_posix(): _sha256(path) for path in found}
-    manifest = {"step": step, "settings": settings, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    manifest = json.loads(json.dumps({"step": step, "settings": settings, "files": files}))
+    text = json.dumps({**manifest, _CHECKSUM: _sha256_of(manifest)}, indent=2)
+    whole(own, lambda path: path.write_text(text))
+
+
+_CHECKSUM = "sha256"
+"""In a manifest, of all else in it; those of before 30 November 2026 (0.1.0) have none."""
+
+
+def _sha256_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -64,8 +120,80 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except ValueError:
         found = None
     if isinstance(found, dict) and all(isinstance(found.get(k), kinds[k]) for k in kinds):
+        checksum = found.pop(_CHECKSUM, None)
+        if checksum is not None and checksum != _sha256_of(found):
+            raise UsageError(f"{path / MANIFEST} is damaged: it is not as it was written")
         return found
     raise UsageError(f"{path / MANIFEST} cannot be read")
+
+
+def check_contents(path: Path, needed: Sequence[str]) -> None:
+    """Reads what is in the files of a checkpoint, before any of it is taken.
+
+    Their checksums only say that they are what was saved, which may not have been whole; and of
+    random states that it cannot read, accelerate says nothing. Tensors are mapped, not read.
+
+    Args:
+        path: of a checkpoint.
+        needed: names of files without which a run does not go on as it would have.
+
+    Raises:
+        UsageError: naming the file that is missing or damaged.
+    """
+    for name in needed:
+        if not (path / name).is_file():
+            raise UsageError(f"{path} is no whole checkpoint: {path / name} is missing")
+    for file in sorted(path.iterdir()):
+        try:
+            if (file / ".metadata").exists():
+                _check_distributed(file)
+            elif file.name != "training_args.bin":  # which Trainer does not read
+                _check_content(file)
+        except UsageError:
+            raise
+        except Exception as error:  # unpickling raises anything
+            raise UsageError(f"{file} is damaged: it cannot be loaded") from error
+
+
+def _check_distributed(folder: Path) -> None:
+    try:
+        check_distributed(folder)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_content(file: Path) -> None:
+    if file.suffix == ".json":
+        json.loads(file.read_bytes())
+    elif file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, "pt"):
+            pass
+    elif file.suffix in (".bin", ".pt", ".pth", ".pkl"):
+        from accelerate.utils.other import load
+
+        try:
+            found = load(str(file), map_location="cpu", mmap=True)
+        except pickle.UnpicklingError as error:
+            if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
+                raise UsageError(f"{file} has more in it than tensors and numbers") from error
+            raise
+        if re.match(r"random_states_|rng_state", file.name):
+            _check_random_states(found)
+
+
+def _check_random_states(found: Mapping[str, Any]) -> None:
+    """Sets generators of their own to states that accelerate or Trainer saved."""
+    import numpy as np
+    import torch
+
+    for accelerates, trainers, set_state in (
+        ("random_state", "python", random.Random().setstate),
+        ("numpy_random_seed", "numpy", np.random.RandomState().set_state),
+        ("torch_manual_seed", "cpu", torch.Generator().set_state),
+    ):
+        set_state(found[accelerates] if accelerates in found else found[trainers])
 
 
 def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -151,24 +279,65 @@ def check_distributed(folder: str | os.PathLike[str]) -> None:
     the checkpoint; or load into a copy. Sizes are compared, not contents.
 
     Args:
-        folder: with the `.metadata` that torch wrote; read with pickle, as torch reads it.
+        folder: with the `.metadata` that torch wrote. That is a pickle, and torch runs what is in
+            it; here only the classes that torch writes are made, and any other is refused.
 
     Raises:
-        ValueError: naming the file that is missing, shorter than it was, or cannot be read.
+        ValueError: naming the file that is missing, shorter than it was, or cannot be read, or has
+            another class in it.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
     folder = Path(folder)
+    path = folder / ".metadata"
     try:
-        stored = FileSystemReader(folder).read_metadata().storage_data.values()
+        with path.open("rb") as file:
+            stored = [
+                (folder / piece.relative_path, piece.offset + piece.length)
+                for piece in _MetadataUnpickler(file).load().storage_data.values()
+            ]
+    except _ForeignClass as error:
+        raise ValueError(
+            f"{path} has {error} in it, which torch.distributed.checkpoint does not write and "
+            "loading it may run; load another checkpoint"
+        ) from error
     except Exception as error:  # pickle raises anything
-        raise ValueError(f"{folder / '.metadata'} is missing or cannot be read") from error
-    for piece in stored:
-        path, needed = folder / piece.relative_path, piece.offset + piece.length
+        raise ValueError(f"{path} is missing or cannot be read") from error
+    for path, needed in stored:
         size = path.stat().st_size if path.is_file() else None
         if size is None or size < needed:
             found = "is missing" if size is None else f"is torn: {size} of at least {needed} bytes"
             raise ValueError(f"{path} {found}; load another checkpoint")
+
+
+_OF_METADATA = {
+    "builtins": {"set", "frozenset", "slice", "complex", "bytearray"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "pathlib._local": {"Path", "PosixPath", "WindowsPath"},  # Python 3.13
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+        *("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+}
+
+
+class _ForeignClass(Exception):  # noqa: N818 (not raised further)
+    pass
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes what torch.distributed.checkpoint writes into `.metadata`, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        if name in _OF_METADATA.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise _ForeignClass(f"{module}.{name}")
 
 
 def _sha256(path: Path) -> str:
@@ -180,7 +349,39 @@ def _sha256(path: Path) -> str:
 
 
 def whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary path beside `path`, and renames what it wrote to `path`."""
+    """Calls `write` with a temporary path beside `path`, and renames what it wrote to `path`.
+
+    Raises:
+        SaveError: if there is no room; what was there is as it was then.
+    """
     partial = path.with_name(f"{path.name}{PARTIAL}")
-    write(partial)
-    partial.replace(path)
+    try:
+        with saving(path):
+            write(partial)
+            partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder, whose files get their places in `folder` when all of them are written.
+
+    Raises:
+        SaveError: if there is no room; what was there is as it was then.
+    """
+    partial = folder / STAGED
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with saving(folder):
+            partial.mkdir(parents=True, exist_ok=True)
+            yield partial
+            files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+            for file in sorted(files, key=lambda file: file.name == RESULTS):  # they are the last
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (partial / file).replace(folder / file)
+    except SaveError as error:  # of the place that the user knows
+        raise SaveError(str(error).replace(str(partial), str(folder))) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

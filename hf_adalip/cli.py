@@ -33,8 +33,9 @@ def main() -> None:
     publishing = commands.add_parser(
         "publish",
         help="upload a recipe's run to the Hub",
-        description="Uploads the output folder of a recipe: the model, the script with pinned "
-        "dependencies, arguments, results, the learning rates of the layers, and a model card. The "
+        description="Uploads what a run has written into its output folder: the model, the script "
+        "with pinned dependencies, arguments, results, the learning rates of the layers, and a "
+        "model card. What else is there, as checkpoints are, is left out, and named. The "
         "token is read from the environment variable HF_TOKEN. After an interruption the same "
         "command sends the rest. The exit status is 1 if nothing was published.",
     )
@@ -46,7 +47,14 @@ def main() -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="leave out what matches, as in 'checkpoint-*'; may be given several times",
+        help="leave out what matches, as in 'runs/*'; may be given several times",
+    )
+    publishing.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="upload what matches too, although no run writes it; may be given several times",
     )
     publishing.add_argument(
         "--dry-run", action="store_true", help="show every file and the card, without a network"
@@ -72,19 +80,24 @@ def publish(args: argparse.Namespace) -> int:
 
     try:
         if args.dry_run:
-            files = hub.prepare(args.output_dir, args.repo_id, args.exclude)
+            files = hub.prepare(args.output_dir, args.repo_id, args.exclude, args.include)
             for path, content in files.items():
                 size = len(content) if isinstance(content, bytes) else content.stat().st_size
                 print(f"{size:13,}  {path}")
+            print("\n".join(hub.left_out(args.output_dir, args.exclude, args.include)))
             card = files[hub.CARD]
             assert isinstance(card, bytes)  # as all that is made anew
             print(f"\n{hub.CARD}:\n\n{card.decode()}")
         else:
-            print(
-                hub.publish(
-                    args.output_dir, args.repo_id, private=args.private, exclude=args.exclude
-                )
+            url = hub.publish(
+                args.output_dir,
+                args.repo_id,
+                private=args.private,
+                exclude=args.exclude,
+                include=args.include,
             )
+            lines = hub.left_out(args.output_dir, args.exclude, args.include)
+            print("\n".join([*lines, url]))
     except (hub.PublishError, ImportError) as error:  # it needs an extra
         print(f"hf-adalip publish: error: {error}", file=sys.stderr)
         return 1

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import operator
-import pickle
 import shutil
 import statistics
 import sys
@@ -35,7 +34,16 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
-from .checkpoints import PARTIAL, put_in_place, whole, write_manifest
+from .checkpoints import (
+    PARTIAL,
+    SaveError,
+    check_contents,
+    put_in_place,
+    replacing,
+    saving,
+    whole,
+    write_manifest,
+)
 from .data import Batch, ImageData, ImageDataset, on_hub
 from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
 from .monitor import LayerRateHistory, layerwise, summary
@@ -50,6 +58,7 @@ from .runs import (
     asked_to_stop,
     check_same_run,
     device_name,
+    load_rates,
     write_results,
 )
 from .script import SCRIPT, running_script, versions
@@ -415,21 +424,30 @@ class Training:
         )
 
     def save(self, name: str) -> Path:
-        """Saves a checkpoint in the folder; it has its name only when it is whole."""
+        """Saves a checkpoint in the folder; it has its name only when it is whole.
+
+        Raises:
+            SaveError: if there is no room for it; those before are as they were then.
+        """
         accelerator, path = self.accelerator, self.folder / name
         partial = path.with_name(f"{name}{PARTIAL}")
         self.progress.totals = accelerator.gather(self.totals[None]).tolist()
         _share_buffers(self.model)
-        if accelerator.is_main_process:
+        try:
+            with saving(path):
+                if accelerator.is_main_process:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+                accelerator.wait_for_everyone()
+                accelerator.save_state(str(partial))
+                accelerator.wait_for_everyone()
+                if accelerator.is_main_process:
+                    self.rates.save(partial / f"{RATES}.json")
+                    write_manifest(partial, self.progress.step, self.settings)
+                    put_in_place(partial, path)
+        except SaveError:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            self.rates.save(partial / f"{RATES}.json")
-            write_manifest(partial, self.progress.step, self.settings)
-            put_in_place(partial, path)
+            raise
         accelerator.wait_for_everyone()
         self.saved_last = self.progress.step, path
         return path
@@ -442,7 +460,8 @@ class Training:
 
         Raises:
             UsageError: if it was made with other settings, naming them, is from after the end of
-                this run, or has more than tensors and numbers in it.
+                this run, or has a file, named, that is damaged or has more than tensors and
+                numbers in it. Nothing has been loaded then.
         """
         check_same_run(path, manifest["settings"], self.settings)
         if manifest["step"] > self.total_steps:
@@ -450,9 +469,11 @@ class Training:
                 f"--resume_from_checkpoint: {path} is of step {manifest['step']}, and this run "
                 f"ends at step {self.total_steps}; train for longer, or choose an earlier one"
             )
-        _refuse_code(path)
+        processes = range(self.accelerator.num_processes)
+        states = [f"random_states_{process}.pkl" for process in processes]
+        check_contents(path, [*states, f"{RATES}.json"])
+        self.rates = load_rates(path)
         self.accelerator.load_state(str(path))
-        self.rates = LayerRateHistory.load(path / f"{RATES}.json")
         mine = self.progress.totals[self.accelerator.process_index]
         self.totals.copy_(torch.tensor(mine, dtype=self.totals.dtype))
         logger.info(f"resumed from {path} at step {self.progress.step}")
@@ -508,21 +529,22 @@ class Training:
             if self.average is not None:
                 model = self.average.module
                 state = model.state_dict()
-            if finished:
-                weights = {name: x.detach().cpu().clone() for name, x in state.items()}
-                whole(self.folder / WEIGHTS, lambda path: save_file(weights, path))
-                if isinstance(config := getattr(model, "config", None), dict):
-                    text = json.dumps(config, indent=2)
-                    whole(self.folder / CONFIG, lambda path: path.write_text(text + "\n"))
-            if self.rates.steps:
-                title = (
-                    f"{self.recipe.name}, {self.args.optim}, lr {self.settings['learning_rate']:g}"
-                )
-                self.rates.save(self.folder / f"{RATES}.json")
-                self.rates.plot(self.folder / f"{RATES}.png", title)
-            if script := self.script:
-                whole(self.folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
-            write_results(self.folder, results)
+            with replacing(self.folder) as folder:
+                if finished:
+                    weights = {name: x.detach().cpu().clone() for name, x in state.items()}
+                    whole(folder / WEIGHTS, lambda path: save_file(weights, path))
+                    if isinstance(config := getattr(model, "config", None), dict):
+                        text = json.dumps(config, indent=2)
+                        whole(folder / CONFIG, lambda path: path.write_text(text + "\n"))
+                if self.rates.steps:
+                    lr = f"lr {self.settings['learning_rate']:g}"
+                    self.rates.save(folder / f"{RATES}.json")
+                    with saving(folder / f"{RATES}.png"):
+                        title = f"{self.recipe.name}, {self.args.optim}, {lr}"
+                        self.rates.plot(folder / f"{RATES}.png", title)
+                if script := self.script:
+                    whole(folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
+                write_results(folder, results)
         self.accelerator.wait_for_everyone()
         return results
 
@@ -567,15 +589,6 @@ def _share_buffers(model: nn.Module) -> None:
     """Gives all processes the first one's batch statistics, which are each one's own."""
     for buffer in model.buffers():
         broadcast(buffer)
-
-
-def _refuse_code(path: Path) -> None:
-    """accelerate reads these files of a checkpoint with pickle, which runs what is in them."""
-    for file in path.glob("custom_checkpoint_*.pkl"):
-        try:
-            torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UsageError(f"{file} has more in it than tensors and numbers") from error
 
 
 def _shown(number: float) -> str:

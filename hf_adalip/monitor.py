@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .checkpoints import whole
 from .optim import LayerRate, LayerwiseOptimizer
 
 
@@ -73,11 +75,13 @@ class LayerRateHistory:
             self.lr[name].append(None if rate is None else rate.lr)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON with the keys steps, scale and lr; the file is whole or not there."""
+        """Writes JSON with the keys steps, scale and lr; the file is whole or not there.
+
+        Raises:
+            OSError: if it cannot be written, naming it.
+        """
         text = json.dumps({"steps": self.steps, "scale": self.scale, "lr": self.lr})
-        partial = Path(f"{os.fspath(path)}.partial")
-        partial.write_text(text)
-        partial.replace(path)
+        whole(Path(path), lambda partial: partial.write_text(text))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerRateHistory:
@@ -90,7 +94,14 @@ class LayerRateHistory:
         try:
             data = json.loads(Path(path).read_text())
             history.steps, history.scale, history.lr = data["steps"], data["scale"], data["lr"]
-        except (ValueError, KeyError, TypeError) as error:
+            tables = [history.scale, history.lr]
+            columns = [column for table in tables for column in table.values()]
+            if not all(len(column) == len(history.steps) for column in columns):
+                raise ValueError
+            numbers = itertools.chain(history.steps, *columns)
+            if not all(x is None or isinstance(x, (int, float)) for x in numbers):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{os.fspath(path)} is not a history of learning rates") from error
         return history
 

@@ -18,6 +18,7 @@ import torch
 
 from . import hub
 from .checkpoints import MANIFEST, PARTIAL, RESULTS, whole
+from .monitor import LayerRateHistory
 from .options import UsageError
 
 RECORDS = 500
@@ -155,6 +156,21 @@ def check_same_run(path: Path, saved: Mapping[str, Any], settings: Mapping[str, 
     ]
     if changed:
         raise UsageError(f"{path} is of a different run: {'; '.join(changed)}")
+
+
+def load_rates(checkpoint: Path) -> LayerRateHistory:
+    """The layers' learning rates up to a checkpoint; raises UsageError if they are damaged."""
+    try:
+        return LayerRateHistory.load(checkpoint / f"{RATES}.json")
+    except ValueError as error:
+        raise UsageError(f"{error}: it is damaged; resume from another checkpoint") from error
+
+
+NOT_SAVED = (
+    "checkpoints and results of before are as they were: make room, and run the same command with "
+    "--resume_from_checkpoint latest"
+)
+"""What is said after a SaveError."""
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
-from .checkpoints import PARTIAL, RESULTS, find_checkpoint, finish_replacing, saved_in
+from .checkpoints import (
+    PARTIAL,
+    RESULTS,
+    SaveError,
+    find_checkpoint,
+    finish_replacing,
+    saved_in,
+    saving,
+)
 from .data import DIGITS, DataError, ImageData, load_image_dataset
 from .doctor import TRIAL
 from .options import (
@@ -31,7 +39,15 @@ from .options import (
     scheduler_factory,
     trackers,
 )
-from .runs import INTERRUPTED, RATES, Interrupted, check_folder, check_publishing, make_folder
+from .runs import (
+    INTERRUPTED,
+    NOT_SAVED,
+    RATES,
+    Interrupted,
+    check_folder,
+    check_publishing,
+    make_folder,
+)
 from .script import SCRIPT
 
 try:
@@ -88,6 +104,7 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
         UsageError: for a bad option.
         DataError: if the data cannot be had.
         Interrupted: if the user stopped it; the run has been saved then.
+        SaveError: if there is no room for what it writes.
     """
     args = _elsewhere_in_a_trial(parse(recipe, argv))
     arguments = optimizer_arguments(args, recipe)
@@ -118,14 +135,15 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
                 args.overwrite_output_dir and path.name != SCRIPT  # which may be what is running
             ):
                 path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
-    if args.with_tracking:
-        config = {key: _flat(value) for key, value in training.settings.items()}
-        accelerator.init_trackers(recipe.name, config)
     _say_what(training)
-    try:
-        training.run()
-    finally:
-        accelerator.end_training()
+    with saving(folder):  # trackers write there too
+        if args.with_tracking:
+            config = {key: _flat(value) for key, value in training.settings.items()}
+            accelerator.init_trackers(recipe.name, config)
+        try:
+            training.run()
+        finally:
+            accelerator.end_training()
     return training
 
 
@@ -153,8 +171,9 @@ def _load(args: TrainingArguments, accelerator: Any) -> ImageData:
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     """The command line of a recipe; returns the exit status.
 
-    0 when the run is finished, 1 if it was not published then as asked, 2 for bad options or data
-    (one line on stderr says what), 130 when the user stopped it.
+    0 when the run is finished, 1 if it was not published then as asked or there was no room for
+    what it writes, 2 for bad options or data (one line on stderr says what), 130 when the user
+    stopped it.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -166,6 +185,9 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
         if first:
             print(f"{recipe.name}: error: {error}", file=sys.stderr)
         return 2
+    except SaveError as error:  # of any process
+        print(f"{recipe.name}: error: {error}; {NOT_SAVED}", file=sys.stderr)
+        return 1
     except (Interrupted, KeyboardInterrupt) as stop:
         if first:
             print(f"{recipe.name}: {stop or 'stopped, nothing saved'}", file=sys.stderr)

@@ -282,14 +282,19 @@ def test_what_must_not_be_published_is_refused(
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_bytes(content)
     for dry in ([], ["--dry-run"]):
-        assert cli(monkeypatch, folder, "--repo_id", REPO, *dry) == 1
+        asked = [] if named == "training_args.bin" else ["--include", named]
+        assert cli(monkeypatch, folder, "--repo_id", REPO, *asked, *dry) == 1
         message = capsys.readouterr().err
         assert f"  {named}: {why}" in message
         assert TOKEN not in message
     assert f"--exclude {named}" in message
     assert loopback_hub.requests == []
-    assert cli(monkeypatch, folder, "--repo_id", REPO, "--exclude", named) == 0
+    # unasked, it is left out and named, unless it is what a run writes
+    options = ["--exclude", named] if named == "training_args.bin" else []
+    assert cli(monkeypatch, folder, "--repo_id", REPO, *options) == 0
     assert not any(name.startswith(named) for name in loopback_hub.repos[REPO].files)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out, ")]
+    assert any(named.partition("/")[0] in line for line in said)
 
 
 def test_everything_that_is_wrong_is_said_at_once(folder: Path, tmp_path: Path) -> None:
@@ -298,7 +303,7 @@ def test_everything_that_is_wrong_is_said_at_once(folder: Path, tmp_path: Path) 
     (folder / "link.txt").symlink_to(tmp_path)
     save_file({"x": tensor([1.0])}, folder / "b.safetensors", {"by": f"{TOKEN}"})
     with pytest.raises(PublishError) as error:
-        prepare(folder, REPO)
+        prepare(folder, REPO, include=["scheduler.pt", "link.txt", "b.safetensors"])
     token = "contains a Hugging Face token"
     for line in (f"all_results.json: {token}", f"b.safetensors: {token}"):
         assert f"  {line}\n" in str(error.value)
@@ -313,12 +318,187 @@ def test_names_that_only_look_like_secrets(folder: Path) -> None:
     names += ["adapter_config.json", "generation_config.json", "chat_template.jinja", "monkey.txt"]
     names += ["preprocessor_config.json", "key_figures.csv", "environment.yml", "tokens.json"]
     (folder / "logs").mkdir()
+    begins = {"training_args.bin": b"PK\3\4", "logs/events.out.tfevents.1.host": b"brain.Event:2"}
     for name in names:
-        (folder / name).write_bytes(
-            b'hf_adalip, hf_hub_download_of_things, risk-free https://host:80/@me {"://": 1, "a:b@c'
+        text = (
+            'hf_adalip, hf_hub_download_of_things, risk-free https://host:80/@me {"://": 1, "a:b@c'
         )
+        written = json.dumps(text) if name.endswith(".json") else text
+        (folder / name).write_bytes(begins.get(name, b"") + written.encode())
     (folder / "tokenizer_fingerprint.txt").write_text("0123456789abcdef\n")
-    assert {*names} <= {*prepare(folder, REPO)}
+    others = ["keys.txt", "steps.txt", "monkey.txt", "key_figures.csv", "environment.yml"]
+    others += ["tokens.json"]
+    assert {*names} <= {*prepare(folder, REPO, include=[*others, "tokenizer_fingerprint.txt"])}
+    # without being asked for: what Trainer and tokenizers write, and no more
+    assert {*names} - {*others} <= {*prepare(folder, REPO)}
+    assert not {*others} & {*prepare(folder, REPO)}
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    with pytest.raises(PublishError) as error:
+        prepare(folder, REPO, **options)
+    return str(error.value)
+
+
+def test_what_no_run_writes_is_left_out_and_named(
+    folder: Path,
+    loopback_hub: LoopbackHub,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clean = prepare(folder, REPO)
+    for path in ("step_2/optimizer.bin", "checkpoint-4/x", "wandb/run-1/log.txt", "diary.txt"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"dear diary")
+    (folder / "README.md").write_text("mine")
+    (folder / "model.partial.safetensors").touch()
+    assert prepare(folder, REPO) == clean
+    assert cli(monkeypatch, folder, "--repo_id", REPO, "--dry-run") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "left out, a checkpoint: checkpoint-4, step_2" in shown
+    assert "left out, made anew: README.md" in shown
+    no_run = "left out, not what a run writes (--include NAME adds it): "
+    assert f"{no_run}diary.txt, model.partial.safetensors, wandb/" in shown
+    assert cli(monkeypatch, folder, "--repo_id", REPO, "--include=diary.txt", "--include=w*") == 0
+    assert f"{no_run}model.partial.safetensors" in capsys.readouterr().out.splitlines()
+    added = {"diary.txt", "wandb/run-1/log.txt"}
+    assert loopback_hub.repos[REPO].files.keys() == clean.keys() | added
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("model.safetensors", b"\x80\x02}q\x00.", "no whole file of safetensors"),
+        ("model-00001-of-00002.safetensors", None, "no whole file of safetensors"),  # torn
+        ("tokenizer.json", b"TOKEN=1", "no JSON"),
+        ("merges.txt", b"a\0b", "no text in UTF-8"),
+        ("layer_learning_rates.png", b"GIF89a", "no png file"),
+        ("training_args.bin", b"\x80\x02}q\x00.", "no zip file"),
+        ("runs/events.out.tfevents.1.host", b"#!/bin/sh", "no log of TensorBoard"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_name_says(
+    folder: Path, name: str, content: bytes | None, why: str
+) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / name).write_bytes(whole[:-1] if content is None else content)
+    assert f"  {name}: {why}" in refusal(folder)
+
+
+def test_what_a_run_writes_is_no_link(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").rename(tmp_path / "config.json")
+    (folder / "config.json").symlink_to(tmp_path / "config.json")
+    assert "  config.json: a link" in refusal(folder)
+
+
+def base64_of(text: str, before: int) -> bytes:
+    return base64.b64encode(b"user:"[:before] + text.encode() + b"!")
+
+
+WRITINGS: dict[str, Callable[[str], bytes]] = {
+    "UTF-16 LE": lambda text: text.encode("utf-16-le"),
+    "UTF-16 BE": lambda text: text.encode("utf-16-be"),
+    **{f"base64 {n}": lambda text, n=n: base64_of(text, n) for n in range(3)},  # type: ignore[misc]
+    "base64 of URLs, in lines": lambda text: b"\n".join(
+        [(found := base64.urlsafe_b64encode(b"ab" + text.encode()))[:9], found[9:]]
+    ),
+    "%": lambda text: "".join(f"%{ord(c):02X}" for c in text).encode(),
+    "% of some": lambda text: text.replace("o", "%6f").encode(),
+    "JSON": lambda text: "".join(f"\\u{ord(c):04X}" for c in text).encode(),
+    "JSON of some": lambda text: text.replace("h", "\\u0068").encode(),
+    "HTML": lambda text: "".join(f"&#{ord(c)};" for c in text).encode(),
+    "hex": lambda text: text.encode().hex().encode(),
+}
+
+
+@pytest.mark.parametrize("secret", [TOKEN, "pass>?phrase/with+signs"])
+@pytest.mark.parametrize("writing", WRITINGS)
+def test_the_token_in_use_is_found_however_it_is_written(
+    folder: Path, writing: str, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file that was asked for, and in the name of one."""
+    variable = "HF_TOKEN" if secret == TOKEN else "MY_PASSWORD"
+    monkeypatch.setenv(variable, secret)
+    written = WRITINGS[writing](secret)
+    (folder / "notes.txt").write_bytes(b"x=" + written + b";")
+    message = refusal(folder, include=["notes.txt"])
+    assert f"  notes.txt: contains the value of ${variable}\n" in message
+    (folder / "notes.txt").write_bytes(b"x=" + written[: len(written) // 2])
+    assert "notes.txt" in prepare(folder, REPO, include=["notes.txt"])
+
+
+def test_secrets_in_names(
+    folder: Path,
+    loopback_hub: LoopbackHub,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log = folder / TOKEN / "events.out.tfevents.1.host"
+    log.parent.mkdir()
+    log.write_bytes(b"brain.Event:2")
+    (folder / f"{TOKEN}.txt").touch()
+    assert cli(monkeypatch, folder, "--repo_id", REPO) == 1
+    assert "  ***/events.out.tfevents.1.host: its name contains a Hu" in (
+        said := capsys.readouterr().err
+    )
+    log.unlink()
+    assert cli(monkeypatch, folder, "--repo_id", REPO, "--dry-run") == 0
+    assert "***.txt" in (shown := capsys.readouterr().out)
+    assert cli(monkeypatch, folder, "--repo_id", f"me/{TOKEN}") == 1
+    assert "repo_id contains a Hugging Face token" in (refused := capsys.readouterr().err)
+    assert TOKEN not in said + shown + refused
+    assert loopback_hub.requests == []
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_secrets_in_the_metadata_of_safetensors(folder: Path, escaped: bool) -> None:
+    """A GitHub token: of those that are not in use only the form is known."""
+    token = "ghp_" + "a1B2" * 9
+    save_file({"x": tensor([1.0])}, folder / "model.safetensors", {"by": token})
+    if escaped:
+        data = (folder / "model.safetensors").read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = data[8 : 8 + length].replace(b"ghp_", b"g\\u0068p_")
+        (folder / "model.safetensors").write_bytes(
+            len(header).to_bytes(8, "little") + header + data[8 + length :]
+        )
+    assert "  model.safetensors: contains a GitHub token" in refusal(folder)
+
+
+@pytest.mark.parametrize("made", ["README.md", "train.py", WHEEL])
+def test_secrets_in_what_is_made_anew(
+    folder: Path, made: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if made == WHEEL:
+        monkeypatch.setenv("MY_SECRET", "lipschitz_scale")  # somewhere in the package
+    elif made == "README.md":
+        change(folder, dataset_name="o" * 6, device="per" + "o" * 9)
+        monkeypatch.setenv("MY_SECRET", "| device | perooo")  # as the card has it, and nothing else
+    else:  # as it is pinned, and nothing else
+        monkeypatch.setenv("MY_SECRET", f"{WHEEL}#sha256=")
+    message = refusal(folder)
+    assert message.startswith("nothing was uploaded, because of what would be made of it: ")
+    assert f"{made}: contains the value of $MY_SECRET" in message
+
+
+@pytest.mark.parametrize("who", [f"me:{TOKEN}@", f"{TOKEN}@", "?token=hunter2"])
+def test_an_address_of_the_hub_with_a_secret_in_it(
+    folder: Path,
+    loopback_hub: LoopbackHub,
+    who: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    host = loopback_hub.url.removeprefix("http://")
+    url = f"http://{who}{host}" if who.endswith("@") else f"http://{host}/{who}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    for dry in ([], ["--dry-run"]):
+        assert cli(monkeypatch, folder, "--repo_id", REPO, *dry) == 1
+        said = "".join(capsys.readouterr())
+        assert "HF_ENDPOINT has a user, a password or an option in it" in said
+        assert who.strip("@?") not in said
+    assert loopback_hub.requests == []
 
 
 def test_a_connection_that_breaks(
@@ -431,6 +611,7 @@ def test_what_is_missing_is_said(folder: Path, spoil: Any, message: str) -> None
         ((None, "x"), "repo_id must be USER/NAME, got 'x'"),
         ((None, "me/a b"), "repo_id: "),
         ((None, "me/x", ["*.pt"]), "--exclude *.pt: .* has no such path"),
+        ((None, "me/x", [], ["*.pt"]), "--include *.pt: .* has no such path"),
     ],
 )
 def test_bad_arguments(run: Path, arguments: Any, message: str) -> None:
@@ -681,6 +862,9 @@ def test_a_recipe_pushes_its_run(
     assert (
         loopback_hub.repos[REPO].files.keys() == prepare(tmp_path / "out", REPO, ["step_2"]).keys()
     )
+    assert not any("step_2" in path for path in loopback_hub.repos[REPO].files)
+    assert cli(monkeypatch, tmp_path / "out", "--repo_id", REPO) == 0
+    assert "left out, a checkpoint: step_2\n" in capsys.readouterr().out
     assert b"--hub_model_id" not in loopback_hub.repos[REPO].files["README.md"]
 
 

@@ -55,7 +55,14 @@ def test_a_saved_history_comes_back(tmp_path):
     assert (again.steps, again.scale, again.lr) == (history.steps, history.scale, history.lr)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"steps": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", '{"steps": []}', '{"steps": 3, "scale": 3, "lr": 3}'),
+        *('{"steps": [1], "scale": {"a": []}, "lr": {}}',),
+        *('{"steps": [1], "scale": {"a": ["x"]}, "lr": {}}',),
+    ],
+)
 def test_a_broken_history_is_named(tmp_path, text):
     path = tmp_path / "h.json"
     path.write_text(text)

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_adalip.checkpoints import MANIFEST
+from hf_adalip.checkpoints import MANIFEST, write_manifest
 from hf_adalip.integrations import recipes
 
 from .hub import LoopbackHub
@@ -258,6 +259,56 @@ def test_killed_while_it_saves(whole: Path, text: Path, tmp_path: Path) -> None:
     assert results(folder)["resumed_from"].endswith("checkpoint-8")
     assert numbers(folder) == numbers(whole)
     assert (folder / "checkpoint-12" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("too_large", ["optimizer.pt", "model.safetensors"])
+def test_a_limit_of_file_sizes_is_said_and_what_was_there_stays(
+    whole: Path, text: Path, tmp_path: Path, too_large: str
+) -> None:
+    """`ulimit -f`, in a checkpoint and at the end: the same command goes on when it is gone."""
+    folder = tmp_path / "out"
+    shutil.copytree(whole / "checkpoint-8", folder / "checkpoint-8")
+    (folder / "model.safetensors").write_bytes(b"of before")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    limit = (whole / "checkpoint-8" / too_large).stat().st_size // 1024 - 1
+    run = [*options(text, folder, *RUN), "--resume_from_checkpoint=latest"]
+    at_end = ["--save_strategy=no"] if too_large == "model.safetensors" else []
+    command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "-", sys.executable, str(SCRIPT)]
+    done = subprocess.run(
+        [*command, *run, *at_end],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    where = folder if at_end else folder / "checkpoint-12"
+    assert f"causal_lm: error: {where} could not be written: " in line
+    assert "ulimit -f" in line
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert recipe(run) == 0
+    assert numbers(folder) == numbers(whole)
+
+
+def test_a_file_that_was_saved_damaged_is_named(
+    whole: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checksum is right."""
+    path = Path(shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4"))
+    manifest = json.loads((path / MANIFEST).read_text())
+    files = ["rng_state.pth", "optimizer.pt", "scheduler.pt", "layer_learning_rates.json"]
+    for file in files:
+        good = (path / file).read_bytes()
+        (path / file).write_bytes(b"torn")
+        write_manifest(path, manifest["step"], manifest["settings"])
+        resumed = f"--resume_from_checkpoint={path}"
+        assert recipe(options(text, tmp_path / "out", *RUN, resumed)) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert f"{path / file} is damaged" in line
+        (path / file).write_bytes(good)
+    assert not (tmp_path / "out").exists()
 
 
 def test_killed_in_its_first_save_it_begins_again(
@@ -558,16 +609,23 @@ def test_what_must_not_be_published_stays_where_it_is(
     text: Path,
     tmp_path: Path,
     loopback_hub: LoopbackHub,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The run is there, and the command that publishes it is told of."""
+    """Of the user's, it is left out; in what the run wrote, the run is there, and the command that
+    publishes it is told of."""
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / ".env").write_text("PASSWORD=hunter2hunter2")
     push = ["--push_to_hub", "--hub_model_id=me/lm"]
-    assert recipe(options(text, folder, *SHORT, *push)) == 1
+    assert recipe(options(text, folder, *SHORT, *push)) == 0
+    assert "left out, a secret, by its name: .env\n" in capsys.readouterr().out
+    assert ".env" not in loopback_hub.repos["me/lm"].files
+    loopback_hub.requests.clear()
+    monkeypatch.setenv("MY_SECRET", "text-generation")
+    assert recipe(options(text, folder, *SHORT, *push, "--overwrite_output_dir")) == 1
     message = capsys.readouterr().err
-    assert "  .env: a secret, by its name" in message
+    assert "  all_results.json: contains the value of $MY_SECRET" in message
     assert f"To try again: hf-adalip publish {folder} ..." in message
     assert results(folder)["finished"]
     assert loopback_hub.requests == []

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_adalip import training
-from hf_adalip.checkpoints import MANIFEST
+from hf_adalip.checkpoints import MANIFEST, write_manifest
 from hf_adalip.training import main
 
 ROOT = Path(__file__).parents[1]
@@ -238,6 +238,69 @@ def test_only_a_truncated_checkpoint(
     assert resume(folder) == 2
     assert "nothing to resume" in (message := capsys.readouterr().err)
     assert "optimizer.bin is damaged" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("random_states_0.pkl", b"\x80\x04N."),
+        ("optimizer.bin", b"torn"),
+        ("model.safetensors", b"torn"),
+        ("layer_learning_rates.json", b'{"steps": [1], "scale": {}, "lr": 3}'),
+    ],
+)
+def test_a_file_that_was_saved_damaged_is_named_and_not_ignored(
+    whole: Path, tmp_path: Path, file: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checksum is right; accelerate goes on without random states that it cannot read."""
+    path = Path(shutil.copytree(whole / "step_8", tmp_path / "step_8"))
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / file).write_bytes(content)
+    write_manifest(path, manifest["step"], manifest["settings"])
+    out = f"--output_dir={tmp_path / 'out'}"
+    assert recipe(*RUN, out, f"--resume_from_checkpoint={path}") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert str(path / file) in line
+    assert "damaged" in line
+    assert not (tmp_path / "out").exists()
+
+
+# What a run of three steps writes is, in KiB: weights 206, each with a header; an optimizer's state
+# 628; the picture of the rates 79; and all else less than 16.
+@pytest.mark.parametrize(
+    ("limit", "named"),
+    [
+        (100, "model.safetensors"),
+        (400, "step_3"),
+    ],
+)
+def test_a_limit_of_file_sizes_is_said_and_what_was_there_stays(
+    limit: int, named: str, tmp_path: Path
+) -> None:
+    """`ulimit -f`: the run before has finished, and what resumes it cannot save."""
+    folder = tmp_path / "out"
+    assert (
+        recipe(*SHORT, "--max_train_steps=2", "--checkpointing_steps=2", f"--output_dir={folder}")
+        == 0
+    )
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    every = ["--checkpointing_steps=3"] if named == "step_3" else []
+    options = [*SHORT, "--max_train_steps=3", *every, f"--output_dir={folder}"]
+    command = [sys.executable, str(SCRIPT), *options, "--resume_from_checkpoint=latest"]
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "-", *command],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert line.startswith(f"mnist: error: {folder / named} could not be written: ")
+    assert "ulimit -f" in line
+    assert "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert recipe(*options, "--resume_from_checkpoint=latest") == 0
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl"])

@@ -27,6 +27,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -34,7 +35,18 @@ from typing import Any, TypeVar, cast
 import torch
 
 from .. import hub
-from ..checkpoints import MANIFEST, RESULTS, find_checkpoint, whole, write_manifest
+from ..checkpoints import (
+    MANIFEST,
+    RESULTS,
+    STAGED,
+    SaveError,
+    check_contents,
+    find_checkpoint,
+    replacing,
+    saving,
+    whole,
+    write_manifest,
+)
 from ..data import DataError, on_hub
 from ..monitor import LayerRateHistory, layerwise
 from ..options import (
@@ -48,6 +60,7 @@ from ..options import (
 )
 from ..runs import (
     INTERRUPTED,
+    NOT_SAVED,
     RATES,
     RECORDS,
     VERSIONS,
@@ -58,6 +71,7 @@ from ..runs import (
     check_publishing,
     check_same_run,
     device_name,
+    load_rates,
     make_folder,
     write_results,
 )
@@ -215,6 +229,12 @@ def parse(
             f"--resume_from_checkpoint: {checkpoint[0]} has the model alone (--save_only_model), "
             "without the optimizer and the schedule to go on with; choose another, or begin again"
         )
+    if checkpoint:
+        size = training.world_size
+        states = [f"rng_state_{process}.pth" for process in range(size)]
+        states = states if size > 1 else ["rng_state.pth"]
+        check_contents(checkpoint[0], [*states, f"{RATES}.json"])
+        load_rates(checkpoint[0])
     training.resume_from_checkpoint = str(checkpoint[0]) if checkpoint else None
     training.command = shlex.join([sys.argv[0], *given])
     return own, training
@@ -382,6 +402,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: if the checkpoint is of a run with other settings.
         Interrupted: if the user stopped it; the run has been saved then.
         PublishError: if the finished run was not published as asked.
+        SaveError: if there is no room for what it writes.
     """
     args = cast("RecipeArguments", trainer.args)
     folder, checkpoint = Path(str(args.output_dir)), args.resume_from_checkpoint
@@ -398,19 +419,60 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     if checkpoint:
         saved = json.loads(Path(checkpoint, MANIFEST).read_text())["settings"]
         check_same_run(Path(checkpoint), saved, same)
-        watch.rates = LayerRateHistory.load(Path(checkpoint) / f"{RATES}.json")
+        watch.rates = load_rates(Path(checkpoint))
     if args.should_save:
         make_folder(folder)
         _clean(folder, checkpoint, args.overwrite_output_dir)
     trainer.add_callback(watch)
-    with asked_to_stop(watch):
-        seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    try:
+        with asked_to_stop(watch), saving(folder):
+            seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    except SaveError as error:
+        unfinished = folder / f"checkpoint-{trainer.state.global_step}"
+        if not unfinished.exists() or (unfinished / MANIFEST).exists():
+            raise
+        shutil.rmtree(unfinished, ignore_errors=True)
+        said = str(error).removeprefix(f"{folder} ")  # torch does not say where
+        raise SaveError(said if said == str(error) else f"{unfinished} {said}") from error
+    with replacing(folder) if args.should_save else nullcontext(folder / STAGED) as staged:
+        trainer.accelerator.wait_for_everyone()
+        results = _finish(trainer, watch, settings, script, seconds, staged)
+        trainer.accelerator.wait_for_everyone()  # each process may have written a part
+    if watch.stopped:
+        on = "to go on, run the same command with --resume_from_checkpoint latest"
+        if args.save_only_model:
+            on = "with --save_only_model, no run can go on from there"
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} and saved "
+            f"{folder / f'checkpoint-{trainer.state.global_step}'}; {on}"
+        )
+    if args.should_save:
+        print(f"\n{_table(results, watch.rates)}\n\nresults in {folder}")
+        if args.publish_to:
+            hub.publish_run(folder, args.publish_to, bool(args.hub_private_repo))
+    return results
+
+
+def _finish(
+    trainer: Trainer,
+    watch: _Run,
+    settings: Mapping[str, Any],
+    script: str | None,
+    seconds: float,
+    folder: Path,
+) -> dict[str, Any]:
+    """Evaluates, and writes model and results into a folder; returns the results."""
+    args = cast("RecipeArguments", trainer.args)
+    checkpoint = args.resume_from_checkpoint
     epochs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     best = None if watch.stopped else _best_step(trainer)
     if not watch.stopped:
         # on all processes: where the model is sharded, each has a part of it; and before it is
         # evaluated, for which bf16_full_eval and fp16_full_eval round its weights
-        trainer.save_model()
+        readme = folder.parent / "README.md"
+        if args.should_save and readme.exists() and hasattr(trainer.model, "peft_config"):
+            shutil.copy(readme, folder)  # peft writes into the one that is there
+        trainer.save_model(str(folder))
     if not watch.stopped and not _evaluated(trainer, best):
         trainer.evaluate()
         if best is None:
@@ -433,22 +495,11 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         if watch.rates.steps:
             watch.rates.save(folder / f"{RATES}.json")
             title = f"{settings['recipe']}, {settings['optimizer']}, lr {args.learning_rate:g}"
-            watch.rates.plot(folder / f"{RATES}.png", title)
+            with saving(folder / f"{RATES}.png"):
+                watch.rates.plot(folder / f"{RATES}.png", title)
         if script:
             whole(folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
         write_results(folder, results)
-    if watch.stopped:
-        on = "to go on, run the same command with --resume_from_checkpoint latest"
-        if args.save_only_model:
-            on = "with --save_only_model, no run can go on from there"
-        raise Interrupted(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} and saved "
-            f"{folder / f'checkpoint-{trainer.state.global_step}'}; {on}"
-        )
-    if args.should_save:
-        print(f"\n{_table(results, watch.rates)}\n\nresults in {folder}")
-        if args.publish_to:
-            hub.publish_run(folder, args.publish_to, bool(args.hub_private_repo))
     return results
 
 
@@ -633,8 +684,9 @@ def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequenc
     """Runs a recipe's `main(argv)`.
 
     Returns:
-        0 when the run is finished, 1 if it was not published then as asked, 2 for bad options or
-        data (one line on stderr says what), 130 when the user stopped it.
+        0 when the run is finished, 1 if it was not published then as asked or there was no room
+        for what it writes, 2 for bad options or data (one line on stderr says what), 130 when the
+        user stopped it.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -643,6 +695,9 @@ def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequenc
         if first:
             print(f"{recipe}: error: {error}", file=sys.stderr)
         return 2
+    except SaveError as error:  # of any process
+        print(f"{recipe}: error: {error}; {NOT_SAVED}", file=sys.stderr)
+        return 1
     except hub.PublishError as error:  # of the main process, which alone publishes
         print(error, file=sys.stderr)
         return 1
