@@ -53,7 +53,7 @@ def test_complete_examples_run(tmp_path: Path) -> None:
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         check=False,
-        timeout=200,
+        timeout=600,
         capture_output=True,
         text=True,
     )
