@@ -1,6 +1,6 @@
 """The networks of the paper's experiments (Appendix B). They return logits, not probabilities.
 
-model = CIFAR10Net.from_pretrained("outputs/cifar10-adamlip")   # what a recipe wrote
+model = CIFAR10Net.from_pretrained("outputs/a")   # what a recipe wrote there
 model = CIFAR10Net.from_pretrained("USER/NAME")                 # or from the Hub
 model.push_to_hub("USER/NAME")
 """

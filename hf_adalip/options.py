@@ -84,7 +84,9 @@ class TrainingArguments:
     lr_scheduler_type: str = option("constant", ", ".join(SCHEDULERS))
     num_warmup_steps: int = option(0, "optimizer steps of warm-up, for a schedule with one", int)
     seed: int = option(0, "of the initial weights and the order of the images", int)
-    output_dir: str | None = option(None, "default: outputs/RECIPE-OPTIM")
+    output_dir: str | None = option(
+        None, "default: a fresh folder, outputs/RECIPE-OPTIM-DATE-TIME; for latest the newest one"
+    )
     overwrite_output_dir: bool = option(False, "replace the results that are there", bool)
     checkpointing_steps: str | None = option(
         None, "N to save step_N every N optimizer steps, or epoch to save epoch_N after each"

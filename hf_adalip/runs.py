@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +91,39 @@ def check_publishing(args: Run) -> None:
             raise UsageError(f"--push_to_hub: {error}") from error
 
 
+def default_folder(name: str, args: Run) -> Path:
+    """Where a run without an --output_dir writes: a folder of its own, outputs/NAME-DATE-TIME.
+
+    With `--resume_from_checkpoint latest` it is the newest of those that are there, if any is.
+
+    Args:
+        name: of recipe and optimizer.
+        args: of the run.
+
+    Raises:
+        UsageError: for an --overwrite_output_dir, which has nothing to overwrite.
+    """
+    if args.overwrite_output_dir:
+        raise UsageError(
+            "--overwrite_output_dir needs --output_dir: without one, a run has a fresh folder"
+        )
+    if args.resume_from_checkpoint == "latest":
+        pattern = re.compile(rf"{re.escape(name)}-([0-9]{{8}}-[0-9]{{6}}(-[0-9]+)*)")
+        found = [(pattern.fullmatch(path.name), path) for path in Path("outputs").glob("*")]
+        ages = [([int(x) for x in match[1].split("-")], path) for match, path in found if match]
+        if ages:
+            return max(ages)[1]
+    folder = Path("outputs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return next(path for path in _numbered(folder) if not os.path.lexists(path))
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    """The folder, and the names that it gets if another run has it."""
+    yield folder
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}-{number}")
+
+
 def check_folder(folder: Path, own_files: Callable[[Path], Sequence[Path]], args: Run) -> None:
     """Raises UsageError if a run cannot write in the folder, or would replace what is there and
     nobody said what to do: that is not what `latest` asks for where there is no checkpoint.
@@ -135,12 +171,26 @@ def _of_first_save(path: Path) -> bool:
     return path.is_dir() and (path.suffix == PARTIAL or path.name.startswith("checkpoint-"))
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the folder that `check_folder` has seen; raises UsageError if it cannot be any more."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _no_folder(folder, error) from error
+def make_folder(folder: Path, fresh: bool = False) -> Path:
+    """Makes the folder that `check_folder` has seen, and returns it.
+
+    Args:
+        folder: of the run.
+        fresh: no other run may have it. If one that started in the same second was faster, this
+            one gets a number behind its name.
+
+    Raises:
+        UsageError: if it cannot be made any more.
+    """
+    names = _numbered(folder)
+    while True:
+        path = next(names)
+        try:
+            path.mkdir(parents=True, exist_ok=not fresh)
+            return path
+        except OSError as error:
+            if not (fresh and isinstance(error, FileExistsError)):
+                raise _no_folder(path, error) from error
 
 
 def _no_folder(path: Path, error: OSError) -> UsageError:

@@ -46,12 +46,13 @@ from .runs import (
     Interrupted,
     check_folder,
     check_publishing,
+    default_folder,
     make_folder,
 )
 from .script import SCRIPT
 
 try:
-    from accelerate.utils import gather_object
+    from accelerate.utils import broadcast_object_list, gather_object
 
     from .engines import make_accelerator
     from .loop import CONFIG, WEIGHTS, Training, logger
@@ -70,7 +71,8 @@ def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
         UsageError: if there are results already, and neither resuming nor overwriting was asked,
             or there can be none.
     """
-    path = Path(args.output_dir or f"outputs/{recipe.name}-{args.optim.lower()}")
+    name = f"{recipe.name}-{args.optim.lower()}"
+    path = Path(args.output_dir) if args.output_dir else default_folder(name, args)
     check_folder(path, _own_files, args)
     return path
 
@@ -117,6 +119,7 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
             raise UsageError(f"--{name} {value}: the digits have no columns; leave it out")
     check_publishing(args)
     folder = output_dir(args, recipe)
+    fresh = args.output_dir is None and not folder.exists()
     if args.resume_from_checkpoint:
         finish_replacing(folder)
     checkpoint = find_checkpoint(args, folder)
@@ -129,14 +132,17 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
     elif args.resume_from_checkpoint is not None:
         logger.info(f"no checkpoint in {folder} yet: starting from the beginning")
     if accelerator.is_main_process:
-        make_folder(folder)
+        folder = make_folder(folder, fresh)
         for path in _own_files(folder):
             if path.suffix == PARTIAL or (
                 args.overwrite_output_dir and path.name != SCRIPT  # which may be what is running
             ):
                 path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+    training.folder = broadcast_object_list([folder])[0]  # each process has read its own clock
+    places = accelerator.project_configuration
+    places.project_dir = places.logging_dir = str(training.folder)
     _say_what(training)
-    with saving(folder):  # trackers write there too
+    with saving(training.folder):  # trackers write there too
         if args.with_tracking:
             config = {key: _flat(value) for key, value in training.settings.items()}
             accelerator.init_trackers(recipe.name, config)

@@ -27,6 +27,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_adalip import runs
 from hf_adalip.checkpoints import MANIFEST, write_manifest
 from hf_adalip.integrations import recipes
 
@@ -378,6 +379,27 @@ def test_the_latest_checkpoint_of_an_empty_folder_is_the_beginning(
     assert recipe([*run, "--seed=5", "--overwrite_output_dir"]) == 0
     assert results(tmp_path / "out")["seed"] == 5
     assert all(path.exists() for path in mine)
+
+
+def test_without_a_folder_every_run_has_a_fresh_one(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also two that start in the same second; `latest` goes on in the newest."""
+    monkeypatch.chdir(tmp_path)
+    run = [option for option in options(text, tmp_path, *SHORT) if "output_dir" not in option]
+    monkeypatch.setattr(runs.time, "strftime", lambda form: "20261129-213045")
+    for seed in (0, 1):
+        assert recipe([*run, f"--seed={seed}"]) == 0
+    first = Path("outputs/causal_lm-adamlip-20261129-213045")
+    second = Path("outputs/causal_lm-adamlip-20261129-213045-2")
+    found = [json.loads((path / "all_results.json").read_text()) for path in (first, second)]
+    assert [results["seed"] for results in found] == [0, 1]
+    capsys.readouterr()
+    assert recipe([*run, "--resume_from_checkpoint=latest"]) == 2  # it has saved no checkpoint
+    assert f"nothing to resume in {second}" in capsys.readouterr().err
+    assert recipe([*run, "--overwrite_output_dir"]) == 2
+    assert "--overwrite_output_dir needs --output_dir" in capsys.readouterr().err
+    assert sorted(Path("outputs").iterdir()) == [first, second]
 
 
 def test_a_folder_that_trainer_would_take_for_a_checkpoint(

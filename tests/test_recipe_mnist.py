@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_adalip import training
+from hf_adalip import runs, training
 from hf_adalip.checkpoints import MANIFEST, write_manifest
 from hf_adalip.training import main
 
@@ -471,6 +471,55 @@ def test_results_are_not_written_over_by_accident(
     assert not list((tmp_path / "out").glob("step_*"))
 
 
+def test_without_a_folder_every_run_has_a_fresh_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also two that start in the same second; `latest` goes on in the newest."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.time, "strftime", lambda form: "20261129-213045")
+    saving = (*SHORT, "--checkpointing_steps=2")
+    for seed in (0, 1):
+        assert recipe(*saving, f"--seed={seed}") == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    first = Path("outputs/mnist-adamlip-20261129-213045")
+    second = Path("outputs/mnist-adamlip-20261129-213045-2")
+    assert [results(folder)["seed"] for folder in (first, second)] == [0, 1]
+
+    capsys.readouterr()
+    assert recipe(*SHORT, "--overwrite_output_dir") == 2
+    assert "--overwrite_output_dir needs --output_dir" in capsys.readouterr().err
+    assert recipe(*saving, "--seed=1", "--resume_from_checkpoint=latest") == 0
+    assert f"results in {second}" in capsys.readouterr().out
+    assert sorted(Path("outputs").iterdir()) == [first, second]
+    assert recipe(*SHORT, "--optim=sgd", "--resume_from_checkpoint=latest") == 0
+    (third,) = set(Path("outputs").iterdir()) - {first, second}
+    assert third.name.startswith("mnist-sgd-20")
+    assert results(third)["finished"]
+
+
+def test_two_ranks_without_a_folder_share_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their clocks say."""
+    (tmp_path / "slow.py").write_text(SLOW_CLOCK)
+    monkeypatch.chdir(tmp_path)
+    torchrun("slow.py", str(SCRIPT), *TEN_STEPS, "--checkpointing_steps=7")
+    (folder,) = Path("outputs").iterdir()
+    assert (folder / "step_7" / MANIFEST).exists()
+    assert results(folder)["num_processes"] == 2
+
+
+SLOW_CLOCK = """
+import os, runpy, sys, time
+
+strftime, hours = time.strftime, int(os.environ["RANK"])
+time.strftime = lambda form, *t: strftime(form, *t or (time.localtime(time.time() + 3600 * hours),))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_checkpoint_of_elsewhere_replaces_no_results(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -764,7 +813,7 @@ import importlib.util, os, signal, sys
 from pathlib import Path
 
 import torch
-from hf_adalip import training
+from hf_adalip import runs, training
 
 spec = importlib.util.spec_from_file_location("recipe_mnist", sys.argv[1])
 mnist = importlib.util.module_from_spec(spec)

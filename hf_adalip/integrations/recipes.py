@@ -16,6 +16,7 @@ Importing it registers the optimizers with transformers.
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import difflib
 import json
@@ -27,7 +28,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -70,6 +71,7 @@ from ..runs import (
     check_folder,
     check_publishing,
     check_same_run,
+    default_folder,
     device_name,
     load_rates,
     make_folder,
@@ -100,7 +102,11 @@ class RecipeArguments(TrainingArguments):  # type: ignore[misc]
     """TrainingArguments, and the defaults of a recipe where they are others."""
 
     output_dir: str | None = field(
-        default=None, metadata={"help": "Where to write; outputs/RECIPE-OPTIM unless given."}
+        default=None,
+        metadata={
+            "help": "Where to write; unless given a fresh folder, outputs/RECIPE-OPTIM-DATE-TIME, "
+            "and for latest the newest one."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the results and checkpoints that are there."}
@@ -197,9 +203,10 @@ def parse(
     known = [entry.name for part in parts for entry in dataclasses.fields(part)]
     given = [*(_config_options(found.config, known) if found.config else ()), *rest]
     chosen = parser.parse_args(given)
-    if chosen.output_dir is None:
-        parser.set_defaults(output_dir=f"outputs/{recipe}-{chosen.optim}")
     _check(chosen)
+    own_folder = chosen.output_dir is None
+    if own_folder:
+        parser.set_defaults(output_dir=str(default_folder(f"{recipe}-{chosen.optim}", chosen)))
     try:
         own, training, *_ = parser.parse_args_into_dataclasses(given, look_for_args_file=False)
         for callback in get_reporting_integration_callbacks(training.report_to):
@@ -216,6 +223,7 @@ def parse(
         raise UsageError("--fp16 needs a GPU; --bf16 does not")
     folder = Path(training.output_dir)
     check_folder(folder, _own_files, training)
+    fresh = own_folder and not folder.exists()
     if training.save_strategy != SaveStrategy.NO and (limit := training.save_total_limit):
         _check_rotation(folder, limit)
     # `run` publishes: Trainer would upload whatever is in the folder, and not what a card needs
@@ -237,7 +245,29 @@ def parse(
         load_rates(checkpoint[0])
     training.resume_from_checkpoint = str(checkpoint[0]) if checkpoint else None
     training.command = shlex.join([sys.argv[0], *given])
+    if own_folder:
+        training.output_dir = _own_folder(folder, fresh, training)
     return own, training
+
+
+def _own_folder(folder: Path, fresh: bool, training: TrainingArguments) -> str:
+    """The folder of a run without --output_dir, the same on all processes: the first one's.
+
+    Made at once if it is fresh, because Trainer would share one with a run that started in the
+    same second; and removed at the end if the run fails before anything is in it.
+    """
+    if fresh and training.process_index == 0:
+        folder = make_folder(folder, fresh)
+        atexit.register(_remove_if_empty, folder.absolute())
+    agreed = [str(folder)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(agreed)
+    return agreed[0]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _config_options(path: str, known: Collection[str]) -> list[str]:
