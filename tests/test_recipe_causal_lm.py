@@ -496,6 +496,11 @@ def test_a_run_that_diverges_says_so(text: Path, tmp_path: Path) -> None:
         ("--tokenizer_name=./no/such", "--tokenizer_name: there is no folder ./no/such"),
         ("--seed=4294967296", "--seed must be at most 4294967295, got 4294967296"),
         ("--data_seed=4294967296", "--data_seed must be at most 4294967295, got 4294967296"),
+        (f"--tokenizer_name={'x' * 5000}", "--tokenizer_name: there is no folder xxx"),
+        (
+            f"--per_device_train_batch_size={10**20}",
+            f"--per_device_train_batch_size must be at most 2147483647, got {10**20}",
+        ),
         ("--do_train", "--do_train: leave it out"),
         ("--do_eval", "--do_eval: leave it out"),
         ("--do_predict", "--do_predict: leave it out"),

@@ -536,6 +536,13 @@ def test_a_run_that_diverges_ends_with_valid_json(tmp_path: Path) -> None:
         ("--config=/no/such.yaml", "cannot read --config /no/such.yaml"),
         ("--learning-rate=1", "unrecognized arguments: --learning-rate=1"),
         ("--dataset_name=/no/such/folder", "there is no folder /no/such/folder"),
+        (f"--dataset_name={'x' * 5000}", "there is no folder xxx"),
+        ("--dataset_name=~no-such-user/data", "there is no folder ~no-such-user/data"),
+        (
+            f"--per_device_train_batch_size={10**20}",
+            f"--per_device_train_batch_size must be at most 2147483647, got {10**20}",
+        ),
+        (f"--checkpointing_steps={10**20}", "must be a number of steps or epoch, got '100"),
     ],
 )
 def test_bad_options_are_one_line_and_touch_nothing(

@@ -35,7 +35,7 @@ import torch
 
 from .. import hub
 from ..checkpoints import MANIFEST, RESULTS, find_checkpoint, whole, write_manifest
-from ..data import DataError, on_hub
+from ..data import DataError, on_hub, shortened
 from ..monitor import LayerRateHistory, layerwise
 from ..options import (
     OneLineErrors,
@@ -618,8 +618,9 @@ def _table(results: Mapping[str, Any], rates: LayerRateHistory) -> str:
 def check_pretrained(option: str, name: str | None, training: RecipeArguments) -> None:
     """Raises UsageError if the option's value is neither a folder nor may be an id of the Hub, or
     is a folder whose files the run would replace."""
-    if name and not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
-        raise UsageError(f"--{option}: there is no folder {name}")
+    may_be_id = re.fullmatch(r"(?=.{1,96}$)\w[\w.-]*(/[\w.-]+)?", name or "x")
+    if name and not os.path.isdir(name) and not may_be_id:
+        raise UsageError(f"--{option}: there is no folder {shortened(name)}")
     folder = Path(str(training.output_dir)).resolve()
     place = Path(name or "").resolve()
     if name and (place == folder or any(map(place.is_relative_to, _own_files(folder)))):

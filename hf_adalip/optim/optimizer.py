@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 
 from . import foreach, fused, rules
 from .census import Census, Member, Options, as_scalar, real, store
-from .groups import Layers, number_of
+from .groups import Layers, checked_params, number_of
 from .history import DEFAULT_SKETCH_SIZE, DTYPES, SKETCH
 from .kernels import KernelError
 from .layerwise import Keys, LayerwiseOptimizer, apart
@@ -198,7 +198,7 @@ class LipOptimizer(LayerwiseOptimizer):
         group = {key: _plain(value) for key, value in param_group.items() if key != "layers"}
         self._validate(self.defaults | group)
         if not isinstance(group["params"], (Tensor, set)):
-            group["params"] = list(group["params"])
+            group["params"] = checked_params(group["params"])
             given = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
             if len({id(p) for p in given}) != len(given):
                 raise ValueError("some parameters appear more than once in a parameter group")

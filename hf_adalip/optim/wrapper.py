@@ -15,7 +15,7 @@ from torch.optim import ASGD, LBFGS, Optimizer
 
 from . import fused as fused_form
 from .census import SCALARS, Census, Layer, Member, Options, State, as_scalar, real, store
-from .groups import Layers, name_layers, restore_structure, structure_of
+from .groups import Layers, checked_params, name_layers, restore_structure, structure_of
 from .kernels import KernelError
 from .layerwise import Keys, LayerwiseOptimizer, apart, forget_predecessor
 from .lipschitz import Estimator, is_number
@@ -169,7 +169,7 @@ class Lipschitz(LayerwiseOptimizer):
         """As the base's, with `layers` for the group; if it is refused, nothing is added."""
         group = {key: value for key, value in param_group.items() if key != "layers"}
         if not isinstance(group["params"], (Tensor, set)):
-            group["params"] = list(group["params"])
+            group["params"] = checked_params(group["params"])
         if self._fused:
             fused_form.refuse_unless_possible(group["params"])
         self.optimizer.add_param_group(group)
