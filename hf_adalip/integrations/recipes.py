@@ -36,6 +36,7 @@ import torch
 from .. import hub
 from ..checkpoints import MANIFEST, RESULTS, find_checkpoint, whole, write_manifest
 from ..data import DataError, on_hub, shortened
+from ..doctor import diverged
 from ..monitor import LayerRateHistory, layerwise
 from ..options import (
     OneLineErrors,
@@ -51,6 +52,7 @@ from ..runs import (
     RATES,
     RECORDS,
     VERSIONS,
+    DivergedError,
     Interrupted,
     any_asked_to_stop,
     asked_to_stop,
@@ -381,6 +383,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: if the checkpoint is of a run with other settings.
         Interrupted: if the user stopped it; the run has been saved then.
+        DivergedError: if a loss of the finished run is not finite; it is not published then.
         PublishError: if the finished run was not published as asked.
     """
     args = cast("RecipeArguments", trainer.args)
@@ -447,8 +450,11 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     if args.should_save:
         print(f"\n{_table(results, watch.rates)}\n\nresults in {folder}")
-        if args.publish_to:
-            hub.publish_run(folder, args.publish_to, bool(args.hub_private_repo))
+    losses = [results[name] for name in ("train_loss", "eval_loss") if name in results]
+    if bad := [loss for loss in losses if not math.isfinite(loss)]:
+        raise DivergedError(str(diverged(bad[0], "loss of the finished run", None)))
+    if args.should_save and args.publish_to:
+        hub.publish_run(folder, args.publish_to, bool(args.hub_private_repo))
     return results
 
 
@@ -634,8 +640,8 @@ def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequenc
     """Runs a recipe's `main(argv)`.
 
     Returns:
-        0 when the run is finished, 1 if it was not published then as asked, 2 for bad options or
-        data (one line on stderr says what), 130 when the user stopped it.
+        0 when the run is finished, 1 if its loss is not finite or it was not published as asked, 2
+        for bad options or data (one line on stderr says what), 130 when the user stopped it.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -644,6 +650,10 @@ def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequenc
         if first:
             print(f"{recipe}: error: {error}", file=sys.stderr)
         return 2
+    except DivergedError as error:
+        if first:
+            print(f"{recipe}: {error}", file=sys.stderr)
+        return 1
     except hub.PublishError as error:  # of the main process, which alone publishes
         print(error, file=sys.stderr)
         return 1
