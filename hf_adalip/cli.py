@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .registry import list_optimizers
@@ -59,6 +60,17 @@ def main() -> None:
     publishing.add_argument(
         "--dry-run", action="store_true", help="show every file and the card, without a network"
     )
+    plotting = commands.add_parser(
+        "plot",
+        help="draw the losses and learning rates of runs",
+        description="Draws the losses, S and the layers' learning rates over the steps, from the "
+        "output folders of recipes, or of a Trainer with attach(trainer, plot=True): of one run "
+        "every layer, of several the median and the range of the layers.",
+    )
+    plotting.add_argument("runs", type=Path, metavar="RUN", nargs="+")
+    plotting.add_argument(
+        "--output", type=Path, default=Path("runs.png"), help="the PNG file (default: runs.png)"
+    )
     args = parser.parse_args()
     if args.command == "optimizers":
         found = list_optimizers(args.filter, with_description=True)
@@ -68,10 +80,25 @@ def main() -> None:
             print(f"{name:16} {description}")
     elif args.command == "publish":
         sys.exit(publish(args))
+    elif args.command == "plot":
+        sys.exit(plot(args.runs, args.output))
     else:
         from .trial import doctor  # which imports transformers, if it is there
 
         sys.exit(doctor(args.script, args.arguments))
+
+
+def plot(folders: Sequence[Path], output: Path) -> int:
+    """Draws runs; 1 if that cannot be done."""
+    from .plots import draw_runs, read_run, save_figure
+
+    try:
+        save_figure(draw_runs([read_run(folder) for folder in folders]), output)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"hf-adalip plot: error: {error}", file=sys.stderr)
+        return 1
+    print(output)
+    return 0
 
 
 def publish(args: argparse.Namespace) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -29,6 +29,7 @@ _DIGITS_TEST = 360
 _DECODE = 1000  # images decoded at a time
 _MODES = ("L", "RGB")
 _MOST_CLASSES = 1_000_000  # of numbers without names: the network gets an output for each up to it
+_LONGEST_ID = 96  # the Hub's limit
 _ALTERNATIVES = f"--dataset_name /path/to/a/copy or --dataset_name {DIGITS} (no download)"
 
 
@@ -196,12 +197,12 @@ def load_splits(name: str, config: str | None = None, instead: str = _ALTERNATIV
     Raises:
         DataError: if it cannot be had.
     """
-    folder = Path(name).expanduser()
+    folder = os.path.expanduser(name)
     place: AbstractContextManager[None] = nullcontext()
-    if folder.exists():
-        name = str(folder)
-    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise DataError(f"there is no folder {name}")
+    if os.path.exists(folder):  # pathlib raises for a name that is too long
+        name = folder
+    elif len(name) > _LONGEST_ID or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise DataError(f"there is no folder {shortened(name)}")
     elif not _reached_hub(name, instead):
         place = _cache_only()
     try:
@@ -221,13 +222,18 @@ def load_splits(name: str, config: str | None = None, instead: str = _ALTERNATIV
     return splits
 
 
+def shortened(name: str) -> str:
+    """A name as an error shows it."""
+    return name if len(name) <= 200 else f"{name[:50]}… (of {len(name)} characters)"
+
+
 def on_hub(*names: str | None) -> list[str]:
     """Those that are USER/NAME, the id of something on the Hub, and no folder here.
 
     For a run's results: where it is published from, there may be another folder or none.
     """
     ids = [name for name in names if name and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)]
-    return [name for name in ids if not Path(name).exists()]
+    return [name for name in ids if not os.path.exists(name)]
 
 
 def _reached_hub(name: str, instead: str) -> bool:

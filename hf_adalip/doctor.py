@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from .monitor import layerwise
 from .optim import LayerRate, LayerwiseOptimizer
 from .registry import NOT_DESCRIBED, list_optimizers
+from .watched import Clipping, Losses
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import Trainer
 
 INSTEAD = (
@@ -23,8 +24,8 @@ INSTEAD = (
 )
 
 LOOKS = 10
-"""What is watched is judged by the last so many looks at it: of steps in the doctor, of logs in
-`attach`."""
+"""Layers are judged by the last so many looks at them (of steps in the doctor, of logs in
+`attach`), and clipping, of which both see every step, by so many steps at least."""
 
 
 TRIAL = "HF_ADALIP_TRIAL"
@@ -292,24 +293,25 @@ def early_end(optimizer: LayerwiseOptimizer, scheduler: Any, steps: int) -> Find
 class Watch:
     """What is seen of a training while it runs.
 
-    Call `clip` with the norm of each gradient that was looked at, `layers` with the learning rates
-    of the layers then; `findings` says what is wrong by the last LOOKS of them.
+    Call `clip` with the norm of each gradient that may be clipped and `losses.add` with each loss,
+    which wait for no device; and `layers`, now and then, with the learning rates of the layers.
+    `findings` says what is wrong so far, `ended` what was at the end.
     """
 
     def __init__(self) -> None:
-        self.norms: list[tuple[float, float]] = []  # of the gradient, and what it is clipped to
+        self.clipping, self.losses = Clipping(), Losses()
         self.clipped_to = ""  # in words
+        self.changing_clip: Finding | None = None
         self.silent: Counter[str] = Counter()  # looks at a layer without a gradient, in a row
         self.left_out: Counter[str] = Counter()  # steps of a layer whose gradient was not finite
         self.ended: dict[int, int] = {}  # looks at a group's lr at 0, in a row, after it was not
         self.rates: Mapping[str, LayerRate] = {}  # at the last look
         self.frozen = False  # whether all layers were, at the last look
 
-    def clip(self, norm: float, max_norm: float, words: str = "") -> None:
+    def clip(self, norm: Tensor | float, max_norm: Tensor | float, words: str = "") -> None:
         """A gradient of this norm was clipped to `max_norm`, if that is less."""
-        if math.isfinite(norm):
-            self.norms = [*self.norms[-LOOKS:], (norm, max_norm)]
-            self.clipped_to = words or f"a norm of {max_norm:g}"
+        self.clipping.add(norm, max_norm)
+        self.clipped_to = words or f"a norm of {max_norm:g}"
 
     def layers(self, optimizer: LayerwiseOptimizer, rates: Mapping[str, LayerRate]) -> None:
         trained = _trained_layers(optimizer)
@@ -337,28 +339,24 @@ class Watch:
         return [found for found in looked if found is not None]
 
     def _clip(self) -> Finding | None:
-        if self._clipped_away:
+        if self.clipping.away:
             return Finding(
                 f"gradients are clipped to {self.clipped_to}",
                 "they are 0 then, and nothing is trained",
                 "leave the clipping out, or clip to more",
             )
-        factors = [min(1.0, most / norm) if norm else 1.0 for norm, most in self.norms]
-        pairs = list(itertools.pairwise(factors))
-        if len(pairs) < LOOKS or sum(abs(b / a - 1.0) > 0.05 for a, b in pairs) <= LOOKS // 4:
-            return None
-        norms = [norm for norm, _ in self.norms]
-        return Finding(
-            f"gradients are clipped to {self.clipped_to} by a factor that changes, from "
-            f"{min(factors):.2g} to {max(factors):.2g}",
-            "S compares each gradient with the one before, and so sees the clip change as well",
-            f"switch clipping off (Trainer: max_grad_norm=0), or clip the norm at several times "
-            f"{sorted(norms)[len(norms) // 2]:.2g}, the usual one, to catch spikes only",
-        )
-
-    @property
-    def _clipped_away(self) -> bool:
-        return any(norm and most <= 0.0 for norm, most in self.norms)
+        if (seen := self.clipping.changes(least=LOOKS)) is None:
+            return self.changing_clip
+        self.changing_clip = None
+        if seen.changes > seen.pairs / 4:
+            self.changing_clip = Finding(
+                f"gradients are clipped to {self.clipped_to} by a factor that changes, from "
+                f"{seen.least:.2g} to {seen.most:.2g}",
+                "S compares each gradient with the one before, and so sees the clip change as well",
+                "switch clipping off (Trainer: max_grad_norm=0), or clip the norm at several times "
+                f"{seen.usual:.2g}, the usual one, to catch spikes only",
+            )
+        return self.changing_clip
 
     def _ended(self) -> Finding | None:
         ended = [group for group, looks in self.ended.items() if looks >= LOOKS]
@@ -373,7 +371,7 @@ class Watch:
 
     def _dead(self) -> Finding | None:
         dead = [name for name, looks in self.silent.items() if looks >= LOOKS]
-        if not dead or self._clipped_away:
+        if not dead or self.clipping.away:
             return None
         shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
         all_of_them = len(dead) == len(self.silent)
@@ -397,6 +395,34 @@ class Watch:
             "a layer is not trained in such a step",
             "lower the learning rate, or look for what overflows (fp16 without a GradScaler)",
         )
+
+
+def diverged(loss: float, of: str, chance: float | None, first: float = 0.0) -> Finding | None:
+    """A training that ended with a loss that is not finite, or no better than guessing.
+
+    Args:
+        loss: at the end.
+        of: what it is the loss of, in words.
+        chance: the loss of guessing; None where it is not known.
+        first: the loss at the beginning; what is not known, and far above it, has diverged too.
+    """
+    change = "begin again with a learning rate that is lower by a factor of ten or more"
+    if not math.isfinite(loss):
+        return Finding(f"the {of} is {loss:g}", "the training has diverged", change)
+    if chance is not None and loss >= 0.98 * chance:
+        return Finding(
+            f"the {of} is {loss:.4g}, and that of guessing {chance:.4g}",
+            "nothing has been learnt: the training has diverged, or its learning rate is far too "
+            "low",
+            change + ", or raise it if the loss never moved",
+        )
+    if chance is None and first > 0.1 and loss > 10 * first:
+        return Finding(
+            f"the {of} is {loss:.4g}, and was {first:.4g} at the beginning",
+            "the training has diverged",
+            change,
+        )
+    return None
 
 
 def _trained_layers(optimizer: LayerwiseOptimizer) -> dict[str, None]:

@@ -45,6 +45,7 @@ from .checkpoints import (
     write_manifest,
 )
 from .data import Batch, ImageData, ImageDataset, on_hub
+from .doctor import Finding, diverged
 from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
 from .monitor import LayerRateHistory, layerwise, summary
 from .options import Recipe, TrainingArguments, UsageError, scheduler_factory
@@ -547,6 +548,22 @@ class Training:
                 write_results(folder, results)
         self.accelerator.wait_for_everyone()
         return results
+
+    @property
+    def finite(self) -> bool:
+        """Whether the losses of the last epoch are."""
+        last = self.progress.epochs[-1]
+        return math.isfinite(last["train_loss"]) and math.isfinite(last["eval_loss"])
+
+    def diverged(self) -> Finding | None:
+        """What is to be said of a finished run whose losses are not finite, or whose last epoch,
+        trained on and evaluated after it, came to no more than guessing."""
+        last = self.progress.epochs[-1]
+        losses = last["train_loss"], last["eval_loss"]
+        classes = self.data.num_classes if last["epoch"] >= 1 else 1
+        chance = math.log(classes) if classes > 1 else None
+        worst = next((loss for loss in losses if not math.isfinite(loss)), min(losses))
+        return diverged(worst, "loss of the last epoch", chance)
 
     def table(self) -> str:
         """The run in a few lines."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import statistics
 from collections.abc import Mapping
@@ -49,6 +48,13 @@ def summary(rates: Mapping[str, LayerRate]) -> dict[str, float]:
     if skipped := max(rate.nonfinite_steps for rate in rates.values()):
         found["nonfinite_steps"] = float(skipped)
     return found
+
+
+RATES = "layer_learning_rates"
+"""The name, without its ending, of the files with them in a run's folder."""
+
+RECORDS = 500
+"""How often in a run the loss and the layers' learning rates are copied from the device."""
 
 
 class LayerRateHistory:
@@ -106,55 +112,14 @@ class LayerRateHistory:
         return history
 
     def plot(self, path: str | os.PathLike[str], title: str = "") -> None:
-        """Draws A of every layer over the steps: values faint, their running median strong.
+        """Draws S and A of every layer over the steps, as a PNG.
 
-        With a learning rate that changes, S is drawn beside it; otherwise A has the same shape.
+        Up to eight layers are lines, each value faint and their running median strong; more are
+        rows of a heat map, the first layer at the top, with the colours of S meeting at 1.
 
         Raises:
             ImportError: without matplotlib, naming the extra that has it.
         """
-        try:
-            import matplotlib
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "drawing needs matplotlib: pip install 'hf-adalip[recipes]'"
-            ) from error
+        from .plots import draw_rates, save_figure
 
-        tables = [(self.lr, "learning rate of the layer, A = lr × S")]
-        if self._lr_changes():
-            tables.append((self.scale, "S"))
-        figure = Figure(figsize=(7.5 * len(tables), 4.5), layout="constrained")
-        colours = matplotlib.colormaps["viridis"]
-        panels = figure.subplots(1, len(tables), squeeze=False)[0]
-        for axes, (table, label) in zip(panels, tables, strict=True):
-            for i, (name, values) in enumerate(table.items()):
-                numbers = [math.nan if value is None else value for value in values]
-                colour = colours(0.9 * i / max(len(table) - 1, 1))
-                axes.plot(self.steps, numbers, color=colour, linewidth=0.8, alpha=0.25)
-                axes.plot(self.steps, _running_median(numbers), color=colour, label=name)
-            axes.set(xlabel="optimizer step", ylabel=label, yscale="log")
-            axes.grid(alpha=0.3, which="both")
-        if 0 < len(self.lr) <= 20:
-            panels[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-        if title:
-            figure.suptitle(title)
-        figure.savefig(path, dpi=120)
-
-    def _lr_changes(self) -> bool:
-        """Whether A / S is not the same throughout, but for a first step, which is taken at α."""
-        ratios = [
-            lr / scale
-            for name in self.lr
-            for lr, scale in zip(self.lr[name][1:], self.scale[name][1:], strict=True)
-            if lr is not None and scale
-        ]
-        return bool(ratios) and max(ratios) > 1.001 * min(ratios)
-
-
-def _running_median(values: list[float], parts: int = 25) -> list[float]:
-    """The median of each value and its neighbours, over a window of 1/parts of them all."""
-    half = max(1, len(values) // (2 * parts))
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    known = ([v for v in window if math.isfinite(v)] for window in windows)
-    return [statistics.median(window) if window else math.nan for window in known]
+        save_figure(draw_rates(self, title), path)

@@ -161,6 +161,7 @@ AT_LEAST = {
 }
 
 _HIGHEST_SEED = 2**32 - 1  # that numpy takes
+_HIGHEST = 2**31 - 1  # of counts, which are multiplied and become torch's and C's integers
 
 OWN_OPTION = {"lr": "learning_rate"} | {
     name: name for name in ("weight_decay", "layers", "scale_bounds")
@@ -288,7 +289,7 @@ def _check_values(args: TrainingArguments) -> None:
     if args.lr_scheduler_type == "constant" and args.num_warmup_steps:
         raise UsageError("--num_warmup_steps needs an --lr_scheduler_type with a warm-up")
     every = args.checkpointing_steps
-    if every not in (None, "epoch") and not (every.isdecimal() and int(every)):
+    if every not in (None, "epoch") and not (every.isdecimal() and 0 < int(every[:11]) <= _HIGHEST):
         raise UsageError(f"--checkpointing_steps must be a number of steps or epoch, got {every!r}")
     if args.resume_from_checkpoint and args.overwrite_output_dir:
         raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
@@ -298,13 +299,15 @@ def _check_values(args: TrainingArguments) -> None:
 
 
 def check_bounds(args: Any, at_least: Mapping[str, int]) -> None:
-    """Raises UsageError for a number that is too small or not finite, or too large for a seed."""
+    """Raises UsageError for a number that is too small or not finite, or too large for a seed or a
+    count."""
     for name, least in at_least.items():
         value = getattr(args, name, None)
         if value is not None and not least <= value < math.inf:
             raise UsageError(f"--{name} must be at least {least}, got {value}")
-        if value is not None and name.endswith("seed") and value > _HIGHEST_SEED:
-            raise UsageError(f"--{name} must be at most {_HIGHEST_SEED}, got {value}")
+        most = _HIGHEST_SEED if name.endswith("seed") else _HIGHEST
+        if isinstance(value, int) and value > most:
+            raise UsageError(f"--{name} must be at most {most}, got {value}")
 
 
 def check_hub_options(push: bool, model_id: str | None, private: bool) -> None:

@@ -27,7 +27,7 @@ from .optim import (
     RMSLip,
     RMSLipU,
 )
-from .optim.groups import STRUCTURE
+from .optim.groups import STRUCTURE, checked_params
 from .optim.optimizer import LipOptimizer
 
 LIP_PREFIX = "lip-"
@@ -67,6 +67,8 @@ class OptimizerInfo:
     description: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {self.name!r}")
         if not self.name or self.name != self.name.lower() or "_" in self.name:
             raise ValueError(f"name must be lower case and without underscores, got {self.name!r}")
         if not (
@@ -76,6 +78,8 @@ class OptimizerInfo:
                 "optimizer_class must be a subclass of torch.optim.Optimizer, "
                 f"got {self.optimizer_class!r}"
             )
+        if not isinstance(self.defaults, Mapping):
+            raise TypeError(f"defaults must be a mapping of arguments, got {self.defaults!r}")
         object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
         if not self.description and self.base is not None:
             text = f"{self.base.__name__} with a learning rate per layer, from its {self.signal}s"
@@ -122,6 +126,7 @@ class OptimizerInfo:
         arguments = {**self.defaults, **arguments}
         make = cast("Any", self.optimizer_class)
         self.check_names(arguments)
+        params = checked_params(params)
         if not issubclass(self.optimizer_class, Lipschitz):
             return cast("Optimizer", make(params, **arguments))
         base = cast("Any", self.base)
@@ -140,7 +145,10 @@ def register_optimizer(info: OptimizerInfo) -> None:
 
     Raises:
         ValueError: if `get_optimizer_info` knows the name already.
+        TypeError: for what is no OptimizerInfo.
     """
+    if not isinstance(info, OptimizerInfo):
+        raise TypeError(f"info must be an OptimizerInfo, got {info!r}")
     if _find(info.name) is not None:
         raise ValueError(f"there is an optimizer {info.name!r} already; choose another name")
     _REGISTRY[info.name] = info
@@ -160,7 +168,12 @@ def list_optimizers(
     Args:
         filter: a wildcard pattern, such as "adam*" or "lip-*".
         with_description: (name, description) pairs instead of names.
+
+    Raises:
+        TypeError: for a filter that is no string.
     """
+    if not isinstance(filter, str):
+        raise TypeError(f'filter must be a pattern such as "adam*", got {filter!r}')
     names = [*_REGISTRY, *(LIP_PREFIX + name for name in _torch_optimizers())]
     found = sorted(name for name in names if fnmatchcase(name, filter.lower()))
     if with_description:

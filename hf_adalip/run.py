@@ -1,18 +1,25 @@
 """Runs an unmodified Trainer script that can then say `--optim adamlip`.
 
 python -m hf_adalip.run run_glue.py --optim adamlip --optim_args gamma=0.9 ...
+python -m hf_adalip.run -m my_package.train --optim adamlip ...
 accelerate launch -m hf_adalip.run run_glue.py --optim adamlip ...
+
+Its Trainers log S and the layers' learning rates, and write model cards, as with `attach`.
 """
 
 from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from .integrations.trainer import register
+from .integrations.trainer import attach, attachable, register
 
-USAGE = "usage: python -m hf_adalip.run SCRIPT [the script's arguments]"
+USAGE = "usage: python -m hf_adalip.run SCRIPT|-m MODULE [the script's arguments]"
 
 
 def run_script(script: str, arguments: list[str]) -> None:
@@ -25,6 +32,39 @@ def run_script(script: str, arguments: list[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
+def run_module(module: str, arguments: list[str]) -> None:
+    """Runs the module as `__main__`, as `python -m` does."""
+    sys.path[0] = str(Path.cwd())
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError):  # of what it is in
+        found = None
+    if found is None:
+        sys.exit(f"hf_adalip: no module named {module}")
+    sys.argv = [module, *arguments]  # the path, once it runs
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@contextmanager
+def _attached() -> Iterator[None]:
+    """Within it, `attach` is called for every Trainer that trains with one of our optimizers."""
+    from transformers import Trainer
+
+    train: Callable[..., Any] = Trainer.train
+
+    def with_rates(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if attachable(trainer):
+            attach(trainer)
+            trainer._hf_adalip["required"] = False  # its create_optimizer may make another
+        return train(trainer, *args, **kwargs)
+
+    Trainer.train = with_rates
+    try:
+        yield
+    finally:
+        Trainer.train = train
+
+
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(f"{USAGE}\n\n{__doc__}")
@@ -33,7 +73,13 @@ def main() -> None:
         register()
     except ImportError as error:
         sys.exit(f"hf_adalip: {error}")
-    run_script(sys.argv[1], sys.argv[2:])
+    with _attached():
+        if sys.argv[1] != "-m":
+            run_script(sys.argv[1], sys.argv[2:])
+        elif len(sys.argv) > 2:
+            run_module(sys.argv[2], sys.argv[3:])
+        else:
+            sys.exit(f"hf_adalip: -m needs the name of a module\n{USAGE}")
 
 
 if __name__ == "__main__":

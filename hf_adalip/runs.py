@@ -21,11 +21,10 @@ import torch
 
 from . import hub
 from .checkpoints import MANIFEST, PARTIAL, RESULTS, whole
+from .monitor import RATES as RATES
+from .monitor import RECORDS as RECORDS
 from .monitor import LayerRateHistory
 from .options import UsageError
-
-RECORDS = 500
-"""How often in a run the loss and the layers' learning rates are copied from the device."""
 
 VERSIONS = (
     *("accelerate", "datasets", "evaluate", "huggingface_hub", "matplotlib", "numpy", "pillow"),
@@ -33,12 +32,15 @@ VERSIONS = (
 )
 """What the results say the versions of, besides torch, Python and this package."""
 
-RATES = "layer_learning_rates"
 INTERRUPTED = 130  # exit status, as the shell's
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
     """The user stopped the run, and it has been saved."""
+
+
+class DivergedError(Exception):
+    """A run was finished, and its loss is not finite."""
 
 
 class Stoppable(Protocol):

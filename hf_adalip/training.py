@@ -177,8 +177,9 @@ def _load(args: TrainingArguments, accelerator: Any) -> ImageData:
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     """The command line of a recipe; returns the exit status.
 
-    0 when the run is finished, 1 if it was not published then as asked or there was no room for
-    what it writes, 2 for bad options or data (one line on stderr says what), 130 when the user
+    0 when the run is finished, 1 if its loss is not finite (then it is not published), it was not
+    published as asked or there was no room for what it writes, 2 for bad options or data (one line
+    on stderr says what), 130 when the user
     stopped it.
     """
     given = list(sys.argv[1:] if argv is None else argv)
@@ -201,6 +202,10 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     if training.accelerator.is_main_process:
         print(f"\n{training.table()}\n\nresults in {training.folder}")
         args = training.args
+        if (ended := training.diverged()) is not None:
+            print(f"{recipe.name}: {ended}", file=sys.stderr)
+            if not training.finite:
+                return 1
         if args.push_to_hub:
             try:
                 hub.publish_run(training.folder, str(args.hub_model_id), args.hub_private_repo)

@@ -61,12 +61,19 @@ class Trial:
             if self.steps >= STEPS:
                 raise Reached
 
+    def clipped(self) -> str:
+        """What is said of clipping, where there was any, right or wrong."""
+        seen = self.watch.clipping
+        if not seen.clipped:
+            return ""
+        return f"; {seen.clipped} of {seen.steps} gradients were clipped to {self.watch.clipped_to}"
+
     def clipping(self, clip: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """clip_grad_norm_ that is watched."""
 
         def watched(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> torch.Tensor:
             norm = clip(parameters, max_norm, *args, **kwargs)
-            self.watch.clip(_number(norm), float(max_norm))
+            self.watch.clip(_whole(norm), float(max_norm))
             return norm
 
         return watched
@@ -77,7 +84,7 @@ class Trial:
         def watched(
             parameters: Any, max_norm: float, total_norm: Any, *args: Any, **kwargs: Any
         ) -> None:
-            self.watch.clip(_number(total_norm), float(max_norm))
+            self.watch.clip(_whole(total_norm), float(max_norm))
             clip(parameters, max_norm, total_norm, *args, **kwargs)
 
         return watched
@@ -166,12 +173,12 @@ def _watched_by(trial: Trial) -> Iterator[None]:
             setattr(place, name, original)
 
 
-def _number(norm: Any) -> float:
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+def _norm_of_gradients(params: list[torch.Tensor]) -> torch.Tensor:
+    return _whole(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
 
 
-def _norm_of_gradients(params: list[torch.Tensor]) -> float:
-    return _number(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+def _whole(norm: Any) -> torch.Tensor:
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
 
 
 def _refused(error: Exception) -> bool:
@@ -225,5 +232,5 @@ def _doctor(trial: Trial, script: str, arguments: list[str]) -> int:
         for found in findings:
             print(f"- {found}")
         count = {0: "nothing", 1: "1 thing"}.get(len(findings), f"{len(findings)} things")
-        print(f"{count} wrong (watched for {trial.steps} steps)")
+        print(f"{count} wrong (watched for {trial.steps} steps{trial.clipped()})")
     return int(bool(findings))

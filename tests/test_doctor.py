@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -17,10 +18,26 @@ from torch import nn
 pytest.importorskip("transformers")
 
 from accelerate.state import AcceleratorState, GradientState
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
 
 from hf_adalip import AdamLip, AdamLipU, attach, release_gradients, trainer_kwargs
-from hf_adalip.doctor import LOOKS, Watch, WrongOptimizerError, examine, replaced_options
+from hf_adalip.doctor import (
+    LOOKS,
+    Watch,
+    WrongOptimizerError,
+    diverged,
+    examine,
+    replaced_options,
+)
+from hf_adalip.integrations.trainer import chance_loss
 from hf_adalip.trial import doctor
 
 ROOT = Path(__file__).parents[1]
@@ -99,13 +116,68 @@ def test_a_changing_clip_is_told_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_grad_norm": 0.0}, {"max_grad_norm": 1e3}, {"logging_steps": 2}]
+    "options", [{"max_grad_norm": 0.0}, {"max_grad_norm": 1e3}, {"max_steps": 10}]
 )
 def test_no_clip_and_one_that_is_not_reached_are_not(tmp_path, options):
     assert (
-        told(tmp_path, **({"max_grad_norm": 1.0} if "logging_steps" in options else {}) | options)
-        == []
+        told(tmp_path, **({"max_grad_norm": 1.0} if "max_steps" in options else {}) | options) == []
     )
+
+
+@pytest.mark.parametrize("logging_steps", [2, 500])
+def test_a_clip_is_seen_in_steps_that_are_not_logged(tmp_path, logging_steps):
+    (text,) = told(tmp_path, max_grad_norm=1.0, logging_steps=logging_steps)
+    assert text.startswith("gradients are clipped to a norm of 1 by a factor that changes, from 0.")
+
+
+def test_a_training_that_has_diverged_is_told_at_the_end(tmp_path):
+    """Also where Trainer leaves the losses out of its logs, and there is no log."""
+
+    class Broken(Net):
+        def forward(self, x, labels):
+            return {"loss": super().forward(x, labels)["loss"] * float("nan")}
+
+    seen = told(tmp_path, Broken(), logging_steps=500)
+    (text,) = [one for one in seen if "diverged" in one]
+    assert text.startswith("the training loss at the end is nan: the training has diverged. Begin")
+    way = trainer_kwargs("adalip", lr=50.0, scale_bounds=None)
+    seen = told(tmp_path, way=way, max_steps=60, logging_steps=500)
+    assert [one for one in seen if "diverged" in one]
+    assert told(tmp_path, max_steps=60, logging_steps=500) == []
+
+
+def test_chance_is_known_of_classifiers_and_language_models(tmp_path):
+    config = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    config.intermediate_size = 8
+    for model, chance in (
+        (BertForSequenceClassification(config), math.log(2)),
+        (BertForMaskedLM(config), None),
+        (BertLMHeadModel(config), math.log(50)),
+        (Net(), None),
+    ):
+        trainer = Trainer(model, arguments(tmp_path))
+        assert chance_loss(trainer) == chance
+        trainer.compute_loss_func = lambda *args, **kwargs: 0
+        assert chance_loss(trainer) is None
+    assert (
+        diverged(2.31, "loss", math.log(10)).what == "the loss is 2.31, and that of guessing 2.303"
+    )
+    assert diverged(2.2, "loss", math.log(10)) is None
+    assert diverged(50.0, "loss", None, 2.0).why == "the training has diverged"
+    assert diverged(3.0, "loss", None, 2.0) is None
+
+
+def test_counts_are_of_every_step_and_those_not_finite_are_left_out():
+    watch = Watch()
+    for i in range(1000):
+        watch.clip(torch.tensor(math.nan if i == 500 else 2.0 + i % 2), 1.0)
+    assert (watch.clipping.steps, watch.clipping.clipped) == (999, 999)
+    (found,) = watch.findings()
+    assert "from 0.33 to 0.5" in found.what
+    for _ in range(20):
+        watch.clip(torch.tensor(0.5), 1.0)
+    assert watch.findings() == []  # it has ended
+    assert (watch.clipping.steps, watch.clipping.clipped) == (1019, 999)
 
 
 def factors(*norms):
@@ -420,6 +492,14 @@ def test_the_doctor_watches_any_loop(script, capsys):
     assert "- gradients are clipped to a norm of 0.1 " in capsys.readouterr().out
     assert torch.nn.utils.clip_grad_norm_ is original
     assert doctor(script(LOOP, clip=clip.replace("0.1", "1e3")), []) == 0
+    capsys.readouterr()
+    steady = "n = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])"
+    steady += "; [p.grad.mul_(0.05 / n) for p in net.parameters()]; "
+    steady += clip.replace("0.1", "0.04")  # by one factor, which S does not see
+    assert doctor(script(LOOP, clip=steady), []) == 0
+    assert capsys.readouterr().out == (
+        "nothing wrong (watched for 20 steps; 20 of 20 gradients were clipped to a norm of 0.04)\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from torch import nn
 
 from hf_adalip import AdamLip, Lipschitz
+from hf_adalip.cli import main
 from hf_adalip.monitor import LayerRateHistory, layerwise, summary
 from hf_adalip.optim import LayerRate
+from hf_adalip.plots import read_run
 
 
 def rates(**scales: float) -> dict[str, LayerRate]:
@@ -77,6 +81,76 @@ def test_the_picture_is_drawn(tmp_path):
     history.record(2, rates(a=math.pi, b=2.0))
     history.plot(tmp_path / "p.png", title="a run")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def long_history(layers):
+    history = LayerRateHistory()
+    for step in (1, 2, 5, 9):
+        history.record(step, rates(**{f"layer{i}": 0.5 + i / 20 for i in range(layers)}))
+    return history
+
+
+def test_many_layers_are_a_heat_map_with_a_colour_bar():
+    pytest.importorskip("matplotlib")
+    from hf_adalip.plots import draw_rates
+
+    scale, lr, *bars = draw_rates(long_history(41)).axes
+    assert len(bars) == 2
+    assert [axes.get_title() for axes in (scale, lr)] == [
+        "Lipschitz scale S",
+        "learning rate A = lr × S",
+    ]
+    (mesh,) = scale.collections
+    assert mesh.norm.vmin * mesh.norm.vmax == pytest.approx(1.0)  # so that the middle is S = 1
+    labels = [label.get_text() for label in scale.get_yticklabels()]
+    assert labels == [f"layer{i}" for i in range(41)]
+    bottom, top = scale.get_ylim()
+    assert bottom > top  # the first layer is at the top
+    few = draw_rates(long_history(5))
+    assert len(few.axes) == 2
+    assert [text.get_text() for text in few.axes[1].get_legend().get_texts()] == [
+        f"layer{i}" for i in range(5)
+    ]
+
+
+def test_runs_are_drawn_from_their_folders(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        long_history(12).save(tmp_path / name / "layer_learning_rates.json")
+    epochs = [{"step": s, "train_loss": 2.0 / s, "eval_loss": 3.0 / s} for s in (5, 9)]
+    (tmp_path / "a" / "all_results.json").write_text(json.dumps({"epochs": epochs}))
+    log = [{"step": 5, "loss": 1.0}, {"step": 9, "eval_loss": 0.5}]
+    (tmp_path / "b" / "checkpoint-9").mkdir()
+    state = tmp_path / "b" / "checkpoint-9" / "trainer_state.json"
+    state.write_text(json.dumps({"log_history": log}))
+    assert read_run(tmp_path / "a").losses == {
+        "train": [(5, 0.4), (9, 2 / 9)],
+        "eval": [(5, 0.6), (9, 1 / 3)],
+    }
+    assert read_run(tmp_path / "b").losses == {"train": [(5, 1.0)], "eval": [(9, 0.5)]}
+
+    def plot(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-adalip", "plot", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code
+
+    for runs in (["a"], ["a", "b"]):
+        picture = tmp_path / "p.png"
+        assert plot(*(tmp_path / run for run in runs), "--output", picture) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        picture.unlink()
+    (tmp_path / "empty").mkdir()
+    capsys.readouterr()
+    for folder, message in (("empty", "has no run: neither"), ("missing", "there is no folder")):
+        assert plot(tmp_path / folder) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("hf-adalip plot: error: ")
+        assert message in line
+    state.write_text("{")
+    assert plot(tmp_path / "b") == 1
+    assert "trainer_state.json cannot be read as the record of a run" in capsys.readouterr().err
 
 
 def test_the_optimizer_is_found_inside_what_wraps_it():

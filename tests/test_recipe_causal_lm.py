@@ -513,10 +513,13 @@ def test_trackers_get_the_layers_rates(text: Path, tmp_path: Path) -> None:
     assert {"train/lipschitz_scale/median", "train/layer_lr/max", "eval/loss"} <= tags
 
 
-def test_a_run_that_diverges_says_so(text: Path, tmp_path: Path) -> None:
+def test_a_run_that_diverges_says_so(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Trainer would leave such losses out of its logs, and show the mean of the others."""
     more = ["--optim=sgd", "--learning_rate=1e30", "--lr_scheduler_type=constant"]
-    assert recipe(options(text, tmp_path / "out", *SHORT, *more)) == 0
+    assert recipe(options(text, tmp_path / "out", *SHORT, *more)) == 1
+    assert "causal_lm: the loss of the finished run is nan: " in capsys.readouterr().err
     found = results(tmp_path / "out")
     assert found["train_loss"] is None
     assert found["eval_loss"] is None
@@ -569,6 +572,11 @@ def test_a_run_that_diverges_says_so(text: Path, tmp_path: Path) -> None:
         ("--tokenizer_name=./no/such", "--tokenizer_name: there is no folder ./no/such"),
         ("--seed=4294967296", "--seed must be at most 4294967295, got 4294967296"),
         ("--data_seed=4294967296", "--data_seed must be at most 4294967295, got 4294967296"),
+        (f"--tokenizer_name={'x' * 5000}", "--tokenizer_name: there is no folder xxx"),
+        (
+            f"--per_device_train_batch_size={10**20}",
+            f"--per_device_train_batch_size must be at most 2147483647, got {10**20}",
+        ),
         ("--do_train", "--do_train: leave it out"),
         ("--do_eval", "--do_eval: leave it out"),
         ("--do_predict", "--do_predict: leave it out"),

@@ -593,10 +593,20 @@ def test_trackers_get_the_layers_rates(tmp_path: Path) -> None:
     assert {"lipschitz_scale/median", "layer_lr/max", "eval_accuracy", "learning_rate"} <= {*tags}
 
 
-def test_a_run_that_diverges_ends_with_valid_json(tmp_path: Path) -> None:
+def test_a_run_that_diverges_ends_with_valid_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ("--optim=sgd", "--learning_rate=1e30", f"--output_dir={tmp_path / 'out'}")
-    assert recipe(*SHORT, *options) == 0
+    assert recipe(*SHORT, *options) == 1
+    assert "mnist: the loss of the last epoch is nan: the training has" in capsys.readouterr().err
     assert results(tmp_path / "out")["train_loss"] is None
+
+
+def test_a_run_at_chance_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for lr, told in (("50", True), ("1e-3", False)):
+        options = (f"--learning_rate={lr}", f"--output_dir={tmp_path / lr}")
+        assert recipe(*BASE, "--num_train_epochs=1", *options) == 0
+        assert ("and that of guessing 2.303" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize(
@@ -648,6 +658,13 @@ def test_a_run_that_diverges_ends_with_valid_json(tmp_path: Path) -> None:
         ("--config=/no/such.yaml", "cannot read --config /no/such.yaml"),
         ("--learning-rate=1", "unrecognized arguments: --learning-rate=1"),
         ("--dataset_name=/no/such/folder", "there is no folder /no/such/folder"),
+        (f"--dataset_name={'x' * 5000}", "there is no folder xxx"),
+        ("--dataset_name=~no-such-user/data", "there is no folder ~no-such-user/data"),
+        (
+            f"--per_device_train_batch_size={10**20}",
+            f"--per_device_train_batch_size must be at most 2147483647, got {10**20}",
+        ),
+        (f"--checkpointing_steps={10**20}", "must be a number of steps or epoch, got '100"),
     ],
 )
 def test_bad_options_are_one_line_and_touch_nothing(

@@ -233,3 +233,14 @@ def test_a_description_says_what_ran():
     wrapped = describe_optimizer(create_optimizer(model(), "lip-nadam", lr=0.5))
     assert wrapped.startswith("Lipschitz(NAdam) with lr=0.5, ")
     assert "signal=gradient" in wrapped
+
+
+def test_what_is_no_pattern_record_or_name_is_refused():
+    with pytest.raises(TypeError, match=r'filter must be a pattern such as "adam\*", got 5'):
+        list_optimizers(5)
+    with pytest.raises(TypeError, match="info must be an OptimizerInfo, got 5"):
+        register_optimizer(5)
+    with pytest.raises(TypeError, match="name must be a string, got 5"):
+        OptimizerInfo(name=5, optimizer_class=hf_adalip.AdamLip)
+    with pytest.raises(TypeError, match="defaults must be a mapping of arguments, got 5"):
+        OptimizerInfo("mine", hf_adalip.AdamLip, defaults=5)

@@ -48,7 +48,8 @@ from ..checkpoints import (
     whole,
     write_manifest,
 )
-from ..data import DataError, on_hub
+from ..data import DataError, on_hub, shortened
+from ..doctor import diverged
 from ..monitor import LayerRateHistory, layerwise
 from ..options import (
     OneLineErrors,
@@ -65,6 +66,7 @@ from ..runs import (
     RATES,
     RECORDS,
     VERSIONS,
+    DivergedError,
     Interrupted,
     any_asked_to_stop,
     asked_to_stop,
@@ -431,6 +433,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: if the checkpoint is of a run with other settings.
         Interrupted: if the user stopped it; the run has been saved then.
+        DivergedError: if a loss of the finished run is not finite; it is not published then.
         PublishError: if the finished run was not published as asked.
         SaveError: if there is no room for what it writes.
     """
@@ -478,8 +481,11 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     if args.should_save:
         print(f"\n{_table(results, watch.rates)}\n\nresults in {folder}")
-        if args.publish_to:
-            hub.publish_run(folder, args.publish_to, bool(args.hub_private_repo))
+    losses = [results[name] for name in ("train_loss", "eval_loss") if name in results]
+    if bad := [loss for loss in losses if not math.isfinite(loss)]:
+        raise DivergedError(str(diverged(bad[0], "loss of the finished run", None)))
+    if args.should_save and args.publish_to:
+        hub.publish_run(folder, args.publish_to, bool(args.hub_private_repo))
     return results
 
 
@@ -699,8 +705,9 @@ def _table(results: Mapping[str, Any], rates: LayerRateHistory) -> str:
 def check_pretrained(option: str, name: str | None, training: RecipeArguments) -> None:
     """Raises UsageError if the option's value is neither a folder nor may be an id of the Hub, or
     is a folder whose files the run would replace."""
-    if name and not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
-        raise UsageError(f"--{option}: there is no folder {name}")
+    may_be_id = re.fullmatch(r"(?=.{1,96}$)\w[\w.-]*(/[\w.-]+)?", name or "x")
+    if name and not os.path.isdir(name) and not may_be_id:
+        raise UsageError(f"--{option}: there is no folder {shortened(name)}")
     folder = Path(str(training.output_dir)).resolve()
     place = Path(name or "").resolve()
     if name and (place == folder or any(map(place.is_relative_to, _own_files(folder)))):
@@ -714,9 +721,9 @@ def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequenc
     """Runs a recipe's `main(argv)`.
 
     Returns:
-        0 when the run is finished, 1 if it was not published then as asked or there was no room
-        for what it writes, 2 for bad options or data (one line on stderr says what), 130 when the
-        user stopped it.
+        0 when the run is finished, 1 if its loss is not finite, it was not published as asked or
+        there was no room for what it writes, 2 for bad options or data (one line on stderr says
+        what), 130 when the user stopped it.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -727,6 +734,10 @@ def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequenc
         return 2
     except SaveError as error:  # of any process
         print(f"{recipe}: error: {error}; {NOT_SAVED}", file=sys.stderr)
+        return 1
+    except DivergedError as error:
+        if first:
+            print(f"{recipe}: {error}", file=sys.stderr)
         return 1
     except hub.PublishError as error:  # of the main process, which alone publishes
         print(error, file=sys.stderr)

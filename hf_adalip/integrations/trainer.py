@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,13 +17,16 @@ from ..doctor import (
     Finding,
     Watch,
     WrongOptimizerError,
+    diverged,
     dropped_optimizer,
+    examine,
     examine_run,
     flat_shards,
     nothing_to_train,
     replaced_options,
 )
-from ..monitor import layerwise, summary
+from ..monitor import RATES, RECORDS, LayerRateHistory, layerwise, summary
+from ..plots import figure_of
 from ..registry import create_optimizer, describe_optimizer, get_optimizer_info, list_optimizers
 from .arguments import convert_arguments
 
@@ -158,7 +162,7 @@ def _handler(name: str) -> Callable[[Any], tuple[Any, dict[str, Any]]]:
     return handler
 
 
-def attach(trainer: Trainer, log_layers: bool = False) -> None:
+def attach(trainer: Trainer, log_layers: bool = False, plot: bool = False) -> None:
     """Shows what the optimizer does: learning rates per layer in the logs, and a true model card.
 
     Every training log, and with it every tracker, gets min, median and max over the layers of S
@@ -169,15 +173,20 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
 
     It warns, once each, of what `hf-adalip doctor` finds too: an optimizer of frozen parameters
     alone, a learning rate or weight decay that is set and not used, a schedule that ends too
-    early, and, by the last ten logs, a clipping of gradients that changes and layers that no
-    gradient reaches; and, in a resumed training, of options that the checkpoint has replaced.
+    early, a clipping of gradients that changes (every step is looked at, and the logs have
+    `clipped_steps`), by the last ten logs layers that no gradient reaches, and at the end a loss
+    that is not finite or no better than guessing; and, in a resumed training, of options that the
+    checkpoint has replaced.
 
     Args:
-        trainer: before `train()`. Called again with the same one, it changes `log_layers`.
+        trainer: before `train()`. Called again with the same one, it changes the two options.
         log_layers: log every layer's values too.
+        plot: at the end of the training, write S and A of every layer over the steps to
+            `layer_learning_rates.png` (and `.json`) in the output_dir; needs matplotlib.
 
     Raises:
         TypeError: for anything but a Trainer.
+        ImportError: for `plot` without matplotlib.
         RuntimeError: if DeepSpeed is on and Trainer was given `optimizers=`, which it would drop;
             if an engine's flat tensors do not tell layers apart; or, when training starts, if the
             optimizer has no S.
@@ -189,13 +198,20 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
             "attach needs a transformers.Trainer, got "
             f"{type(trainer).__module__}.{type(trainer).__qualname__}"
         )
-    attached = getattr(trainer, "_hf_adalip", None)
-    if attached is not None:
-        attached["log_layers"] = log_layers
+    if plot:
+        figure_of(1.0, 1.0, "")  # says now if it cannot be drawn
+    if (before := getattr(trainer, "_hf_adalip", None)) is not None:
+        before |= {"log_layers": log_layers, "plot": plot}
         return
     if wrong := dropped_optimizer(trainer) or flat_shards(trainer):
         raise WrongOptimizerError(wrong)
-    trainer._hf_adalip = attached = {"log_layers": log_layers}
+    attached = trainer._hf_adalip = {
+        "log_layers": log_layers,
+        "plot": plot,
+        "required": True,  # an optimizer with an S
+        "logged": Watch(),
+    }
+    rates_of = LayerRateHistory()
     watch, told = Watch(), set()
     made = [dict(group) for group in trainer.optimizer.param_groups] if trainer.optimizer else None
 
@@ -209,6 +225,8 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             optimizer = kwargs.get("optimizer")
             found = layerwise(optimizer)
+            if found is None and not attached["required"]:
+                return
             if found is None:
                 name = type(getattr(optimizer, "optimizer", optimizer)).__name__
                 raise RuntimeError(
@@ -223,22 +241,69 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
                     "in the checkpoint (another engine's, or save_only_model): S starts at 1",
                     stacklevel=2,
                 )
+            watch_clipping()
             scheduler = kwargs.get("lr_scheduler")
             warn_once(examine_run(trainer, found, scheduler, state.max_steps))
             if state.global_step and (other := replaced_options(found, made or [found.defaults])):
                 warn_once([other])
 
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not attached["plot"] or not state.is_world_process_zero:
+                return
+            step, found = state.global_step, layerwise(kwargs.get("optimizer"))
+            if found and (step == 1 or step % math.ceil(state.max_steps / RECORDS) == 0):
+                rates_of.record(step, found.layer_learning_rates())
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if attached["plot"] and rates_of.steps:
+                folder = Path(args.output_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                rates_of.save(folder / f"{RATES}.json")
+                name = type(layerwise(kwargs.get("optimizer"))).__name__
+                rates_of.plot(folder / f"{RATES}.png", f"{name}, {state.global_step} steps")
+            warn_once(watch.findings())
+            whole_epochs = state.epoch is not None and state.epoch >= 1 and state.global_step >= 50
+            chance = chance_loss(trainer)
+            share = args.gradient_accumulation_steps  # each loss is divided by it
+            first, last = share * watch.losses.first, share * watch.losses.last
+            if watch.losses.count and (whole_epochs or not math.isfinite(last)):
+                ended = diverged(last, "training loss at the end", chance, first)
+                warn_once([ended] if ended else [])
+
+    def watch_clipping() -> None:
+        clip = trainer.accelerator.clip_grad_norm_
+        if getattr(clip, "watched", False):
+            return
+
+        def watched(parameters: Any, max_norm: Any, *args: Any, **kwargs: Any) -> Any:
+            norm = clip(parameters, max_norm, *args, **kwargs)
+            if norm is not None and max_norm != math.inf:  # DeepSpeed has none; a norm to log only
+                whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+                watch.clip(whole, max_norm)
+            return norm
+
+        watched.watched = True  # type: ignore[attr-defined]
+        trainer.accelerator.clip_grad_norm_ = watched
+
     log, create_model_card = trainer.log, trainer.create_model_card
+    training_step = trainer.training_step
+
+    def step_with_loss(*args: Any, **kwargs: Any) -> Any:
+        loss = training_step(*args, **kwargs)
+        watch.losses.add(loss)
+        return loss
 
     def log_with_rates(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         found = layerwise(trainer.optimizer)
         if found is not None and "loss" in logs:
             rates = found.layer_learning_rates()
             watch.layers(found, rates)
-            if "grad_norm" in logs:
-                watch.clip(logs["grad_norm"], trainer.args.max_grad_norm or math.inf)
-            warn_once(watch.findings())
+            if "grad_norm" in logs and not watch.clipping.steps:  # an engine's own clip
+                attached["logged"].clip(logs["grad_norm"], trainer.args.max_grad_norm or math.inf)
+            warn_once([*watch.findings(), *attached["logged"].findings()])
             logs.update(summary(rates))
+            if watch.clipping.clipped:
+                logs["clipped_steps"] = float(watch.clipping.clipped)
             for name, rate in rates.items() if attached["log_layers"] else ():
                 logs[f"lipschitz_scale/{name}"] = rate.scale
                 logs[f"layer_lr/{name}"] = rate.lr
@@ -250,7 +315,31 @@ def attach(trainer: Trainer, log_layers: bool = False) -> None:
 
     trainer.add_callback(Check())
     trainer.log = log_with_rates
+    trainer.training_step = step_with_loss
     trainer.create_model_card = card_with_optimizer
+
+
+def attachable(trainer: Trainer) -> bool:
+    """Whether a Trainer will train with an optimizer that has an S, and has not been attached."""
+    return getattr(trainer, "_hf_adalip", None) is None and not examine(trainer)
+
+
+def chance_loss(trainer: Trainer) -> float | None:
+    """The cross-entropy of guessing, of a model that is known to be trained with it."""
+    from transformers import Trainer
+
+    own = type(trainer).compute_loss is not Trainer.compute_loss
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    config, kind = getattr(model, "config", None), type(model).__name__
+    if own or trainer.compute_loss_func is not None or config is None:
+        return None
+    choices = None
+    if kind.endswith(("ForSequenceClassification", "ForImageClassification")):
+        if getattr(config, "problem_type", None) in (None, "single_label_classification"):
+            choices = config.num_labels
+    elif kind.endswith(("ForCausalLM", "LMHeadModel")):
+        choices = config.vocab_size
+    return math.log(choices) if choices and choices > 1 else None
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -68,6 +68,30 @@ def _refusal(which: str) -> ValueError:
     )
 
 
+def checked_params(params: Any) -> Any:
+    """What an optimizer is made of, or the params of a group; of an iterator, a list.
+
+    Raises:
+        TypeError: for a tuple that is no (name, tensor), which torch fails on later, or takes.
+    """
+    if isinstance(params, (Tensor, set)) or not isinstance(params, Iterable):
+        return params  # which torch refuses
+    params = [
+        {**entry, "params": checked_params(entry["params"])}
+        if isinstance(entry, dict) and "params" in entry
+        else entry
+        for entry in params
+    ]
+    for entry in params:
+        if isinstance(entry, tuple) and not (len(entry) == 2 and isinstance(entry[0], str)):
+            parts = ", ".join(type(x).__name__ if isinstance(x, Tensor) else repr(x) for x in entry)
+            raise TypeError(
+                "params must be tensors, or pairs of a name and a tensor as those of "
+                f"model.named_parameters(), got ({parts})"
+            )
+    return params
+
+
 def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
     """Gives the last of the groups its "layer_names" and "layer_sizes": of each parameter, its
     layer, and its number of elements, by which a parameter that was replaced is known.
@@ -87,6 +111,8 @@ def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
                 "configuration), or use FSDP2"
             )
     group["layer_sizes"] = [_size(param) for param in group["params"]]
+    for given in groups:
+        _check_names(given)
     names = plain_names(group["param_names"]) if "param_names" in group else None
     known = itertools.chain.from_iterable(plain_names(g.get("param_names", ())) for g in groups)
     twice = {name for name, count in Counter(known).items() if count > 1}
@@ -114,6 +140,17 @@ def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
         if not isinstance(key, str):
             raise ValueError(f"layers must return a string, got {key!r} for {name!r}")
     group["layer_names"] = keys
+
+
+def _check_names(group: dict[str, Any]) -> None:
+    names = group.get("param_names", ())
+    if unnamed := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"the name of a parameter must be a string, got {unnamed[0]!r}")
+    if names and len(names) != len(group["params"]):
+        raise ValueError(
+            f"param_names must have a name for each of {len(group['params'])} parameters, "
+            f"got {len(names)}"
+        )
 
 
 def _size(param: Tensor) -> int | None:

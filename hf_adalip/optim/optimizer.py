@@ -13,7 +13,7 @@ from . import step as loop
 from .estimator import Estimator
 from .forms import foreach, fused
 from .forms.kernels import KernelError
-from .groups import Layers, each_once, number_of
+from .groups import Layers, checked_params, each_once, number_of
 from .history import DEFAULT_SKETCH_SIZE
 from .loading import loading, refuse_unless_dict, saved_group
 from .options import as_plain, validate
@@ -144,7 +144,7 @@ class LipOptimizer(LayerwiseOptimizer):
         self._validate(self.defaults | group)
         layers = param_group.get("layers", self._layers)
         if not isinstance(group["params"], (Tensor, set)):
-            group["params"] = each_once(list(group["params"]), layers)
+            group["params"] = each_once(checked_params(group["params"]), layers)
         named = [p[0] for p in group["params"] if isinstance(p, tuple)]
         if unknown := set(group.get("no_weight_decay", ())) - set(named):
             raise ValueError(

@@ -16,7 +16,15 @@ from .estimator import Estimator, is_number
 from .forms import foreach
 from .forms import fused as fused_form
 from .forms.kernels import KernelError
-from .groups import Layers, decays_of, name_layers, number_of, restore_structure, structure_of
+from .groups import (
+    Layers,
+    checked_params,
+    decays_of,
+    name_layers,
+    number_of,
+    restore_structure,
+    structure_of,
+)
 from .history import real
 from .loading import (
     check_base_group,
@@ -199,7 +207,7 @@ class Lipschitz(LayerwiseOptimizer):
         """As the base's, with `layers` for the group; if it is refused, nothing is added."""
         group = {key: value for key, value in param_group.items() if key != "layers"}
         if not isinstance(group["params"], (Tensor, set)):
-            group["params"] = list(group["params"])
+            group["params"] = checked_params(group["params"])
         if self._fused:
             fused_form.refuse_unless_possible(group["params"])
         self.optimizer.add_param_group(group)

@@ -434,6 +434,41 @@ def test_an_unmodified_script_takes_optim(tmp_path, launcher):
     assert "RAN AdamLip 0.9 adamlip" in done.stdout
 
 
+def test_run_logs_and_writes_cards_as_attach_does(tmp_path):
+    """Of a module as well, and it leaves another optimizer alone."""
+    (tmp_path / "package").mkdir()
+    Path(tmp_path / "package" / "train.py").write_text(
+        SCRIPT + "\ntrainer.create_model_card()\nprint('LOGGED', trainer.state.log_history[0])\n"
+    )
+    options = ["--max_steps=4", "--logging_steps=2", "--use_cpu=true", "--report_to=none"]
+    command = ["hf_adalip.run", "-m", "package.train", "--output_dir=out", *options]
+    done = run(*command, "--optim=adamlip", "--optim_args=gamma=0.9", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'lipschitz_scale/median'" in done.stdout
+    card = Path(tmp_path / "out" / "README.md").read_text()
+    assert "- optimizer: AdamLip with lr=5e-05, " in card
+    assert "OptimizerNames" not in card
+    done = run("hf_adalip.run", "-m", "package.missing", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["hf_adalip: no module named package.missing"]
+
+
+def test_attach_draws_at_the_end(tmp_path):
+    pytest.importorskip("matplotlib")
+    trainer = Trainer(
+        model=bert(),
+        args=arguments(tmp_path / "out"),
+        train_dataset=texts(),
+        **trainer_kwargs("adamlip", lr=1e-3),
+    )
+    attach(trainer, plot=True)
+    trainer.train()
+    assert (tmp_path / "out" / "layer_learning_rates.png").read_bytes().startswith(b"\x89PNG")
+    assert hf_adalip.monitor.LayerRateHistory.load(
+        tmp_path / "out" / "layer_learning_rates.json"
+    ).steps == list(range(1, 13))
+
+
 @pytest.mark.parametrize("given", ["name=adamlipu", "model_or_params=1", "params=1"])
 def test_arguments_that_are_not_the_users(given, tmp_path):
     register()

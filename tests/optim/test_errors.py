@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_adalip import AdaLip, AdamLip, AdamLipU, Lipschitz
+from hf_adalip import AdaLip, AdamLip, AdamLipU, Lipschitz, create_optimizer
 from hf_adalip.optim.forms.kernels import cpu
 from tests.optim.cases import (
     CLASSES,
@@ -280,6 +280,47 @@ def test_what_is_not_parameters(name: str, params: Any, error: type[Exception]) 
     """torch's errors come through."""
     with pytest.raises(error):
         CLASSES[name](params)
+
+
+@pytest.mark.parametrize(
+    ("entry", "shown"),
+    [
+        (lambda p: ("a",), r"\('a'\)"),
+        (lambda p: (1, p), r"\(1, Parameter\)"),
+        (lambda p: ("a", p, 1), r"\('a', Parameter, 1\)"),
+        (lambda p: (), r"\(\)"),
+    ],
+    ids=["no tensor", "number", "three", "empty"],
+)
+def test_what_is_no_named_parameter(entry: Any, shown: str) -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    given = entry(p)
+    ways: list[Callable[[Any], Any]] = [
+        *CLASSES.values(),
+        lambda params: create_optimizer(params, "lip-adam"),
+        lambda params: create_optimizer(params, "sgd"),
+        lambda params: AdamLip([torch.zeros(2)]).add_param_group({"params": params}),
+        lambda params: Lipschitz(torch.optim.SGD([torch.zeros(2)])).add_param_group(
+            {"params": params}
+        ),
+    ]
+    for make in ways:
+        for params in ([given], iter([given])):
+            with pytest.raises(TypeError, match=r"params must be .*, got " + shown):
+                make(params)
+    with pytest.raises(TypeError, match=r"params must be .*, got " + shown):
+        AdamLip([{"params": [given]}])
+
+
+def test_names_of_parameters_are_one_string_each() -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(TypeError, match="name of a parameter must be a string, got 1"):
+        Lipschitz(torch.optim.Adam([(1, p)]))
+    for make in (AdamLip, lambda params: Lipschitz(torch.optim.Adam(params))):
+        with pytest.raises(TypeError, match="name of a parameter must be a string, got 1"):
+            make([{"params": [p], "param_names": [1]}])
+        with pytest.raises(ValueError, match="name for each of 1 parameters, got 2"):
+            make([{"params": [p], "param_names": ["a", "b"]}])
 
 
 def test_a_group_that_is_not_a_dict() -> None:
