@@ -154,9 +154,22 @@ class LayerwiseOptimizer(Optimizer):
         return plan.finite_layers(norms)
 
     def _advance(
-        self, plan: StepPlan, batches: list[Batch], factor: Tensor, active: Tensor
+        self,
+        plan: StepPlan,
+        batches: list[Batch],
+        factor: Tensor,
+        active: Tensor,
+        finite: Tensor,
     ) -> None:
-        """`advance` of each batch, with A_t/α_t of each parameter, and its numbers."""
+        """`advance` of each batch, and its numbers.
+
+        Args:
+            plan: of this step.
+            batches: of the plan's buckets.
+            factor: A_t/α_t of each parameter.
+            active: which parameters take the step.
+            finite: which layers have a finite gradient and signal.
+        """
         for bucket, batch in zip(plan.buckets, batches, strict=True):
             here, device = bucket.where, batch.steps.device
             steps = active[here].to(device)
@@ -272,7 +285,7 @@ def step_layers(optimizer: LayerwiseOptimizer, plan: StepPlan) -> Tensor:
     steps = plan.spread(torch.cat([x[2] for x in followed]))
 
     # Advance.
-    optimizer._advance(plan, batches, factor, steps)
+    optimizer._advance(plan, batches, factor, steps, finite)
     if sketches is not None:
         _keep_sketches(plan, sketches[0], factor, steps)
     plan.put_in_state(optimizer)

@@ -413,14 +413,11 @@ class Lipschitz(LayerwiseOptimizer):
             norms(batch.grads) if batch.grads else torch.zeros(len(batch.params)).to(batch.steps)
             for batch in batches
         ]
-        if self._estimator.nonfinite == "propagate":
-            visible = [True] * len(plan.params)
-        else:
+        finite = torch.ones(len(plan.layers), dtype=torch.bool)
+        if self._estimator.nonfinite != "propagate":
             grads = torch.cat([x.to(plan.device) for x in sizes])
-            visible = self._visible(plan, plan.finite_layers(plan.layer_norms(grads[:, None])[0]))[
-                1
-            ]
-        self._base_step(plan, batches, visible)
+            finite = self._finite(plan, plan.layer_norms(grads[:, None])[0])
+        self._base_step(plan, batches, finite)
         rows = super()._measure(
             plan, [replace(b, grads=_updates(b), prepared=None) for b in batches]
         )
@@ -430,32 +427,30 @@ class Lipschitz(LayerwiseOptimizer):
         return rows
 
     def _finite(self, plan: StepPlan, norms: Tensor) -> Tensor:
-        finite, self._seen = self._visible(plan, super()._finite(plan, norms))
-        return finite
+        """As the base steps a flat tensor as one, also not those that share one with a layer that
+        is not finite."""
+        finite = super()._finite(plan, norms)
+        if self._estimator.nonfinite != "skip" or not any(p.parts for p in plan.params):
+            return finite
+        fine = finite.tolist()
+        bad = {id(p.tensor) for i, p in zip(plan.owner, plan.params, strict=True) if not fine[i]}
+        kept = (all(id(p.tensor) not in bad for p in layer.params) for layer in plan.layers)
+        return finite & (index_tensor(tuple(map(int, kept)), finite.device) > 0)
 
-    def _visible(self, plan: StepPlan, finite: Tensor) -> tuple[Tensor, list[bool]]:
-        """Whose gradients the base is to see.
-
-        Returns:
-            which layers are finite and, as the base steps a flat tensor as one, share none with
-            one that is not; and which parameters the base is to see.
-        """
+    def _visible(self, plan: StepPlan, finite: Tensor) -> list[bool]:
+        """Which parameters' gradients the base is to see."""
         if self._estimator.nonfinite != "skip" or not plan.layers:
-            return finite, [True] * len(plan.params)
+            return [True] * len(plan.params)
         # Tensor subclasses have no tolist().
         fine = finite.tolist() if type(finite) is Tensor else [bool(x) for x in finite]
-        bad = {id(p.tensor) for i, p in zip(plan.owner, plan.params, strict=True) if not fine[i]}
-        if bad:
-            fine = [
-                all(id(p.tensor) not in bad for p in layer.params) and ok
-                for layer, ok in zip(plan.layers, fine, strict=True)
-            ]
-            finite = index_tensor(tuple(map(int, fine)), finite.device) > 0
-        return finite, [fine[i] for i in plan.owner]
+        return [fine[i] for i in plan.owner]
 
-    def _base_step(self, plan: StepPlan, batches: list[Batch], visible: list[bool]) -> None:
-        """Steps the base, from which the gradients of the others are hidden, and keeps what the
+    def _base_step(self, plan: StepPlan, batches: list[Batch], finite: Tensor) -> None:
+        """Steps the base, from which gradients that are not finite are hidden, and keeps what the
         parameters were before."""
+        visible = self._visible(plan, finite)
+        if not self.signal.of_updates:
+            self._keep_gradients(plan, batches, visible)
         for batch in batches:
             if batch.grads:
                 batch.prepared = [p.clone() for p in batch.params]
@@ -471,12 +466,16 @@ class Lipschitz(LayerwiseOptimizer):
                 tensor.grad = grad
 
     def _advance(
-        self, plan: StepPlan, batches: list[Batch], factor: Tensor, active: Tensor
+        self,
+        plan: StepPlan,
+        batches: list[Batch],
+        factor: Tensor,
+        active: Tensor,
+        finite: Tensor,
     ) -> None:
         if not self.signal.of_updates:
-            self._keep_gradients(plan, batches)
             try:
-                self._base_step(plan, batches, self._seen)
+                self._base_step(plan, batches, finite)
             except BaseException:  # S has not followed
                 forget_predecessor([p.state for p in plan.params])
                 raise
@@ -509,10 +508,10 @@ class Lipschitz(LayerwiseOptimizer):
     def _is_capturable(self) -> bool:
         return any(group.get("capturable", False) for group in self.param_groups)
 
-    def _keep_gradients(self, plan: StepPlan, batches: list[Batch]) -> None:
+    def _keep_gradients(self, plan: StepPlan, batches: list[Batch], visible: list[bool]) -> None:
         """Before the base steps, as it may compute with the gradients in their place."""
         for bucket, batch in zip(plan.buckets, batches, strict=True):
-            seen = [i for i, ok in enumerate(self._seen[bucket.where]) if ok and batch.grads]
+            seen = [i for i, ok in enumerate(visible[bucket.where]) if ok and batch.grads]
             if seen:
                 torch._foreach_copy_(
                     [batch.states[i]["prev_grad"] for i in seen], [batch.grads[i] for i in seen]

@@ -62,6 +62,7 @@ def arguments(path, **kwargs):
     defaults = {
         "max_steps": 12,
         "logging_steps": 3,
+        "max_grad_norm": 0.0,  # of which `attach` warns where it clips
         "per_device_train_batch_size": 8,
         "report_to": [],
         "save_strategy": "no",
