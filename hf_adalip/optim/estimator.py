@@ -17,9 +17,9 @@ parameters nor optimizers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,11 +42,6 @@ class LayerState(NamedTuple):
     scale: Tensor  # S_{t-1}
     prev_norm: Tensor  # ‖x_{t-1}‖, or NO_PREDECESSOR or FORGOTTEN
     c: Tensor | None = None  # c_{t-1}, with c="theoretical"
-
-
-def ratio(prev_norm: Tensor, change: Tensor, c: Tensor | float) -> Tensor:
-    """Eq. 7 over α: what one pair of successive signals says of the learning rate."""
-    return prev_norm / (change + c)
 
 
 def moving_average(scale: Tensor, observed: Tensor, gamma: float) -> Tensor:
@@ -99,6 +94,7 @@ class Estimator:
     c: float | Literal["theoretical"] = 1e-8
     scale_bounds: tuple[float, float] | None = (0.1, 10.0)
     nonfinite: Literal["skip", "raise", "propagate"] = "skip"
+    theoretical: bool = field(init=False, repr=False, compare=False)  # whether c is Eq. A.3's
 
     def __post_init__(self) -> None:
         if not is_number(self.gamma) or not 0.0 < self.gamma < 1.0:
@@ -124,14 +120,12 @@ class Estimator:
             raise ValueError(
                 f'nonfinite must be "skip", "raise" or "propagate", got {self.nonfinite!r}'
             )
+        object.__setattr__(self, "theoretical", self.c == "theoretical")
 
     @property
-    def theoretical(self) -> bool:
-        return self.c == "theoretical"
-
-    @property
-    def initial_c(self) -> float:
-        return FIRST_C if self.c == "theoretical" else self.c
+    def hyperparameters(self) -> dict[str, Any]:
+        """The values of the constructor's arguments."""
+        return {x.name: getattr(self, x.name) for x in fields(self) if x.init}
 
     @property
     def initial(self) -> dict[str, float]:
@@ -173,41 +167,32 @@ class Estimator:
         signal = ((norm != 0) | (before > 0)) & ~lost
         first = signal & (layer.prev_norm == NO_PREDECESSOR)
 
-        c = layer.c
-        if c is not None and step is not None:
-            needed = theoretical_c(layer.scale, before, change, c, step, self.gamma)
-            c = torch.where(signal, needed, c)
-        observed = ratio(before, change, self.initial_c if c is None else c)
+        c: Any = self.c
+        if layer.c is not None and step is not None:
+            needed = theoretical_c(layer.scale, before, change, layer.c, step, self.gamma)
+            c = torch.where(signal, needed, layer.c)
+        observed = before / (change + c)  # Eq. 7 over α
         scale = moving_average(layer.scale, observed, self.gamma)
         if self.scale_bounds is not None:
             scale = scale.clamp(*self.scale_bounds)
         scale = torch.where(signal, scale, layer.scale)
         factor = scale.masked_fill(first, 1.0)
-        remembered = norm * factor if applied else norm
-        prev_norm = torch.where(signal | lost, remembered, layer.prev_norm)
-        return self._kept(layer, LayerState(scale, prev_norm, c), factor, finite, active)
+        kept = norm * factor if applied else norm
+        prev_norm = torch.where(signal | lost, kept, layer.prev_norm)
 
-    def _kept(
-        self,
-        old: LayerState,
-        new: LayerState,
-        factor: Tensor,
-        finite: Tensor | None,
-        active: Tensor | None,
-    ) -> tuple[LayerState, Tensor, Tensor]:
-        """The last rows of the table: layers that take no step keep S."""
-        steps = torch.ones_like(factor, dtype=torch.bool) if active is None else active
+        # The last rows of the table: layers that take no step keep S.
+        steps = torch.ones_like(signal) if active is None else active
+        old = layer.prev_norm
         if self.nonfinite == "skip" and finite is not None:
             steps = steps & finite
             # An optimizer may overwrite x_{t-1} before it knows all of x_t.
-            had_one = old.prev_norm != NO_PREDECESSOR
-            old = old._replace(prev_norm=old.prev_norm.masked_fill(had_one & ~finite, FORGOTTEN))
-        kept = LayerState(
-            torch.where(steps, new.scale, old.scale),
-            torch.where(steps, new.prev_norm, old.prev_norm),
-            new.c if new.c is None or old.c is None else torch.where(steps, new.c, old.c),
+            old = old.masked_fill((old != NO_PREDECESSOR) & ~finite, FORGOTTEN)
+        state = LayerState(
+            torch.where(steps, scale, layer.scale),
+            torch.where(steps, prev_norm, old),
+            None if layer.c is None else torch.where(steps, c, layer.c),
         )
-        return kept, factor, steps
+        return state, factor, steps
 
 
 def is_number(value: object) -> bool:

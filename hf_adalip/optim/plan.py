@@ -27,7 +27,7 @@ from .sharding import (
     sum_over_shards,
 )
 from .signals import Signal, index_tensor, layer_norms, least_unsquarable
-from .state import LAYER_SCALARS, SCALARS, State, complete, forget_predecessor
+from .state import LAYER_SCALARS, SCALARS, State, StateKeys, complete, forget_predecessor
 
 if TYPE_CHECKING:
     from .step import Form, LayerwiseOptimizer
@@ -114,6 +114,9 @@ class Bucket:
     sketch: int = 0  # how many numbers they keep of x_{t-1}; 0 for tensors
     sketch_rows: slice | None = None  # of the plan's parameters that have a sketch
     sketches: Tensor | None = None  # theirs of x_{t-1}, once packed
+    moments: tuple[str, ...] = ()  # state keys of the parameter's shape
+    history: tuple[str, ...] = ()  # the same, of x_{t-1}
+    recomputes: bool = False  # whether x_{t-1} is computed again from the moments
     memo: dict[Any, Any] = field(default_factory=dict)  # of `form`, see Batch
 
     def __post_init__(self) -> None:
@@ -160,18 +163,14 @@ class Batch:
     states: list[dict[str, Tensor]]
     steps: Tensor  # [tensors], t of each
     lr: Tensor | float  # α_t
+    moments: tuple[str, ...]  # state keys of the parameter's shape
+    history: tuple[str, ...]  # the same, of x_{t-1}
     sketch: int = 0  # the size of the sketches of x that are kept; 0 where x itself is
     stoppable: bool = True  # whether anything between measuring and stepping may stop the step
     prepared: Any = None  # what a form made of it for both `measure` and `advance`
     memo: dict[Any, Any] = field(default_factory=dict)
     """What a form may keep from step to step, as long as params and states are the same objects
     and the parameters lie in memory as they did."""
-
-    def __post_init__(self) -> None:
-        self.moments = self.rule.state_keys(self.group)
-        self.history = () if self.sketch else self.signal.history(self.rule, self.group)
-        self.keys = self.moments + self.history
-        """State keys of the parameter's shape."""
 
 
 class StepPlan:
@@ -219,7 +218,7 @@ class StepPlan:
         self.groups = list(groups.values())
         self.buckets: list[Bucket] = []
         self._limits: Tensor | None = None  # of the norms of layers
-        self._in_state = False  # whether the optimizer has the parameters' state
+        self.is_in_state = False  # whether the optimizer has the parameters' state
         self._vectors: dict[str, Tensor] = {}
         self._is_packed = False
         self._packed: list[Tensor] = []  # the parameters' views of those and of packed sketches
@@ -228,7 +227,11 @@ class StepPlan:
         self._same: list[object] = []  # what it was made from, and is to be the same objects
         self._equal: list[object] = []
 
-    def arrange(self, buckets: Sequence[tuple[Form | None, list[tuple[int, LocalParam]]]]) -> None:
+    def arrange(
+        self,
+        buckets: Sequence[tuple[Form | None, list[tuple[int, LocalParam]]]],
+        keys_of: Callable[[dict[str, Any]], StateKeys],
+    ) -> None:
         """Sets the buckets, given with the index of each parameter's layer."""
         entries = [entry for _, inside in buckets for entry in inside]
         self.params = [param for _, param in entries]
@@ -238,7 +241,11 @@ class StepPlan:
             params = [param for _, param in inside]
             size, end = params[0].sketch, start + len(params)
             rows = slice(row, row := row + (len(params) if size else 0))
-            self.buckets.append(Bucket(form, params, slice(start, end), size, rows))
+            bucket = Bucket(form, params, slice(start, end), size, rows)
+            keys = keys_of(params[0].group)
+            bucket.moments, bucket.history = keys.moments, () if size else keys.histories
+            bucket.recomputes = "prev_lr" in keys.scalars
+            self.buckets.append(bucket)
             start = end
         places = {number_of(group): i for i, group in enumerate(self.groups)}
         self.group_of = tuple(places[number_of(param.group)] for param in self.params)
@@ -260,21 +267,26 @@ class StepPlan:
         values = chain.from_iterable([param.stored.values() for param in self.params])
         self._values = [weakref.ref(x) if isinstance(x, Tensor) else _constant(x) for x in values]
 
-    def is_current(self, optimizer: LayerwiseOptimizer) -> bool:
-        """Whether nothing has changed of what the plan was made from."""
-        # Asked at every step, when little of the parameters is in a cache: hence the loops of C.
-        same, equal = _facts(optimizer)
-        if len(same) != len(self._same) or not all(map(is_, same, self._same)):
-            return False
-        return equal == self._equal and self.is_intact()
+    def is_current(self, optimizer: LayerwiseOptimizer | None) -> bool:
+        """Whether nothing has changed of what the plan was made from, in particular whether the
+        parameters' state consists of the same tensors.
 
-    def is_intact(self) -> bool:
-        """Whether the parameters' state consists of the same tensors as when it was noted."""
+        Args:
+            optimizer: the plan's; None to ask for the state alone.
+        """
+        # Asked at every step, when little of the parameters is in a cache: hence the loops of C.
+        if optimizer is not None:
+            same, equal = _facts(optimizer)
+            if len(same) != len(self._same) or not all(map(is_, same, self._same)):
+                return False
+            if equal != self._equal:
+                return False
         now = list(chain.from_iterable([param.stored.values() for param in self.params]))
         noted = [reference() for reference in self._values]
+        if len(now) != len(noted) or not all(map(is_, now, noted)):
+            return False
         # `x.data = ...`, with which state is moved to another device and back, keeps the tensor.
-        same = len(now) == len(noted) and all(map(is_, now, noted))
-        return same and list(map(Tensor.data_ptr, self._packed)) == self._addresses
+        return list(map(Tensor.data_ptr, self._packed)) == self._addresses
 
     # Numbers of parameters and layers
 
@@ -304,11 +316,16 @@ class StepPlan:
         self._addresses = list(map(Tensor.data_ptr, self._packed))
         self.note_state()
 
-    def read(self, key: str, where: slice, device: torch.device) -> Tensor:
-        """A number of some of the parameters."""
-        if key in self._vectors:
-            return self._vectors[key][where]
-        return _gathered(self.params[where], key, device)
+    def read(self, key: str, where: slice, device: torch.device, of_layers: bool = False) -> Tensor:
+        """A number of some of the parameters, or of the layers: all parameters of a layer have the
+        same."""
+        if key not in self._vectors:
+            params = [self.params[i] for i in self._first[where]] if of_layers else None
+            return _gathered(params or self.params[where], key, device)
+        vector = self._vectors[key]
+        if of_layers and self._leaders is not None:
+            vector = vector[index_tensor(self._leaders, vector.device)]
+        return vector[where]
 
     def write(self, key: str, values: Tensor, where: slice) -> None:
         """Stores a number of some of the parameters."""
@@ -317,30 +334,22 @@ class StepPlan:
         else:
             store([param.state[key] for param in self.params[where]], values)
 
-    def read_layers(self, key: str, where: slice, device: torch.device) -> Tensor:
-        """A number of some of the layers; all parameters of a layer have the same."""
-        if key in self._vectors:
-            return pick(self._vectors[key], self._leaders)[where]
-        return _gathered([self.params[i] for i in self._first[where]], key, device)
-
     def write_layers(self, key: str, values: Tensor, where: slice) -> None:
         """Stores a number of some of the layers in all of their parameters."""
-        if key in self._vectors and len(values) == len(self.layers):
-            self._vectors[key].copy_(self.spread(values))
-            return
         owned = zip(self.owner, self.params, strict=True)
         mine = [(i - where.start, p) for i, p in owned if where.start <= i < where.stop]
-        store([p.state[key] for _, p in mine], pick(values, tuple(i for i, _ in mine)))
+        index = index_tensor(tuple(i for i, _ in mine), values.device)
+        store([p.state[key] for _, p in mine], values[index])
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of layers as values of parameters."""
-        return pick(values, self._spread)
+        if self._spread is None:
+            return values
+        return values[index_tensor(self._spread, values.device)]
 
     def put_in_state(self, optimizer: LayerwiseOptimizer) -> None:
         """Gives the optimizer the state of new parameters, once the step can no longer fail."""
-        if self._in_state:
-            return
-        self._in_state = True
+        self.is_in_state = True
         for param in chain.from_iterable(layer.all for layer in self.layers):
             if "lipschitz_scale" not in optimizer.state[param.tensor]:
                 optimizer.state[param.tensor].update(param.stored)
@@ -387,24 +396,26 @@ class StepPlan:
             norms[:, 2].index_copy_(0, rows, sketch_changes.to(norms))  # which has the widest dtype
         if not self.layers:
             return norms, norms.new_zeros(0, dtype=torch.bool)
-        norms = layer_norms(norms, owner, len(self.layers))
+        if self._spread is not None:  # else each layer is one parameter
+            norms = layer_norms(norms, owner, len(self.layers))
         # One rule for every form and engine, some of which add squares up: a norm is infinite
         # where its square is, as that of a gradient would be in a second moment.
-        norms = norms.masked_fill(norms >= self._unsquarable(norms), math.inf)
+        limit = _FLOAT32_LIMIT if norms.dtype == torch.float32 else self._unsquarable(norms)
+        norms = norms.masked_fill(norms >= limit, math.inf)
+        active = None
+        if not all(not isinstance(group["lr"], Tensor) and group["lr"] for group in self.groups):
+            active = self._active(norms)
         if not self.hidden:
-            return norms, self._active(norms)
-        active = self._active(norms)
+            return norms, active
         on_some_rank = norms[:, -1] > 0
         return norms[:, :-1], on_some_rank if active is None else active & on_some_rank
 
-    def _unsquarable(self, norms: Tensor) -> Tensor | float:
+    def _unsquarable(self, norms: Tensor) -> Tensor:
         """The norms of layers from which on they cannot be computed with, for `norms` of shape
         [layers, columns]: the square overflows, or the norm itself the numbers of the state.
 
         Beside float64 tensors, whose dtype `norms` has then, others are still of float32.
         """
-        if norms.dtype == torch.float32:
-            return _FLOAT32_LIMIT
         if self._limits is None:
             largest = torch.finfo(_get_scalar_dtype()).max
             least = [
@@ -414,11 +425,9 @@ class StepPlan:
             self._limits = norms.new_tensor(least)[:, None]
         return self._limits
 
-    def _active(self, norms: Tensor) -> Tensor | None:
-        if all(not isinstance(group["lr"], Tensor) and group["lr"] for group in self.groups):
-            return None  # nearly always
+    def _active(self, norms: Tensor) -> Tensor:
         device = norms.device
-        before = self.read_layers("prev_norm", slice(0, len(self.layers)), device)
+        before = self.read("prev_norm", slice(0, len(self.layers)), device, of_layers=True)
         rated = has_rate(self.groups, device)[index_tensor(self.group_of, device)]
         count = norms.new_zeros(len(self.layers))
         count = count.index_add(0, index_tensor(self.owner, device), rated.to(norms))
@@ -433,32 +442,6 @@ class StepPlan:
         whole = _summed(sketches, places, self.sharded_sketches)
         return sketches.index_copy(0, index_tensor(rows, sketches.device), whole)
 
-    def finite_layers(self, norms: Tensor) -> Tensor:
-        """Which layers have finite norms, shape [layers].
-
-        Args:
-            norms: of gradients and signals, shape [layers, columns]; not of ‖x_t - x_{t-1}‖, in
-                which a history may show that overflowed.
-
-        Raises:
-            RuntimeError: with nonfinite="raise", naming the layers. Nothing has been changed.
-        """
-        finite = (norms < math.inf).all(dim=1)  # none is negative
-        if self.raises:
-            bad = [
-                layer.name
-                for layer, ok in zip(self.layers, finite.tolist(), strict=True)
-                if layer.options[0].nonfinite == "raise" and not ok
-            ]
-            if bad:
-                raise RuntimeError(
-                    "the gradient norm (or its square) is not finite in "
-                    f"{len(bad)} of {len(self.layers)} layers "
-                    f"({', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}); nothing was "
-                    'changed. nonfinite="skip" leaves such layers alone for the step'
-                )
-        return finite
-
 
 def _summed(values: Tensor, places: list[int | None], groups: Sequence[ReduceGroups]) -> Tensor:
     """Rows summed over the ranks that share them, of those that have a place among the sharded."""
@@ -472,28 +455,7 @@ def _summed(values: Tensor, places: list[int | None], groups: Sequence[ReduceGro
 # Collecting
 
 
-def current_plan(optimizer: LayerwiseOptimizer) -> StepPlan:
-    """The plan of this step: that of the last one, where nothing it says has changed."""
-    if not torch.compiler.is_compiling():
-        plan: StepPlan | None = optimizer.__dict__.get("_plan")
-        if plan is not None and plan.is_current(optimizer):
-            plan.pack()
-            return plan
-        optimizer.__dict__.pop("_plan", None)
-    plan = make_plan(optimizer)
-    if _can_keep(plan):
-        plan.pack()
-    return plan
-
-
-def keep_plan(optimizer: LayerwiseOptimizer, plan: StepPlan) -> None:
-    """Keeps the plan of a step that was taken for the next one."""
-    if "_plan" not in optimizer.__dict__ and _can_keep(plan):
-        plan.note(optimizer)
-        optimizer._plan = plan
-
-
-def _can_keep(plan: StepPlan) -> bool:
+def can_keep(plan: StepPlan) -> bool:
     """Whether a step may find everything where the step before it has left it."""
     if torch.compiler.is_compiling() or plan.hidden or torch.is_grad_enabled():
         return False
@@ -540,7 +502,10 @@ def make_plan(optimizer: LayerwiseOptimizer) -> StepPlan:
     if not layers and not optimizer.state:
         refuse_if_fsdp1_took_all()
     sharding = sharded, sharded_sketches, bool(hidden)
-    return plan_layers(optimizer, list(layers.values()), sketch_size, *sharding)
+    plan = plan_layers(optimizer, list(layers.values()), sketch_size, *sharding)
+    if can_keep(plan):
+        plan.pack()
+    return plan
 
 
 def plan_layers(
@@ -551,7 +516,7 @@ def plan_layers(
     for layer in layers:
         _join(optimizer, layer, options)
     plan = StepPlan(layers, home_device(optimizer), sketch_size, *sharding)
-    plan.arrange(optimizer._buckets(plan))
+    plan.arrange(optimizer._buckets(plan), optimizer._state_keys)
     return plan
 
 
@@ -706,11 +671,6 @@ def _constant(x: Any) -> Callable[[], Any]:
 def _gathered(params: Sequence[LocalParam], key: str, device: torch.device) -> Tensor:
     values = [param.state[key] for param in params]
     return torch.stack([x if x.device == device else x.to(device) for x in values])
-
-
-def pick(values: Tensor, indices: tuple[int, ...] | None) -> Tensor:
-    """values[indices]; None for all of them in their order."""
-    return values if indices is None else values[index_tensor(indices, values.device)]
 
 
 def _is_range(indices: tuple[int, ...], count: int) -> bool:

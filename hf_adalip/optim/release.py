@@ -264,7 +264,7 @@ class _Plan:
             return False
         if any(optimizer.state.get(p.tensor) is not p.stored for p in self._params):
             return False
-        if self._facts(optimizer) != self._made_from or not self.steps.is_intact():
+        if self._facts(optimizer) != self._made_from or not self.steps.is_current(None):
             return False
         self.steps.pack()
         return True

@@ -96,19 +96,18 @@ class Updates(Signal):
 # Numbers on the host
 
 
-def readable(x: Tensor, group: Group) -> bool:
-    """Whether the host may look at the numbers of x: no device is waited for, and neither a graph,
-    nor autograd, nor a mode that traces the step would miss what depends on them."""
-    if x.device.type != "cpu" or type(x) is not Tensor or group.get("capturable"):
-        return False
-    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return not (group["differentiable"] or traced)
-
-
 def numbers(x: Tensor, group: Group) -> list[Any]:
-    """The elements of a vector: Python's numbers where they are `readable`, else 0-dim tensors,
-    each of which costs an operator as much as a small tensor does."""
-    return x.tolist() if readable(x, group) else list(x.unbind())
+    """The elements of a vector: Python's numbers where the host may look at them, else 0-dim
+    tensors, each of which costs an operator as much as a small tensor does.
+
+    The host may look where no device is waited for, and neither a graph, nor autograd, nor a mode
+    that traces the step would miss what depends on the numbers.
+    """
+    plain = x.device.type == "cpu" and type(x) is Tensor
+    watched = group.get("capturable") or group["differentiable"]
+    if not plain or watched or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return list(x.unbind())
+    return x.tolist()
 
 
 # Norms
@@ -118,9 +117,13 @@ _ROW = 4096
 _vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 
 
+OPMATH = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""The dtypes that arithmetic on tensors of low precision is done in; on others, in their own."""
+
+
 def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that arithmetic on tensors of `dtype` is done in: at least float32."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return OPMATH.get(dtype, dtype)
 
 
 def least_unsquarable(dtype: torch.dtype) -> float:
@@ -131,7 +134,7 @@ def least_unsquarable(dtype: torch.dtype) -> float:
 
 def norm(x: Tensor) -> Tensor:
     """‖x‖ of one real tensor as a 0-dim tensor in its opmath dtype."""
-    dtype = opmath_dtype(x.dtype)
+    dtype = OPMATH.get(x.dtype, x.dtype)
     if x.device.type == "cpu" and x.numel() > _ROW:
         # The CPU kernel adds a whole tensor up in a few float32 lanes: relative errors of
         # 1e-5 at 1 M elements and 6e-3 at 64 M were seen. Rows of 4096 keep it at 1e-7,

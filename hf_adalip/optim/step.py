@@ -12,9 +12,10 @@ once, when a result is stored in the parameter's dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
-from operator import mul
+from operator import attrgetter, mul
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -28,14 +29,17 @@ from .estimator import LayerState
 from .groups import Layers, decays_of, name_layers
 from .history import real, sketch
 from .loading import check_loaded
-from .plan import Batch, Bucket, LocalParam, Options, StepPlan, as_scalar, current_plan, keep_plan
+from .plan import Batch, Bucket, LocalParam, Options, StepPlan, as_scalar
 from .rules import Group, Moments, Numbers, Rule
 from .sharding import FlatTensors, Shard
-from .signals import Signal, norm, numbers, opmath_dtype
+from .signals import OPMATH, Signal, norm, numbers
 from .state import State, StateKeys, unpacked
 
 if TYPE_CHECKING:
     from .release import GradientRelease
+
+
+_grad = attrgetter("grad")
 
 
 class Form(Protocol):
@@ -99,7 +103,6 @@ class LayerwiseOptimizer(Optimizer):
             RuntimeError: for sparse gradients, and with nonfinite="raise" for a gradient norm
                 that is not finite; nothing has been changed then.
         """
-        _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -109,10 +112,21 @@ class LayerwiseOptimizer(Optimizer):
 
     def _take_step(self) -> None:
         active = self._release.finish() if self._release else []
-        plan = current_plan(self)
+        kept: StepPlan | None = self.__dict__.get("_plan")
+        is_new = torch.compiler.is_compiling() or kept is None or not kept.is_current(self)
+        if kept is None or is_new:
+            self.__dict__.pop("_plan", None)
+            plan = plans.make_plan(self)
+        else:
+            plan = kept
+        if plan.device.type != "cpu":
+            _check_capture(self)
         active.append(step_layers(self, plan))
-        _count_step(self, active)
-        keep_plan(self, plan)
+        if any(group.get("c", self._c) == "theoretical" for group in self.param_groups):
+            _count_step(self, active)
+        if is_new and plans.can_keep(plan):
+            plan.note(self)
+            self._plan = plan
 
     # What an optimizer says of itself
 
@@ -134,7 +148,43 @@ class LayerwiseOptimizer(Optimizer):
 
     def _batches(self, plan: StepPlan) -> list[Batch]:
         """The tensors of each bucket, as they are now."""
-        return [_batch(self, plan, bucket) for bucket in plan.buckets]
+        batches = []
+        for bucket in plan.buckets:
+            members, group = bucket.params, bucket.params[0].group
+            device = members[0].param.device
+            params = [p.param for p in members]
+            states = [p.stored if p.part is None else p.state for p in members]
+            given: Any = (params if bucket.is_plain else members) if bucket.form else ()
+            grads = [grad for grad in map(_grad, given) if grad is not None]
+            if not bucket.is_plain:
+                shards = [p.shard for p in members]
+                if bucket.form:
+                    grads = [real(s.local_grad(g)) for s, g in zip(shards, grads, strict=True)]
+                params = [real(s.local(p)) for s, p in zip(shards, params, strict=True)]
+                states = [
+                    {name: real(s.local(x)) for name, x in state.items()}
+                    for s, state in zip(shards, states, strict=True)
+                ]
+            steps, lr = plan.read("step", bucket.where, device), group["lr"]
+            batches.append(
+                Batch(
+                    rule=self.rule,
+                    signal=self.signal,
+                    group=group if members[0].decays else group | {"weight_decay": 0.0},
+                    members=members,
+                    params=params,
+                    grads=grads,
+                    states=states,
+                    steps=steps + 1 if bucket.form else steps,
+                    lr=as_scalar(lr, device) if isinstance(lr, Tensor) else lr,
+                    moments=bucket.moments,
+                    history=bucket.history,
+                    sketch=bucket.sketch,
+                    stoppable=plan.raises or bool(plan.sharded),  # whose collective may fail
+                    memo=bucket.memo if bucket.is_plain else {},  # a shard may get other memory
+                )
+            )
+        return batches
 
     def _prepare(self, bucket: Bucket, batch: Batch) -> None:
         """Does what a form may fail in, before anything is changed."""
@@ -150,8 +200,20 @@ class LayerwiseOptimizer(Optimizer):
         ]
 
     def _finite(self, plan: StepPlan, norms: Tensor) -> Tensor:
-        """Which layers have a finite gradient and signal, shape [layers]."""
-        return plan.finite_layers(norms)
+        """Which layers have finite norms, shape [layers].
+
+        Args:
+            plan: of this step.
+            norms: of gradients and signals, shape [layers, columns]; not of ‖x_t - x_{t-1}‖, in
+                which a history may show that overflowed.
+
+        Raises:
+            RuntimeError: with nonfinite="raise", naming the layers. Nothing has been changed.
+        """
+        finite = (norms < math.inf).all(dim=1)  # none is negative
+        if plan.raises:
+            _raise_unless(finite, plan)
+        return finite
 
     def _advance(
         self,
@@ -173,17 +235,17 @@ class LayerwiseOptimizer(Optimizer):
         for bucket, batch in zip(plan.buckets, batches, strict=True):
             here, device = bucket.where, batch.steps.device
             steps = active[here].to(device)
-            recomputes = self.signal.is_recomputed(self.rule, batch.group)
             if bucket.form is None:
                 advance_absent(batch, steps)
-                scalars = {"prev_lr": torch.zeros_like(batch.steps)} if recomputes else {}
+                scalars = {"prev_lr": torch.zeros_like(batch.steps)} if bucket.recomputes else {}
             else:
-                rates = batch.lr * factor[here].to(device, opmath_dtype(batch.params[0].dtype))
+                dtype = batch.params[0].dtype
+                rates = batch.lr * factor[here].to(device, OPMATH.get(dtype, dtype))
                 applied = batch.group.get("previous", "applied") == "applied"
                 kept = rates if applied else torch.zeros_like(rates) + batch.lr
                 bucket.form.advance(batch, rates, kept, steps)
                 scalars = {"step": batch.steps, "layer_lr": rates}
-                if recomputes:
+                if bucket.recomputes:
                     correction = self.rule.inverse_bias_correction(batch.steps, batch.group)
                     scalars["prev_lr"] = kept * correction
             for key, values in scalars.items():
@@ -269,7 +331,7 @@ def step_layers(optimizer: LayerwiseOptimizer, plan: StepPlan) -> Tensor:
     followed = []
     for (estimator, previous), here in plan.kinds:
         names = ("lipschitz_scale", "prev_norm", "lipschitz_c")[: 3 if estimator.theoretical else 2]
-        state = LayerState(*(plan.read_layers(name, here, norms.device) for name in names))
+        state = LayerState(*(plan.read(name, here, norms.device, of_layers=True) for name in names))
         followed.append(
             estimator.update(
                 state,
@@ -288,49 +350,20 @@ def step_layers(optimizer: LayerwiseOptimizer, plan: StepPlan) -> Tensor:
     optimizer._advance(plan, batches, factor, steps, finite)
     if sketches is not None:
         _keep_sketches(plan, sketches[0], factor, steps)
-    plan.put_in_state(optimizer)
+    if not plan.is_in_state:
+        plan.put_in_state(optimizer)
+    everyone = slice(0, len(plan.params))
+    for name, values in {
+        "lipschitz_scale": torch.cat([x[0].scale for x in followed]),
+        "prev_norm": torch.cat([x[0].prev_norm for x in followed]),
+    }.items():
+        plan.write(name, plan.spread(values), everyone)
     for (_, here), (state, _, _) in zip(plan.kinds, followed, strict=True):
-        plan.write_layers("lipschitz_scale", state.scale, here)
-        plan.write_layers("prev_norm", state.prev_norm, here)
         if state.c is not None:
             plan.write_layers("lipschitz_c", state.c, here)
-    everywhere = slice(0, len(plan.layers))
-    count = plan.read_layers("nonfinite_steps", everywhere, norms.device)
-    plan.write_layers("nonfinite_steps", count + ~finite, everywhere)
+    count = plan.read("nonfinite_steps", everyone, norms.device)
+    plan.write("nonfinite_steps", count + ~plan.spread(finite), everyone)
     return torch.ones_like(finite) if active is None else active
-
-
-def _batch(optimizer: LayerwiseOptimizer, plan: StepPlan, bucket: Bucket) -> Batch:
-    """The tensors of a bucket now."""
-    members = bucket.params
-    group, device = members[0].group, members[0].param.device
-    params, states = [p.param for p in members], [p.state for p in members]
-    given = [x.grad for x in (params if bucket.is_plain else members)] if bucket.form else []
-    grads = [grad for grad in given if grad is not None]
-    if not bucket.is_plain:
-        shards = [p.shard for p in members]
-        if bucket.form:
-            grads = [real(s.local_grad(g)) for s, g in zip(shards, grads, strict=True)]
-        params = [real(s.local(p)) for s, p in zip(shards, params, strict=True)]
-        states = [
-            {name: real(s.local(x)) for name, x in state.items()}
-            for s, state in zip(shards, states, strict=True)
-        ]
-    steps, lr = plan.read("step", bucket.where, device), group["lr"]
-    return Batch(
-        rule=optimizer.rule,
-        signal=optimizer.signal,
-        group=group if members[0].decays else group | {"weight_decay": 0.0},
-        members=members,
-        params=params,
-        grads=grads,
-        states=states,
-        steps=steps + 1 if bucket.form else steps,
-        lr=as_scalar(lr, device) if isinstance(lr, Tensor) else lr,
-        sketch=bucket.sketch,
-        stoppable=plan.raises or bool(plan.sharded),  # whose collective may fail
-        memo=bucket.memo if bucket.is_plain else {},  # an engine may give a shard other memory
-    )
 
 
 # The loop form
@@ -344,13 +377,16 @@ def measure(batch: Batch) -> Tensor:
     [tensors, 3 + sketch], and the change, which can only be had of the whole parameter, is zero.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
-    corrections, before = _corrections(batch, batch.steps), _before(batch, batch.steps - 1)
+    corrections = _corrections(batch, batch.steps)
+    before: list[Any] = [None] * len(batch.params)
+    if signal.of_updates:
+        before = _before(batch, batch.steps - 1)
     rows = []
     for i, (param, raw, state) in enumerate(
         zip(batch.params, batch.grads, batch.states, strict=True)
     ):
         grad = _gradient(param, raw, group)
-        old = {key: _widened(state[key], group) for key in batch.keys}
+        old = {key: widened(state[key], group) for key in (*batch.moments, *batch.history)}
 
         def proposed(i: int = i, grad: Tensor = grad, old: Moments = old) -> Tensor:
             return -batch.lr * rule.direction(rule.moments(grad, old, group), corrections[i], group)
@@ -384,10 +420,10 @@ def advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
         zip(batch.params, batch.grads, batch.states, strict=True)
     ):
         grad = _gradient(param, raw, group)
-        old = {key: _widened(state[key], group) for key in batch.moments}
+        old = {key: widened(state[key], group) for key in batch.moments}
         new = rule.moments(grad, old, group)
         direction = rule.direction(new, corrections[i], group)
-        value = _widened(param, group)
+        value = widened(param, group)
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             value = value * (1 - batch.lr * group["weight_decay"])
         for key in batch.moments:
@@ -400,33 +436,27 @@ def advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
 
 def _gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
     """g_t: the gradient to descend, with λp added when weight decay is coupled."""
-    grad = widened(grad, param.dtype)
+    grad = widened(grad, like=param.dtype)
     if group["maximize"]:
         grad = -grad
     if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        grad = grad + group["weight_decay"] * _widened(param, group)
+        grad = grad + group["weight_decay"] * widened(param, group)
     return grad
 
 
-def _widened(x: Tensor, group: Group | None = None) -> Tensor:
-    """A parameter or state in its opmath dtype; apart from what the step will write into it, where
-    autograd is to run through the step."""
-    dtype = opmath_dtype(x.dtype)
+def widened(x: Tensor, group: Group | None = None, like: torch.dtype | None = None) -> Tensor:
+    """x in its opmath dtype, or that of `like`; apart from what the step will write into x, where
+    autograd is to run through the step. (Tensor.to takes a microsecond to find that there is
+    nothing to do, and there are hundreds of tensors.)"""
+    dtype = OPMATH.get(like or x.dtype, like or x.dtype)
     wide = x if x.dtype == dtype else x.to(dtype)
     return wide.clone() if group is not None and group["differentiable"] else wide
-
-
-def widened(x: Tensor, like: torch.dtype) -> Tensor:
-    """x in the dtype that arithmetic on `like` is done in. (Tensor.to takes a microsecond to find
-    that there is nothing to do, and there are hundreds of tensors.)"""
-    dtype = opmath_dtype(like)
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _store(target: Tensor, value: Tensor, active: Any, otherwise: float | None = None) -> None:
     """Makes the target the value where `active`, else `otherwise`: None for what it is."""
     if isinstance(active, Tensor):
-        other = _widened(target) if otherwise is None else otherwise
+        other = widened(target) if otherwise is None else otherwise
         target.copy_(torch.where(active, value, other))
     elif active:
         target.copy_(value)
@@ -436,11 +466,11 @@ def _store(target: Tensor, value: Tensor, active: Any, otherwise: float | None =
 
 def _corrections(batch: Batch, steps: Tensor) -> list[Numbers]:
     """Of each tensor, those of its rule."""
-    steps = steps.to(opmath_dtype(batch.params[0].dtype))
+    steps = steps.to(OPMATH.get(batch.params[0].dtype, batch.params[0].dtype))
     vectors = batch.rule.bias_corrections(steps, batch.group)
     if not vectors:
         return [()] * len(steps)
-    return list(zip(*(numbers(x, batch.group) for x in vectors), strict=True))
+    return list(zip(*[numbers(x, batch.group) for x in vectors], strict=True))
 
 
 def _before(batch: Batch, steps: Tensor) -> list[Any]:
@@ -469,9 +499,12 @@ def measure_absent(batch: Batch) -> Tensor:
     """`measure` for them."""
     if batch.sketch:
         return batch.steps.new_zeros(len(batch.states), 3 + batch.sketch)
-    before, rows = _before(batch, batch.steps), []
+    rows: list[Tensor] = []
+    before: list[Any] = [None] * len(batch.states)
+    if batch.signal.of_updates:
+        before = _before(batch, batch.steps)
     for i, state in enumerate(batch.states):
-        old = {key: _widened(state[key], batch.group) for key in batch.keys}
+        old = {key: widened(state[key], batch.group) for key in (*batch.moments, *batch.history)}
         recomputed = partial(_previous_update, batch, old, before[i])
         size = norm(batch.signal.previous(old, recomputed))
         rows += [torch.zeros_like(size), torch.zeros_like(size), size]
@@ -482,7 +515,7 @@ def advance_absent(batch: Batch, active: Tensor) -> None:
     """`advance` for them: their previous signal becomes zero."""
     for state, steps in zip(batch.states, numbers(active, batch.group), strict=True):
         for key in batch.history:
-            _store(state[key], torch.zeros_like(_widened(state[key])), steps)
+            _store(state[key], torch.zeros_like(widened(state[key])), steps)
 
 
 # Sketches
@@ -529,6 +562,21 @@ def _keep_sketches(plan: StepPlan, sketches: Tensor, factor: Tensor, steps: Tens
             if bucket.params[0].group.get("previous") == "applied":
                 x = x * factor[bucket.where, None].to(x)
             bucket.keep_sketches(x, steps[bucket.where].to(x.device))
+
+
+def _raise_unless(finite: Tensor, plan: StepPlan) -> None:
+    bad = [
+        layer.name
+        for layer, ok in zip(plan.layers, finite.tolist(), strict=True)
+        if layer.options[0].nonfinite == "raise" and not ok
+    ]
+    if bad:
+        raise RuntimeError(
+            "the gradient norm (or its square) is not finite in "
+            f"{len(bad)} of {len(plan.layers)} layers "
+            f"({', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}); nothing was "
+            'changed. nonfinite="skip" leaves such layers alone for the step'
+        )
 
 
 # CUDA graphs

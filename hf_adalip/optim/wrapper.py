@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -197,7 +197,7 @@ class Lipschitz(LayerwiseOptimizer):
     def hyperparameters(self) -> dict[str, Any]:
         """The values of the constructor's arguments, without optimizer, layers and fused."""
         signal = "gradient" if isinstance(self.signal, Gradients) else "update"
-        return {**asdict(self._estimator), "signal": signal, "previous": self._previous}
+        return {**self._estimator.hyperparameters, "signal": signal, "previous": self._previous}
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{key}={value!r}" for key, value in self.hyperparameters.items())
@@ -402,6 +402,8 @@ class Lipschitz(LayerwiseOptimizer):
                     ],
                     steps=torch.zeros(len(members), device=members[0].param.device),
                     lr=0.0,
+                    moments=(),
+                    history=("prev_grad",),
                 )
             )
         return batches
@@ -536,7 +538,7 @@ def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
 
 def _scale(param: Tensor, old: Tensor, factor: Tensor | float, steps: Tensor | bool) -> None:
     """Makes p_old + S·û of what the base has stepped to."""
-    before, after = widened(old, old.dtype), widened(param, param.dtype)
+    before, after = widened(old), widened(param)
     if isinstance(factor, Tensor):
         factor = factor.to(after.dtype)
     # The base has not stepped a layer whose gradient is not finite; what is skipped here as well
@@ -555,7 +557,7 @@ def _updates(batch: Batch) -> list[Tensor]:
     if not batch.grads:
         return []
     pairs = zip(batch.params, batch.prepared, strict=True)
-    return [widened(p, p.dtype) - widened(old, old.dtype) for p, old in pairs]
+    return [widened(p) - widened(old) for p, old in pairs]
 
 
 _NO_OPTIONS: dict[str, Any] = {

@@ -25,7 +25,7 @@ from hf_adalip.optim import signals
 from hf_adalip.optim import step as loop
 from hf_adalip.optim.forms.kernels import Constants, Spec, Tensors, gpu, tables
 from hf_adalip.optim.plan import Batch
-from hf_adalip.optim.rules import SGD, Adam, RMSprop, Rule, bias_correction
+from hf_adalip.optim.rules import SGD, Adam, RMSprop, Rule
 from hf_adalip.optim.signals import opmath_dtype
 
 needs_triton = pytest.mark.skipif(
@@ -202,7 +202,8 @@ def work(
     for i, state in enumerate(states):
         state["prev_lr"] = torch.tensor(0.0 if i == 1 else 0.07, dtype=steps.dtype)
     lr = 0.05
-    batch = Batch(rule, signal, group, [], draw(), draw(), states, steps, lr)
+    keys = rule.state_keys(group), signal.history(rule, group)
+    batch = Batch(rule, signal, group, [], draw(), draw(), states, steps, lr, *keys)
     wide = opmath_dtype(dtype)
     rates = torch.rand(len(sizes), generator=generator).to(wide)
     beta1, beta2 = group.get("betas", (group.get("alpha", 0.0), 0.0))
@@ -214,7 +215,7 @@ def work(
     ) / rule.inverse_bias_correction(before, group)
 
     def corrections(steps: Tensor) -> list[Tensor]:
-        return [bias_correction(beta, steps) for beta in (beta1, beta2)]
+        return list(Adam().bias_corrections(steps, {"betas": (beta1, beta2)}))
 
     numbers = [
         *(torch.full_like(steps, lr), *corrections(steps)),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..plan import Batch
 from ..rules import Group, Numbers
-from ..signals import layer_norms, norms, numbers, opmath_dtype, readable
+from ..signals import layer_norms, norms, numbers, opmath_dtype
 from ..step import sketched, widened
 
 Tensors = list[Tensor]
@@ -48,7 +48,7 @@ def measure(batch: Batch) -> Tensor:
 def _measure(batch: Batch) -> Tensor:
     rule, group = batch.rule, batch.group
     grads = _gradients(batch)
-    old = {name: _wide(_state(batch, name)) for name in batch.keys}
+    old = {name: _wide(_state(batch, name)) for name in (*batch.moments, *batch.history)}
 
     def proposed() -> Tensors:
         new = rule.foreach_moments_(grads, {name: _apart(xs) for name, xs in old.items()}, group)
@@ -84,7 +84,7 @@ def _measure(batch: Batch) -> Tensor:
 
 def advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
     """As `step.advance`."""
-    everyone = readable(active, batch.group) and bool(active.all())
+    everyone = all(x is True for x in numbers(active, batch.group))
     for piece, here in _pieces(batch):
         _advance(piece, rates[here], kept[here], None if everyone else active[here])
 
@@ -97,7 +97,7 @@ def _advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor | None) -
         return _wide(tensors) if active is None else _apart(tensors)
 
     grads = _gradients(batch)
-    state = {name: _state(batch, name) for name in batch.keys}
+    state = {name: _state(batch, name) for name in (*batch.moments, *batch.history)}
     old = {name: own(state[name]) for name in batch.moments}
     new = rule.foreach_moments_(grads, old, group)
     directions = rule.foreach_directions(new, _corrections(batch, batch.steps), group)
@@ -134,7 +134,7 @@ def _wide(tensors: Tensors) -> Tensors:
     """The tensors themselves, or float32 copies where they are of low precision."""
     if all(opmath_dtype(dtype) == dtype for dtype in {x.dtype for x in tensors}):
         return tensors
-    return [widened(x, x.dtype) for x in tensors]
+    return [widened(x) for x in tensors]
 
 
 def _apart(tensors: Tensors) -> Tensors:
@@ -147,7 +147,7 @@ def _gradients(batch: Batch) -> Tensors:
     group = batch.group
     grads = batch.grads
     if {opmath_dtype(batch.params[0].dtype)} != {g.dtype for g in grads}:
-        grads = [widened(g, p.dtype) for p, g in zip(batch.params, grads, strict=True)]
+        grads = [widened(g, like=p.dtype) for p, g in zip(batch.params, grads, strict=True)]
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     if group["weight_decay"] and not group["decoupled_weight_decay"]:
@@ -205,7 +205,7 @@ def _cut(batch: Batch) -> list[Piece]:
 
 def _can_be_cut(batch: Batch, i: int) -> bool:
     """Whether one index says which elements of a tensor and its state belong together."""
-    kept = [batch.states[i][name] for name in batch.keys]
+    kept = [batch.states[i][name] for name in (*batch.moments, *batch.history)]
     return not batch.sketch and all(
         x.is_contiguous() for x in (batch.params[i], batch.grads[i], *kept)
     )
@@ -230,5 +230,7 @@ def _part(batch: Batch, i: int, at: int, count: int) -> Piece:
 
     whole, state = _some(batch, [i]), batch.states[i]
     whole.batch.params, whole.batch.grads = [part(batch.params[i])], [part(batch.grads[i])]
-    whole.batch.states = [state | {name: part(state[name]) for name in batch.keys}]
+    whole.batch.states = [
+        state | {name: part(state[name]) for name in (*batch.moments, *batch.history)}
+    ]
     return whole

@@ -266,7 +266,7 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
         grads = [g.resolve_neg() for g in grads]
     grads = alike(grads, spec.dtype)
     count = len(batch.moments)
-    rows = [[state[name] for state in batch.states] for name in batch.keys]
+    rows = [[state[name] for state in batch.states] for name in (*batch.moments, *batch.history)]
 
     def together(rows: list[list[Tensor]], starts: list[int]) -> Tensors:
         history = [x for row in rows[count:] for x in row]

@@ -7,7 +7,7 @@ against. Triton takes functions from source files alone: `triton.py` has those o
 
 from __future__ import annotations
 
-from .adam import Adam, bias_correction
+from .adam import Adam
 from .rmsprop import RMSprop
 from .rule import CppRule, Group, Moments, Numbers, Rule, TensorLists
 from .sgd import SGD
@@ -25,5 +25,4 @@ __all__ = [
     "RMSprop",
     "Rule",
     "TensorLists",
-    "bias_correction",
 ]

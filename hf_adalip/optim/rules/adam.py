@@ -33,7 +33,11 @@ class Adam(Rule):
         }
 
     def bias_corrections(self, steps: Tensor, group: Group) -> tuple[Tensor, ...]:
-        return tuple(bias_correction(beta, steps) for beta in group["betas"])
+        # 1 - β^t, without the cancellation that 1 - β**t has in float32 (1e-5 at β = 0.999, t = 1).
+        return tuple(
+            -torch.expm1(steps * math.log(beta)) if beta else torch.ones_like(steps)
+            for beta in group["betas"]
+        )
 
     def direction(self, moments: Moments, corrections: Numbers, group: Group) -> Tensor:
         correction1, correction2 = corrections
@@ -57,20 +61,13 @@ class Adam(Rule):
         return directions
 
     def inverse_bias_correction(self, step: Tensor, group: Group) -> Tensor:
-        return 1 / bias_correction(group["betas"][0], step)
+        return 1 / self.bias_corrections(step, group)[0]
 
 
 def root(square: Tensor, group: Group) -> Tensor:
     """√v + ε as the paper's algorithms print it, or √(v + ε) with `eps_in_sqrt`."""
     eps: float = group["eps"]
     return (square + eps).sqrt() if group["eps_in_sqrt"] else square.sqrt() + eps
-
-
-def bias_correction(beta: float, step: Tensor) -> Tensor:
-    """1 - β^t without the cancellation that 1 - β**t has in float32 (1e-5 at β = 0.999, t = 1)."""
-    if beta == 0.0:
-        return torch.ones_like(step)
-    return -torch.expm1(step * math.log(beta))
 
 
 def foreach_root_(squares: list[Tensor], group: Group) -> list[Tensor]:
