@@ -47,8 +47,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from .checkpoints import MANIFEST, RESULTS
-from .script import SCRIPT, ScriptError, build_wheel, is_on_index, pin, running_script
+from .errors import PublishError as PublishError
+from .errors import ScriptError
+from .files import MANIFEST, RESULTS
+from .script import SCRIPT, build_wheel, is_on_index, pin, running_script
 from .version import __version__
 
 CARD, PICTURE = "README.md", "layer_learning_rates.png"
@@ -115,10 +117,6 @@ _TOKENS = {
 }
 _BEGINS = {"png": b"\x89PNG\r\n\x1a\n", "zip": b"PK\x03\x04"}
 _SECRET_VARIABLE = re.compile(r".*(TOKEN|API_KEY|ACCESS_KEY|SECRET|PASSWORD)")
-
-
-class PublishError(ValueError):
-    """Why nothing was published, for the user."""
 
 
 class Left(NamedTuple):

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .errors import ScriptError as ScriptError
 from .version import __version__
 
 SCRIPT = "train.py"
@@ -27,10 +28,6 @@ DISTRIBUTION = "hf-adalip"
 
 _HEADER = re.compile(r"^# /// script\s*?\n((?:#(?: .*)?\n)*?)# ///\s*?$", re.MULTILINE)
 _OF_THE_INSTALLER = {"RECORD", "WHEEL", "INSTALLER", "REQUESTED", "direct_url.json"}
-
-
-class ScriptError(ValueError):
-    """Why a script or this package cannot be published, in one line for the user."""
 
 
 def versions(*distributions: str) -> dict[str, str]:

@@ -19,20 +19,17 @@ from typing import Any
 
 from . import hub
 from .checkpoints import (
-    PARTIAL,
-    RESULTS,
-    SaveError,
     find_checkpoint,
     finish_replacing,
     saved_in,
-    saving,
 )
-from .data import DIGITS, DataError, ImageData, load_image_dataset
+from .data import DIGITS, ImageData, load_image_dataset
 from .doctor import TRIAL
+from .errors import DataError, Interrupted, PublishError, SaveError, UsageError
+from .files import PARTIAL, RESULTS, saving
 from .options import (
     Recipe,
     TrainingArguments,
-    UsageError,
     expand_config,
     optimizer_arguments,
     parse,
@@ -43,7 +40,6 @@ from .runs import (
     INTERRUPTED,
     NOT_SAVED,
     RATES,
-    Interrupted,
     check_folder,
     check_publishing,
     default_folder,
@@ -209,7 +205,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
         if args.push_to_hub:
             try:
                 hub.publish_run(training.folder, str(args.hub_model_id), args.hub_private_repo)
-            except hub.PublishError as error:
+            except PublishError as error:
                 print(error, file=sys.stderr)
                 return 1
     return 0

@@ -37,23 +37,19 @@ import torch
 
 from .. import hub
 from ..checkpoints import (
-    MANIFEST,
-    RESULTS,
     STAGED,
-    SaveError,
     check_contents,
     find_checkpoint,
     replacing,
-    saving,
-    whole,
     write_manifest,
 )
-from ..data import DataError, on_hub, shortened
+from ..data import on_hub, shortened
 from ..doctor import diverged
+from ..errors import DataError, DivergedError, Interrupted, SaveError, UsageError
+from ..files import MANIFEST, RESULTS, saving, whole
 from ..monitor import LayerRateHistory, layerwise
 from ..options import (
     OneLineErrors,
-    UsageError,
     check_bounds,
     check_hub_options,
     check_optimizer,
@@ -66,8 +62,6 @@ from ..runs import (
     RATES,
     RECORDS,
     VERSIONS,
-    DivergedError,
-    Interrupted,
     any_asked_to_stop,
     asked_to_stop,
     check_folder,
