@@ -103,7 +103,7 @@ def plot(folders: Sequence[Path], output: Path) -> int:
 
 def publish(args: argparse.Namespace) -> int:
     """Uploads a run, or shows what would be; 1 if that cannot be done."""
-    from . import hub
+    from .publish import hub
 
     try:
         if args.dry_run:

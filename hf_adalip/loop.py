@@ -47,6 +47,7 @@ from .errors import Interrupted, SaveError, UsageError
 from .files import PARTIAL, saving, whole
 from .monitor import LayerRateHistory, layerwise, summary
 from .options import Recipe, TrainingArguments, scheduler_factory
+from .publish.script import SCRIPT, running_script, versions
 from .registry import create_optimizer
 from .runs import (
     RATES,
@@ -59,7 +60,6 @@ from .runs import (
     load_rates,
     write_results,
 )
-from .script import SCRIPT, running_script, versions
 
 
 class _OfMainProcess(MultiProcessAdapter):  # type: ignore[misc]

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import torch
 
-from . import hub
 from .errors import DivergedError as DivergedError
 from .errors import Interrupted as Interrupted
 from .errors import UsageError
@@ -27,6 +26,7 @@ from .files import MANIFEST, PARTIAL, RESULTS, whole
 from .monitor import RATES as RATES
 from .monitor import RECORDS as RECORDS
 from .monitor import LayerRateHistory
+from .publish import hub
 
 VERSIONS = (
     *("accelerate", "datasets", "evaluate", "huggingface_hub", "matplotlib", "numpy", "pillow"),

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import hub
 from .checkpoints import (
     find_checkpoint,
     finish_replacing,
@@ -36,6 +35,8 @@ from .options import (
     scheduler_factory,
     trackers,
 )
+from .publish import hub
+from .publish.script import SCRIPT
 from .runs import (
     INTERRUPTED,
     NOT_SAVED,
@@ -45,7 +46,6 @@ from .runs import (
     default_folder,
     make_folder,
 )
-from .script import SCRIPT
 
 try:
     from accelerate.utils import broadcast_object_list, gather_object

@@ -35,7 +35,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from .. import hub
 from ..checkpoints import (
     STAGED,
     check_contents,
@@ -56,6 +55,8 @@ from ..options import (
     in_optim_args,
     read_config,
 )
+from ..publish import hub
+from ..publish.script import SCRIPT, running_script, versions
 from ..runs import (
     INTERRUPTED,
     NOT_SAVED,
@@ -73,7 +74,6 @@ from ..runs import (
     make_folder,
     write_results,
 )
-from ..script import SCRIPT, running_script, versions
 from .arguments import parse_arguments
 from .trainer import ModelOptimizer, register, trainer_kwargs
 

@@ -47,11 +47,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from .errors import PublishError as PublishError
-from .errors import ScriptError
-from .files import MANIFEST, RESULTS
+from ..errors import PublishError as PublishError
+from ..errors import ScriptError
+from ..files import MANIFEST, RESULTS
+from ..version import __version__
 from .script import SCRIPT, build_wheel, is_on_index, pin, running_script
-from .version import __version__
 
 CARD, PICTURE = "README.md", "layer_learning_rates.png"
 
