@@ -83,7 +83,7 @@ def main() -> None:
     elif args.command == "plot":
         sys.exit(plot(args.runs, args.output))
     else:
-        from .trial import doctor  # which imports transformers, if it is there
+        from .diagnose.trial import doctor  # which imports transformers, if it is there
 
         sys.exit(doctor(args.script, args.arguments))
 

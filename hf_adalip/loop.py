@@ -41,7 +41,7 @@ from .checkpoints import (
     write_manifest,
 )
 from .data import Batch, ImageData, ImageDataset, on_hub
-from .doctor import Finding, diverged
+from .diagnose.checks import Finding, diverged
 from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
 from .errors import Interrupted, SaveError, UsageError
 from .files import PARTIAL, saving, whole

@@ -23,7 +23,7 @@ from .checkpoints import (
     saved_in,
 )
 from .data import DIGITS, ImageData, load_image_dataset
-from .doctor import TRIAL
+from .diagnose.checks import TRIAL
 from .errors import DataError, Interrupted, PublishError, SaveError, UsageError
 from .files import PARTIAL, RESULTS, saving
 from .options import (

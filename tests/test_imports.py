@@ -1,4 +1,4 @@
-"""What is imported with what: the package alone, the old names, and the arrows between its parts."""
+"""What imports what: the package alone, the old names, the arrows between the parts."""
 
 import importlib
 import sys

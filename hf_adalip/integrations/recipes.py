@@ -43,7 +43,7 @@ from ..checkpoints import (
     write_manifest,
 )
 from ..data import on_hub, shortened
-from ..doctor import diverged
+from ..diagnose.checks import diverged
 from ..errors import DataError, DivergedError, Interrupted, SaveError, UsageError
 from ..files import MANIFEST, RESULTS, saving, whole
 from ..monitor import LayerRateHistory, layerwise

@@ -15,7 +15,11 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .doctor import (
+from ..integrations.trainer import register
+from ..monitor import layerwise
+from ..optim import LayerwiseOptimizer
+from ..run import run_script
+from .checks import (
     TRIAL,
     Finding,
     Watch,
@@ -24,10 +28,6 @@ from .doctor import (
     examine_run,
     refused_by_fsdp,
 )
-from .integrations.trainer import register
-from .monitor import layerwise
-from .optim import LayerwiseOptimizer
-from .run import run_script
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -184,7 +184,7 @@ def _whole(norm: Any) -> torch.Tensor:
 def _refused(error: Exception) -> bool:
     """Whether it was raised by an optimizer of ours."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).parent == Path(__file__).parent / "optim"
+    return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1] / "optim")
 
 
 def doctor(script: str, arguments: list[str]) -> int:

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .monitor import layerwise
-from .optim import LayerRate, LayerwiseOptimizer
-from .registry import NOT_DESCRIBED, list_optimizers
+from ..monitor import layerwise
+from ..optim import LayerRate, LayerwiseOptimizer
+from ..registry import NOT_DESCRIBED, list_optimizers
 from .watched import Clipping, Losses
 
 if TYPE_CHECKING:
