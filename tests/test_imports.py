@@ -6,7 +6,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize(("old", "new"), [("hub", "publish")])
+@pytest.mark.parametrize(("old", "new"), [("hub", "publish"), ("doctor", "diagnose")])
 def test_a_deprecated_module_warns_and_has_what_it_had(old: str, new: str) -> None:
     sys.modules.pop(f"hf_adalip.{old}", None)
     with pytest.warns(DeprecationWarning, match=f"import from hf_adalip.{new}"):
