@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .registry import list_optimizers
-from .version import __version__
+from ..registry import list_optimizers
+from ..version import __version__
 
 
 def main() -> None:
@@ -83,14 +83,14 @@ def main() -> None:
     elif args.command == "plot":
         sys.exit(plot(args.runs, args.output))
     else:
-        from .diagnose.trial import doctor  # which imports transformers, if it is there
+        from ..diagnose.trial import doctor  # which imports transformers, if it is there
 
         sys.exit(doctor(args.script, args.arguments))
 
 
 def plot(folders: Sequence[Path], output: Path) -> int:
     """Draws runs; 1 if that cannot be done."""
-    from .plots import draw_runs, read_run, save_figure
+    from ..plots import draw_runs, read_run, save_figure
 
     try:
         save_figure(draw_runs([read_run(folder) for folder in folders]), output)
@@ -103,7 +103,7 @@ def plot(folders: Sequence[Path], output: Path) -> int:
 
 def publish(args: argparse.Namespace) -> int:
     """Uploads a run, or shows what would be; 1 if that cannot be done."""
-    from .publish import hub
+    from ..publish import hub
 
     try:
         if args.dry_run:
@@ -129,7 +129,3 @@ def publish(args: argparse.Namespace) -> int:
         print(f"hf-adalip publish: error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    main()
