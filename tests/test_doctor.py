@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from hf_adalip import AdamLip, AdamLipU, attach, release_gradients, trainer_kwargs
+from hf_adalip.cli.doctor import doctor
 from hf_adalip.diagnose.checks import (
     LOOKS,
     Watch,
@@ -37,7 +38,6 @@ from hf_adalip.diagnose.checks import (
     examine,
     replaced_options,
 )
-from hf_adalip.diagnose.trial import doctor
 from hf_adalip.integrations.trainer import chance_loss
 
 ROOT = Path(__file__).parents[1]

@@ -27,8 +27,8 @@ from transformers import (
 import hf_adalip
 from hf_adalip import OptimizerInfo, attach, register, register_optimizer, trainer_kwargs
 from hf_adalip.cli import main
+from hf_adalip.cli.doctor import doctor
 from hf_adalip.diagnose import examine
-from hf_adalip.diagnose.trial import doctor
 from hf_adalip.monitor import layerwise
 from hf_adalip.registry import _REGISTRY
 
