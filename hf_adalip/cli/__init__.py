@@ -16,4 +16,5 @@ def main() -> None:
     for command in (optimizers, doctor, publish, plot):
         command.add_parser(commands).set_defaults(run=command.run)
     args = parser.parse_args()
-    sys.exit(args.run(args))
+    if (status := args.run(args)) is not None:
+        sys.exit(status)

@@ -17,15 +17,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
-    """Lists the optimizers; 1 if no name matches."""
+def run(args: argparse.Namespace) -> None:
+    """Lists the optimizers."""
     found = list_optimizers(args.filter, with_description=True)
     if not found:
-        print(
-            f"hf-adalip optimizers: no name matches {args.filter!r}; leave it out for all",
-            file=sys.stderr,
-        )
-        return 1
+        sys.exit(f"hf-adalip optimizers: no name matches {args.filter!r}; leave it out for all")
     for name, description in found:
         print(f"{name:16} {description}")
-    return 0
