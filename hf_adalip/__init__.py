@@ -1,6 +1,7 @@
 """AdaLip: a Lipschitz-adaptive learning rate per layer (Ioannou, Tagaris, Stafylopatis 2023)."""
 
-from .integrations.trainer import attach, register, trainer_kwargs
+from typing import TYPE_CHECKING, Any
+
 from .optim import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU, release_gradients
 from .registry import (
     OptimizerInfo,
@@ -10,6 +11,9 @@ from .registry import (
     register_optimizer,
 )
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .integrations.trainer import attach, register, trainer_kwargs
 
 __all__ = [
     "AdaLip",
@@ -30,3 +34,17 @@ __all__ = [
     "release_gradients",
     "trainer_kwargs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is for Trainer, imported when it is first asked for."""
+    if name not in ("attach", "register", "trainer_kwargs"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .integrations import trainer
+
+    globals()[name] = found = getattr(trainer, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

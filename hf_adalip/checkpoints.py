@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -11,64 +10,25 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import SaveError as SaveError
+from .errors import UsageError as UsageError
+from .files import MANIFEST as MANIFEST
+from .files import PARTIAL as PARTIAL
+from .files import RESULTS as RESULTS
+from .files import saving as saving
+from .files import whole as whole
+
 if TYPE_CHECKING:
     from .options import TrainingArguments
 
-MANIFEST, RESULTS = "checkpoint.json", "all_results.json"
-PARTIAL, _REPLACED = ".partial", ".replaced.partial"
+_REPLACED = ".replaced.partial"
 STAGED = f"results{PARTIAL}"
 _SAVED = re.compile(rf"(step|epoch)_[0-9]+({re.escape(PARTIAL)}|{re.escape(_REPLACED)})?")
-
-
-class UsageError(ValueError):
-    """What is wrong with the arguments, in one line for the user."""
-
-
-class SaveError(OSError):
-    """What could not be written and why, in one line for the user."""
-
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-@contextmanager
-def saving(path: Path) -> Iterator[None]:
-    """Makes a SaveError of what a full disk, a quota or `ulimit -f` raises in it.
-
-    Args:
-        path: what could not be written then, unless the error says it.
-    """
-    try:
-        yield
-    except SaveError:
-        raise
-    except Exception as error:
-        found: BaseException | None = error
-        while found is not None:
-            if reason := _no_room(found):
-                name = getattr(found, "filename", None) or path
-                raise SaveError(f"{name} could not be written: {reason}") from error
-            found = found.__cause__ or found.__context__
-        raise
-
-
-def _no_room(error: BaseException) -> str | None:
-    """Why there was no room, if that is what the error is of."""
-    number = error.errno if isinstance(error, OSError) else None
-    if said := re.search(r"os error (\d+)", str(error)):  # of safetensors, which is no OSError
-        number = int(said[1])
-    if number in _NO_ROOM:
-        return os.strerror(number) + (" for ulimit -f" if number == errno.EFBIG else "")
-    if isinstance(error, RuntimeError) and re.search(
-        r"enforce fail at inline_container|PytorchStreamWriter failed writing", str(error)
-    ):  # torch does not say why
-        return "no space left on device, or file too large for ulimit -f"
-    return None
 
 
 def write_manifest(folder: Path, step: int, settings: Mapping[str, Any]) -> None:
@@ -346,22 +306,6 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary path beside `path`, and renames what it wrote to `path`.
-
-    Raises:
-        SaveError: if there is no room; what was there is as it was then.
-    """
-    partial = path.with_name(f"{path.name}{PARTIAL}")
-    try:
-        with saving(path):
-            write(partial)
-            partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import DataError as DataError
+
 try:
     import datasets
     import huggingface_hub.constants
@@ -31,10 +33,6 @@ _MODES = ("L", "RGB")
 _MOST_CLASSES = 1_000_000  # of numbers without names: the network gets an output for each up to it
 _LONGEST_ID = 96  # the Hub's limit
 _ALTERNATIVES = f"--dataset_name /path/to/a/copy or --dataset_name {DIGITS} (no download)"
-
-
-class DataError(ValueError):
-    """What is wrong with a dataset, in one line for the user."""
 
 
 class Batch(TypedDict):

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .options import TrainingArguments, UsageError, trackers
+from .errors import UsageError
+from .options import TrainingArguments, trackers
 
 try:
     from accelerate import Accelerator

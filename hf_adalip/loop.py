@@ -35,26 +35,24 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
 from .checkpoints import (
-    PARTIAL,
-    SaveError,
     check_contents,
     put_in_place,
     replacing,
-    saving,
-    whole,
     write_manifest,
 )
 from .data import Batch, ImageData, ImageDataset, on_hub
-from .doctor import Finding, diverged
+from .diagnose.checks import Finding, diverged
 from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
+from .errors import Interrupted, SaveError, UsageError
+from .files import PARTIAL, saving, whole
 from .monitor import LayerRateHistory, layerwise, summary
-from .options import Recipe, TrainingArguments, UsageError, scheduler_factory
+from .options import Recipe, TrainingArguments, scheduler_factory
+from .publish.script import SCRIPT, running_script, versions
 from .registry import create_optimizer
 from .runs import (
     RATES,
     RECORDS,
     VERSIONS,
-    Interrupted,
     any_asked_to_stop,
     asked_to_stop,
     check_same_run,
@@ -62,7 +60,6 @@ from .runs import (
     load_rates,
     write_results,
 )
-from .script import SCRIPT, running_script, versions
 
 
 class _OfMainProcess(MultiProcessAdapter):  # type: ignore[misc]

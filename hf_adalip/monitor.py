@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import whole
+from .files import whole
 from .optim import LayerRate, LayerwiseOptimizer
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .augment import Augmentation
-from .checkpoints import UsageError as UsageError
+from .errors import UsageError as UsageError
 from .integrations.arguments import convert_arguments, parse_arguments
 from .registry import create_optimizer, get_optimizer_info
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import RESULTS
+from .files import RESULTS
 from .monitor import RATES, LayerRateHistory
 
 Table = Mapping[str, Sequence[float | None]]

@@ -9,40 +9,15 @@ Its Trainers log S and the layers' learning rates, and write model cards, as wit
 
 from __future__ import annotations
 
-import runpy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+from .as_main import run_module, run_script
 from .integrations.trainer import attach, attachable, register
 
 USAGE = "usage: python -m hf_adalip.run SCRIPT|-m MODULE [the script's arguments]"
-
-
-def run_script(script: str, arguments: list[str]) -> None:
-    """Runs the script as `__main__`."""
-    path = Path(script)
-    if not path.is_file():
-        sys.exit(f"hf_adalip: no script at {path}")
-    sys.argv = [script, *arguments]
-    sys.path[0] = str(path.resolve().parent)
-    runpy.run_path(script, run_name="__main__")
-
-
-def run_module(module: str, arguments: list[str]) -> None:
-    """Runs the module as `__main__`, as `python -m` does."""
-    sys.path[0] = str(Path.cwd())
-    try:
-        found = find_spec(module)
-    except (ImportError, ValueError):  # of what it is in
-        found = None
-    if found is None:
-        sys.exit(f"hf_adalip: no module named {module}")
-    sys.argv = [module, *arguments]  # the path, once it runs
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @contextmanager

@@ -19,12 +19,14 @@ from typing import Any, Protocol
 
 import torch
 
-from . import hub
-from .checkpoints import MANIFEST, PARTIAL, RESULTS, whole
+from .errors import DivergedError as DivergedError
+from .errors import Interrupted as Interrupted
+from .errors import UsageError
+from .files import MANIFEST, PARTIAL, RESULTS, whole
 from .monitor import RATES as RATES
 from .monitor import RECORDS as RECORDS
 from .monitor import LayerRateHistory
-from .options import UsageError
+from .publish import hub
 
 VERSIONS = (
     *("accelerate", "datasets", "evaluate", "huggingface_hub", "matplotlib", "numpy", "pillow"),
@@ -33,14 +35,6 @@ VERSIONS = (
 """What the results say the versions of, besides torch, Python and this package."""
 
 INTERRUPTED = 130  # exit status, as the shell's
-
-
-class Interrupted(Exception):  # noqa: N818 (it is no error)
-    """The user stopped the run, and it has been saved."""
-
-
-class DivergedError(Exception):
-    """A run was finished, and its loss is not finite."""
 
 
 class Stoppable(Protocol):

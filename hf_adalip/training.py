@@ -17,39 +17,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import hub
 from .checkpoints import (
-    PARTIAL,
-    RESULTS,
-    SaveError,
     find_checkpoint,
     finish_replacing,
     saved_in,
-    saving,
 )
-from .data import DIGITS, DataError, ImageData, load_image_dataset
-from .doctor import TRIAL
+from .data import DIGITS, ImageData, load_image_dataset
+from .diagnose.checks import TRIAL
+from .errors import DataError, Interrupted, PublishError, SaveError, UsageError
+from .files import PARTIAL, RESULTS, saving
 from .options import (
     Recipe,
     TrainingArguments,
-    UsageError,
     expand_config,
     optimizer_arguments,
     parse,
     scheduler_factory,
     trackers,
 )
+from .publish import hub
+from .publish.script import SCRIPT
 from .runs import (
     INTERRUPTED,
     NOT_SAVED,
     RATES,
-    Interrupted,
     check_folder,
     check_publishing,
     default_folder,
     make_folder,
 )
-from .script import SCRIPT
 
 try:
     from accelerate.utils import broadcast_object_list, gather_object
@@ -209,7 +205,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
         if args.push_to_hub:
             try:
                 hub.publish_run(training.folder, str(args.hub_model_id), args.hub_private_repo)
-            except hub.PublishError as error:
+            except PublishError as error:
                 print(error, file=sys.stderr)
                 return 1
     return 0

@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from hf_adalip import AdamLip, AdamLipU, attach, release_gradients, trainer_kwargs
-from hf_adalip.doctor import (
+from hf_adalip.cli.doctor import doctor
+from hf_adalip.diagnose.checks import (
     LOOKS,
     Watch,
     WrongOptimizerError,
@@ -38,7 +39,6 @@ from hf_adalip.doctor import (
     replaced_options,
 )
 from hf_adalip.integrations.trainer import chance_loss
-from hf_adalip.trial import doctor
 
 ROOT = Path(__file__).parents[1]
 STEPS = LOOKS + 4

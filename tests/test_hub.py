@@ -31,10 +31,10 @@ from packaging.utils import canonicalize_name
 from safetensors.torch import save_file
 from torch import tensor
 
-from hf_adalip import hub, script, training
-from hf_adalip.card import repeat_arguments
+from hf_adalip import training
 from hf_adalip.cli import main
-from hf_adalip.hub import PublishError, prepare, publish
+from hf_adalip.publish import PublishError, hub, prepare, publish, script
+from hf_adalip.publish.card import repeat_arguments
 from hf_adalip.version import __version__
 
 from .hub import TOKEN, LoopbackHub

@@ -35,39 +35,34 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from .. import hub
 from ..checkpoints import (
-    MANIFEST,
-    RESULTS,
     STAGED,
-    SaveError,
     check_contents,
     find_checkpoint,
     replacing,
-    saving,
-    whole,
     write_manifest,
 )
-from ..data import DataError, on_hub, shortened
-from ..doctor import diverged
+from ..data import on_hub, shortened
+from ..diagnose.checks import diverged
+from ..errors import DataError, DivergedError, Interrupted, SaveError, UsageError
+from ..files import MANIFEST, RESULTS, saving, whole
 from ..monitor import LayerRateHistory, layerwise
 from ..options import (
     OneLineErrors,
-    UsageError,
     check_bounds,
     check_hub_options,
     check_optimizer,
     in_optim_args,
     read_config,
 )
+from ..publish import hub
+from ..publish.script import SCRIPT, running_script, versions
 from ..runs import (
     INTERRUPTED,
     NOT_SAVED,
     RATES,
     RECORDS,
     VERSIONS,
-    DivergedError,
-    Interrupted,
     any_asked_to_stop,
     asked_to_stop,
     check_folder,
@@ -79,7 +74,6 @@ from ..runs import (
     make_folder,
     write_results,
 )
-from ..script import SCRIPT, running_script, versions
 from .arguments import parse_arguments
 from .trainer import ModelOptimizer, register, trainer_kwargs
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..doctor import (
+from ..diagnose.checks import (
     INSTEAD,
     Finding,
     Watch,

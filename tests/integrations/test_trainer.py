@@ -27,10 +27,10 @@ from transformers import (
 import hf_adalip
 from hf_adalip import OptimizerInfo, attach, register, register_optimizer, trainer_kwargs
 from hf_adalip.cli import main
-from hf_adalip.doctor import examine
+from hf_adalip.cli.doctor import doctor
+from hf_adalip.diagnose import examine
 from hf_adalip.monitor import layerwise
 from hf_adalip.registry import _REGISTRY
-from hf_adalip.trial import doctor
 
 SIX = ["adalip", "rmslip", "adamlip", "adalipu", "rmslipu", "adamlipu"]
 
@@ -535,7 +535,7 @@ def test_the_doctor_finds_an_optimizer_that_deepspeed_drops(tmp_path):
 
 def test_the_doctor_reports_what_attach_refuses(script, capsys):
     Path("train.py").write_text(
-        "from hf_adalip.doctor import Finding, WrongOptimizerError\n"
+        "from hf_adalip.diagnose import Finding, WrongOptimizerError\n"
         "raise WrongOptimizerError(Finding('AdamLip is dropped', 'DeepSpeed', 'pass another'))\n"
     )
     assert doctor("train.py", script) == 1

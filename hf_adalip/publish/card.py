@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub import eval_result_entries_to_yaml as to_yaml
 from torch import nn
 
-from .registry import create_optimizer, describe_optimizer
+from ..registry import create_optimizer, describe_optimizer
 
 _BOOKKEEPING = re.compile(r"eval_(.*_)?(runtime|samples|per_second|time|size)")
 _OF_THE_PLACE = {  # options that say where a run writes, not what it computes

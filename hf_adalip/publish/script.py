@@ -18,19 +18,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .version import __version__
+from ..errors import ScriptError as ScriptError
+from ..version import __version__
 
 SCRIPT = "train.py"
 """The name of a recipe in the folder of a run and in its repository."""
 
 DISTRIBUTION = "hf-adalip"
 
+_PACKAGE = Path(__file__).parents[1]
+
 _HEADER = re.compile(r"^# /// script\s*?\n((?:#(?: .*)?\n)*?)# ///\s*?$", re.MULTILINE)
 _OF_THE_INSTALLER = {"RECORD", "WHEEL", "INSTALLER", "REQUESTED", "direct_url.json"}
-
-
-class ScriptError(ValueError):
-    """Why a script or this package cannot be published, in one line for the user."""
 
 
 def versions(*distributions: str) -> dict[str, str]:
@@ -125,7 +124,7 @@ def is_on_index() -> bool:
     (`direct_url.json`), or it is another one than the one installed.
     """
     found = _distribution()
-    here = Path(__file__).resolve().parent
+    here = _PACKAGE.resolve()
     return (
         Path(str(found.locate_file(here.name))).resolve() == here
         and found.read_text("direct_url.json") is None
@@ -141,7 +140,7 @@ def build_wheel() -> tuple[str, bytes]:
     Raises:
         ScriptError: if hf_adalip is not installed, or in another version.
     """
-    installed, package = _distribution(), Path(__file__).parent
+    installed, package = _distribution(), _PACKAGE
     info = f"hf_adalip-{__version__}.dist-info"
     files = {
         f"{package.name}/{path.relative_to(package).as_posix()}": path.read_bytes()

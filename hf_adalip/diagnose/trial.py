@@ -15,7 +15,10 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .doctor import (
+from ..as_main import run_script
+from ..monitor import layerwise
+from ..optim import LayerwiseOptimizer
+from .checks import (
     TRIAL,
     Finding,
     Watch,
@@ -24,10 +27,6 @@ from .doctor import (
     examine_run,
     refused_by_fsdp,
 )
-from .integrations.trainer import register
-from .monitor import layerwise
-from .optim import LayerwiseOptimizer
-from .run import run_script
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -146,7 +145,7 @@ class Trial:
 
 
 @contextmanager
-def _watched_by(trial: Trial) -> Iterator[None]:
+def _watched_by(trial: Trial, register: Callable[[], None]) -> Iterator[None]:
     utils = torch.nn.utils
     replaced: list[tuple[Any, str, Callable[[Any], Any]]] = [
         (utils, "clip_grads_with_norm_", trial.clipping_with_norm),
@@ -184,26 +183,31 @@ def _whole(norm: Any) -> torch.Tensor:
 def _refused(error: Exception) -> bool:
     """Whether it was raised by an optimizer of ours."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).parent == Path(__file__).parent / "optim"
+    return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1] / "optim")
 
 
-def doctor(script: str, arguments: list[str]) -> int:
+def doctor(script: str, arguments: list[str], register: Callable[[], None]) -> int:
     """Runs a script for the first STEPS steps of its optimizer, and prints what is wrong.
 
     The script may be a recipe or use transformers' Trainer, which then write to a folder that is
     removed, without checkpoints, evaluations and trackers; or any loop, which runs as it is.
+
+    Args:
+        script: its path.
+        arguments: what it is called with.
+        register: makes our names known to transformers, if that is there.
 
     Returns:
         0 for nothing, 1 for something, 2 if the script ended without a step of an optimizer with a
         learning rate per layer.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        return _doctor(Trial(folder), script, arguments)
+        return _doctor(Trial(folder), script, arguments, register)
 
 
-def _doctor(trial: Trial, script: str, arguments: list[str]) -> int:
+def _doctor(trial: Trial, script: str, arguments: list[str], register: Callable[[], None]) -> int:
     try:
-        with _watched_by(trial):
+        with _watched_by(trial, register):
             run_script(script, arguments)
     except Reached:
         pass

@@ -1,0 +1,151 @@
+"""What imports what: the package alone, the old names, the arrows between the parts."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import hf_adalip
+
+ROOT = Path(__file__).parents[1]
+
+ALONE = {
+    *("hf_adalip", "hf_adalip.version", "hf_adalip.layers", "hf_adalip.registry"),
+    "hf_adalip.optim",
+}
+"""What `import hf_adalip` imports of ours: these, and what is in optim."""
+
+KIT = (
+    *("augment", "checkpoints", "data", "engines", "loop", "metrics", "models", "options"),
+    *("runs", "training", "integrations.recipes"),
+)
+"""The modules of the recipe kit."""
+
+LOW = {"errors", "files", "version", "as_main"}
+"""Modules that import none of ours, or one another."""
+
+MAY_IMPORT = {
+    **dict.fromkeys(LOW, LOW),
+    "optim": set(),
+    "layers": {"optim"},
+    "registry": {"optim", "layers"},
+    "monitor": {"optim", *LOW},
+    "plots": {"monitor", *LOW},
+    "diagnose": {"registry", "optim", "monitor", *LOW},
+    "publish": {"registry", *LOW},
+    "integrations": {"diagnose", "registry", "optim", "monitor", "plots", *LOW},
+    "recipe": {"publish", "integrations", "diagnose", "registry", "monitor", *LOW},
+    "run": {"integrations", *LOW},
+    "timm": {"integrations"},
+    "cli": {"registry", *LOW},
+    "": {"optim", "registry", "version"},  # hf_adalip/__init__.py
+    "hub": {"publish"},  # deprecated
+    "doctor": {"diagnose"},
+}
+"""What a part of the package may import of the others when it is imported."""
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in sorted((ROOT / "hf_adalip").rglob("*.py"))}
+
+
+def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Those that are run when the module is imported."""
+    for statement in body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
+            yield from statements(statement.orelse)
+            continue
+        yield statement
+        for field in ("body", "orelse", "finalbody"):
+            yield from statements(getattr(statement, field, []))
+        for handler in getattr(statement, "handlers", []):
+            yield from statements(handler.body)
+
+
+def imports(module: str) -> set[str]:
+    """The modules of ours that a module imports when it is imported."""
+    path, found = MODULES[module], set()
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for statement in statements(ast.parse(path.read_text(encoding="utf-8")).body):
+        if isinstance(statement, ast.Import):
+            found |= {alias.name for alias in statement.names if alias.name in MODULES}
+        if isinstance(statement, ast.ImportFrom):
+            source = statement.module or ""
+            if statement.level:
+                above = package.split(".")[: len(package.split(".")) - statement.level + 1]
+                source = ".".join([*above, source] if source else above)
+            if source in MODULES:
+                submodules = {f"{source}.{alias.name}" for alias in statement.names}
+                own = not submodules <= MODULES.keys()  # else only what is in the package is used
+                found |= (submodules & MODULES.keys()) | ({source} if own else set())
+    return found - {module}
+
+
+def part(module: str) -> str:
+    name = module.partition(".")[2]
+    if name.startswith("recipe.") or name in KIT:
+        return "recipe"
+    return name.partition(".")[0]
+
+
+def test_there_are_no_circles() -> None:
+    list(TopologicalSorter({module: imports(module) for module in MODULES}).static_order())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_go_one_way(module: str) -> None:
+    others = {part(other) for other in imports(module)} - {part(module)}
+    assert others <= MAY_IMPORT[part(module)], f"of {sorted(imports(module))}"
+
+
+def loaded(code: str) -> set[str]:
+    """The modules that are there after this code, in a process of its own."""
+    code = f"import sys\n{code}\nprint(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(run.stdout.split())
+
+
+def test_the_package_imports_torch_and_the_optimizers_alone() -> None:
+    new = loaded("import hf_adalip") - loaded("import torch")
+    ours = {name for name in new if name.partition(".")[0] == "hf_adalip"}
+    assert {name for name in ours if not name.startswith("hf_adalip.optim.")} == ALONE
+    builtin = sys.stdlib_module_names | {"torch", "hf_adalip", "__future__"}
+    others = {name.partition(".")[0] for name in new} - builtin
+    assert not others & {
+        *("accelerate", "datasets", "evaluate", "huggingface_hub", "matplotlib", "numpy", "PIL"),
+        *("safetensors", "scipy", "sklearn", "timm", "tqdm", "transformers", "triton", "yaml"),
+    }
+
+
+def test_what_is_for_trainer_is_there_when_it_is_asked_for() -> None:
+    assert {"attach", "register", "trainer_kwargs"} <= set(dir(hf_adalip))
+    assert set(hf_adalip.__all__) <= set(dir(hf_adalip))
+    code = "import hf_adalip, pickle; assert callable(hf_adalip.trainer_kwargs)"
+    assert "hf_adalip.integrations.trainer" in loaded(code)
+    assert "hf_adalip.integrations.trainer" in loaded("from hf_adalip import *; attach, register")
+    with pytest.raises(AttributeError, match="module 'hf_adalip' has no attribute 'atach'"):
+        hf_adalip.atach  # noqa: B018
+
+
+@pytest.mark.parametrize(("old", "new"), [("hub", "publish"), ("doctor", "diagnose")])
+def test_a_deprecated_module_warns_and_has_what_it_had(old: str, new: str) -> None:
+    sys.modules.pop(f"hf_adalip.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"import from hf_adalip.{new}"):
+        module = importlib.import_module(f"hf_adalip.{old}")
+    found = importlib.import_module(f"hf_adalip.{new}")
+    assert {name: getattr(found, name) for name in module.__all__} == {
+        name: getattr(module, name) for name in module.__all__
+    }
