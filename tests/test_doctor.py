@@ -551,6 +551,8 @@ def test_gradients_that_are_not_finite_are_told(script, capsys):
 def test_the_doctor_tells_what_our_optimizers_refuse(script, capsys):
     assert doctor(script(LOOP, 'AdamLip(net.parameters(), layers="module")'), []) == 1
     assert "- layers='module' needs the parameters' names" in capsys.readouterr().out
+    assert doctor(script(LOOP, 'AdamLip(net.parameters(), history="half")'), []) == 1
+    assert '- history must be "exact"' in capsys.readouterr().out
     with pytest.raises(ZeroDivisionError):
         doctor(script("1 / 0"), [])
 

@@ -31,6 +31,7 @@ from packaging.utils import canonicalize_name
 from safetensors.torch import save_file
 from torch import tensor
 
+import hf_adalip
 from hf_adalip import training
 from hf_adalip.cli import main
 from hf_adalip.publish import PublishError, hub, prepare, publish, script
@@ -761,7 +762,7 @@ def test_the_wheel_is_of_the_files_that_are_imported(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / name) as wheel:
         assert wheel.testzip() is None
         wheel.extractall(tmp_path / "installed")
-    package = Path(hub.__file__).parent
+    package = Path(hf_adalip.__file__).parent
     for path in package.rglob("*.py"):
         copy = tmp_path / "installed" / package.name / path.relative_to(package)
         assert copy.read_bytes() == path.read_bytes()
