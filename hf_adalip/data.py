@@ -38,6 +38,8 @@ class DataError(ValueError):
 
 
 class Batch(TypedDict):
+    """What a model and a loss are given."""
+
     pixel_values: Tensor  # float32 [batch, channels, height, width] in [0, 1]
     labels: Tensor  # int64 [batch]
     indices: Tensor  # int64 [batch], of the images in their set

@@ -44,6 +44,8 @@ class DivergedError(Exception):
 
 
 class Stoppable(Protocol):
+    """What ends after the step in which it is asked to."""
+
     stop_asked: bool
 
 
@@ -226,6 +228,7 @@ NOT_SAVED = (
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Writes a run's results, whole or not at all."""
     text = json.dumps(_finite(dict(results)), indent=2, allow_nan=False)
     whole(folder / RESULTS, lambda path: path.write_text(text + "\n"))
 
@@ -240,4 +243,5 @@ def _finite(value: Any) -> Any:
 
 
 def device_name(device: torch.device) -> str:
+    """The name of a GPU; of anything else its type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
