@@ -36,6 +36,8 @@ _ALTERNATIVES = f"--dataset_name /path/to/a/copy or --dataset_name {DIGITS} (no 
 
 
 class Batch(TypedDict):
+    """What a model and a loss are given."""
+
     pixel_values: Tensor  # float32 [batch, channels, height, width] in [0, 1]
     labels: Tensor  # int64 [batch]
     indices: Tensor  # int64 [batch], of the images in their set

@@ -44,6 +44,7 @@ PAPERS = {"layers": "tensor", "scale_bounds": "none"}
 
 
 def option(default: Any, help: str, type: Callable[[str], Any] = str) -> Any:
+    """A field of a dataclass that is an option of the command line."""
     return field(default=default, metadata={"help": help, "type": type})
 
 
@@ -410,6 +411,7 @@ def check_optimizer(name: str, arguments: Mapping[str, Any], written: Mapping[st
 
 
 def scheduler_factory() -> Any:
+    """transformers' get_scheduler."""
     try:
         from transformers import get_scheduler
     except ImportError as error:

@@ -28,6 +28,7 @@ STEP = "optimizer step"
 
 
 def figure_of(width: float, height: float, title: str) -> Any:
+    """An empty figure of matplotlib, of a size in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -256,4 +257,5 @@ def _range(axes: Any, run: RunCurves, table: Table, colour: str) -> None:
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a figure as PNG, whatever the name of the file."""
     figure.savefig(path, dpi=110, format="png")

@@ -41,6 +41,7 @@ def _attached() -> Iterator[None]:
 
 
 def main() -> None:
+    """The command `python -m hf_adalip.run`."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(f"{USAGE}\n\n{__doc__}")
         sys.exit(0 if len(sys.argv) > 1 else 2)

@@ -38,6 +38,8 @@ INTERRUPTED = 130  # exit status, as the shell's
 
 
 class Stoppable(Protocol):
+    """What ends after the step in which it is asked to."""
+
     stop_asked: bool
 
 
@@ -220,6 +222,7 @@ NOT_SAVED = (
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Writes a run's results, whole or not at all."""
     text = json.dumps(_finite(dict(results)), indent=2, allow_nan=False)
     whole(folder / RESULTS, lambda path: path.write_text(text + "\n"))
 
@@ -234,4 +237,5 @@ def _finite(value: Any) -> Any:
 
 
 def device_name(device: torch.device) -> str:
+    """The name of a GPU; of anything else its type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -17,6 +17,8 @@ pytest.importorskip("timm", reason="the benchmarks' models are timm's: extra [ti
 pytest.importorskip("transformers", reason="and transformers': extra [trainer]")
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+
+pytestmark = pytest.mark.slow
 peers, measuring, benchmark_step, benchmark_training, compare = map(
     importlib.import_module,
     ("peers", "measuring", "benchmark_step", "benchmark_training", "compare_with_control"),

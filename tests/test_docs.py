@@ -35,6 +35,7 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
     return [(text[: m.start()].count("\n") + 2, textwrap.dedent(m[2])) for m in found]
 
 
+@pytest.mark.slow
 def test_complete_examples_run(tmp_path: Path) -> None:
     """All in one process, which imports transformers and timm once."""
     pytest.importorskip("transformers")

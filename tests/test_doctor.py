@@ -632,6 +632,7 @@ def without_transformers(*command):
     )
 
 
+@pytest.mark.slow
 def test_loops_need_no_transformers(script):
     done = without_transformers("hf_adalip.cli", "doctor", script(LOOP))
     assert (done.returncode, done.stdout) == (0, "nothing wrong (watched for 20 steps)\n")

@@ -165,6 +165,7 @@ def stub(folder: Path, name: str, version: str) -> None:
         wheel.writestr(f"{info}/RECORD", "")
 
 
+@pytest.mark.slow
 def test_what_was_published_runs_and_is_the_same_run(
     run: Path, loopback_hub: LoopbackHub, tmp_path: Path
 ) -> None:
@@ -518,6 +519,7 @@ def test_a_connection_that_breaks(
     )  # each once: what was there was not sent
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_the_upload(run: Path, loopback_hub: LoopbackHub) -> None:
     loopback_hub.accept, loopback_hub.stall = 1, True
     command = [*PUBLISH, str(run), "--repo_id", REPO]

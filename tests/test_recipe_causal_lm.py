@@ -33,6 +33,8 @@ from hf_adalip.integrations import recipes
 
 from .hub import LoopbackHub
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "causal_lm.py"
 spec = importlib.util.spec_from_file_location("recipe_causal_lm", SCRIPT)

@@ -160,6 +160,7 @@ def single(tmp_path_factory):
     return train_and_resume("single", tmp_path_factory.mktemp("single"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_the_recipe_trains_as_in_one_process_and_resumes(name, single, tmp_path):
     results, rates, weights = train_and_resume(name, tmp_path)
@@ -177,6 +178,7 @@ def test_the_recipe_trains_as_in_one_process_and_resumes(name, single, tmp_path)
         assert (weights[key] - value).norm() < 1e-4 * value.norm(), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp2", pytest.param("deepspeed_zero2", marks=needs_deepspeed)])
 def test_batch_statistics_are_those_of_one_process(name, tmp_path):
     """What is evaluated is what is saved, and what a resumed run goes on from."""

@@ -82,6 +82,7 @@ def start(*options: str) -> subprocess.Popen[bytes]:
 
 # Training sees more than chance (0.1) after 3 epochs; seen on seeds 0-2: 0.59-0.64 for SGD's,
 # 0.91-0.96 for RMSProp's, 0.86-0.92 for Adam's.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optim", "least"),
     [
@@ -162,6 +163,7 @@ def kill_when(seen: Any, folder: Path) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed(whole: Path, tmp_path: Path) -> None:
     folder, step = tmp_path / "out", random.SystemRandom().randint(2, 18)
     kill_when(lambda: (folder / f"step_{step}").exists(), folder)
@@ -170,6 +172,7 @@ def test_killed_at_any_moment_and_resumed(whole: Path, tmp_path: Path) -> None:
     assert numbers(folder) == numbers(whole), f"killed after step {step}"
 
 
+@pytest.mark.slow
 def test_killed_while_saving_and_resumed(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     kill_when(
@@ -181,6 +184,7 @@ def test_killed_while_saving_and_resumed(whole: Path, tmp_path: Path) -> None:
     assert not list(folder.glob("*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [(".partial", ".replaced.partial"), (".replaced.partial",)])
 def test_killed_between_the_renames_and_resumed(
     whole: Path, tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -203,6 +207,7 @@ def test_killed_between_the_renames_and_resumed(
     assert not list(folder.glob("*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 10, 24])  # in an epoch, at the end of one, and of all
 def test_resumed_from_any_step(whole: Path, tmp_path: Path, step: int) -> None:
     folder = tmp_path / "out"
@@ -211,6 +216,7 @@ def test_resumed_from_any_step(whole: Path, tmp_path: Path, step: int) -> None:
     assert numbers(folder) == numbers(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", MANIFEST]
 )
@@ -229,6 +235,7 @@ def test_a_truncated_checkpoint_is_passed_over(
     assert numbers(folder) == numbers(whole)
 
 
+@pytest.mark.slow
 def test_only_a_truncated_checkpoint(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +247,7 @@ def test_only_a_truncated_checkpoint(
     assert "optimizer.bin is damaged" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -267,6 +275,7 @@ def test_a_file_that_was_saved_damaged_is_named_and_not_ignored(
 
 # What a run of three steps writes is, in KiB: weights 206, each with a header; an optimizer's state
 # 628; the picture of the rates 79; and all else less than 16.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "named"),
     [
@@ -303,6 +312,7 @@ def test_a_limit_of_file_sizes_is_said_and_what_was_there_stays(
     assert recipe(*options, "--resume_from_checkpoint=latest") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl"])
 def test_a_file_that_is_missing_is_named_before_anything_is_loaded(
     whole: Path,
@@ -322,6 +332,7 @@ def test_a_file_that_is_missing_is_named_before_anything_is_loaded(
     assert f"{path / file} is missing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_latest_checkpoint_of_an_empty_folder_is_the_beginning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,6 +368,7 @@ def test_killed_in_the_first_save_the_same_command_begins_again(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_2"]
 
 
+@pytest.mark.slow
 def test_resuming_a_different_run(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,6 +379,7 @@ def test_resuming_a_different_run(
     assert "seed was 0, is 4" in message
 
 
+@pytest.mark.slow
 def test_resuming_from_after_the_end(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -376,6 +389,7 @@ def test_resuming_from_after_the_end(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["step_8"]
 
 
+@pytest.mark.slow
 def test_a_schedule_accumulation_and_dropout_resume(tmp_path: Path) -> None:
     class Dropping(nn.Sequential):
         def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
@@ -399,6 +413,7 @@ def test_a_schedule_accumulation_and_dropout_resume(tmp_path: Path) -> None:
     assert list(json.loads((a / "layer_learning_rates.json").read_text())["lr"]) == ["2"]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_epochs_and_more_epochs(tmp_path: Path) -> None:
     options = (*BASE, "--max_train_samples=300", "--checkpointing_steps=epoch")
     out = f"--output_dir={tmp_path / 'out'}"
@@ -411,6 +426,7 @@ def test_checkpoints_of_epochs_and_more_epochs(tmp_path: Path) -> None:
     assert len(results(tmp_path / "out")["epochs"]) == 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(
     whole: Path,
     tmp_path: Path,
@@ -457,6 +473,7 @@ def test_the_log_has_no_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert "RANK" not in caplog.text
 
 
+@pytest.mark.slow
 def test_results_are_not_written_over_by_accident(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -471,6 +488,7 @@ def test_results_are_not_written_over_by_accident(
     assert not list((tmp_path / "out").glob("step_*"))
 
 
+@pytest.mark.slow
 def test_without_a_folder_every_run_has_a_fresh_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -498,6 +516,7 @@ def test_without_a_folder_every_run_has_a_fresh_one(
     assert results(third)["finished"]
 
 
+@pytest.mark.slow
 def test_two_ranks_without_a_folder_share_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,6 +539,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_elsewhere_replaces_no_results(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -534,6 +554,7 @@ def test_a_checkpoint_of_elsewhere_replaces_no_results(
     assert results(folder)["seed"] == 5
 
 
+@pytest.mark.slow
 def test_what_is_the_users_stays(tmp_path: Path) -> None:
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     for folder in (out / "epoch_plans", out / "step_by_step.d", elsewhere):
@@ -677,6 +698,7 @@ def test_bad_options_are_one_line_and_touch_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_fp16_of_accelerates_configuration_needs_a_gpu_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -715,6 +737,7 @@ def test_help_has_the_default_learning_rates(capsys: pytest.CaptureFixture[str])
     assert "0.1 on top of SGD, 0.0007 on top of RMSprop, 0.001 on top of Adam" in text
 
 
+@pytest.mark.slow
 def test_offline_without_the_dataset(tmp_path: Path) -> None:
     found = subprocess.run(
         [sys.executable, str(SCRIPT), "--cpu", f"--output_dir={tmp_path / 'out'}"],
@@ -756,6 +779,7 @@ def torchrun(*arguments: str, status: int = 0) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_without_data_say_so_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = torchrun(
@@ -786,6 +810,7 @@ def same_training(folder: Path, other: Path) -> None:
         assert (weights[0][name] - x).norm() < 1e-4 * x.norm(), name
 
 
+@pytest.mark.slow
 def test_batches_of_a_step_are_one_batch(tmp_path: Path) -> None:
     """Also at the end of an epoch, with fewer of them, the last of which is smaller."""
     options = (*BASE, "--max_train_samples=330", "--num_train_epochs=3", "--learning_rate=1e-4")
@@ -810,6 +835,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "out"
 
 
+@pytest.mark.slow
 def test_two_ranks_have_one_s_and_resume(two_ranks: Path, tmp_path: Path) -> None:
     """Two ranks of 32 are one of 64, but for the order in which numbers are added."""
     ranks = [(two_ranks.parent / f"rates{rank}.json").read_text() for rank in (0, 1)]
@@ -858,6 +884,7 @@ sys.exit(training.main(mnist.RECIPE, sys.argv[3:]))
 """
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_what_was_killed(two_ranks: Path, tmp_path: Path) -> None:
     """kill -9 of one rank in a step, then of the other while it saves: the same end, unasked."""
     (tmp_path / "dying.py").write_text(DYING)
@@ -872,6 +899,7 @@ def test_torchrun_restarts_what_was_killed(two_ranks: Path, tmp_path: Path) -> N
     assert numbers(folder) == numbers(two_ranks)
 
 
+@pytest.mark.slow
 def test_accelerate_launch(tmp_path: Path) -> None:
     """It sets an environment variable that would win over --gradient_accumulation_steps."""
     command = ["-m", "accelerate.commands.launch", "--cpu", str(SCRIPT), *SHORT]

@@ -38,6 +38,8 @@ from hf_adalip.integrations import recipes
 from hf_adalip.monitor import layerwise
 from hf_adalip.options import UsageError
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "recipes" / "text_classification.py"
 spec = importlib.util.spec_from_file_location("recipe_text_classification", SCRIPT)
 assert spec is not None

@@ -33,6 +33,8 @@ from hf_adalip.options import optimizer_arguments, parse
 from hf_adalip.registry import create_optimizer
 from hf_adalip.training import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "timm_finetune.py"
 spec = importlib.util.spec_from_file_location("recipe_timm_finetune", SCRIPT)

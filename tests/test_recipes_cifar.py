@@ -22,6 +22,8 @@ from PIL import Image
 from hf_adalip.models import CIFAR10Net, CIFAR100Net
 from hf_adalip.training import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 

@@ -1,0 +1,1 @@
+"""Trainer, accelerate and timm."""

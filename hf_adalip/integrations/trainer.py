@@ -52,7 +52,8 @@ class ModelOptimizer:
         optimizer_dict: Sequence[Mapping[str, Any]] | None = None,
         **arguments: Any,
     ) -> Optimizer:
-        """
+        """The optimizer of a name.
+
         Args:
             model: what is trained.
             name: of the optimizer.
@@ -162,7 +163,9 @@ def _handler(name: str) -> Callable[[Any], tuple[Any, dict[str, Any]]]:
     return handler
 
 
-def attach(trainer: Trainer, log_layers: bool = False, plot: bool = False) -> None:
+def attach(  # noqa: C901 - with the callback inside of it
+    trainer: Trainer, log_layers: bool = False, plot: bool = False
+) -> None:
     """Shows what the optimizer does: learning rates per layer in the logs, and a true model card.
 
     Every training log, and with it every tracker, gets min, median and max over the layers of S

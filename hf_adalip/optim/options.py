@@ -17,7 +17,7 @@ _FLAGS = (
 )
 
 
-def validate(group: dict[str, Any]) -> None:
+def validate(group: dict[str, Any]) -> None:  # noqa: C901 - one check after the other
     """Refuses the value of an option of a group (or of the defaults) before it is used."""
     Estimator(group["gamma"], group["c"], group["scale_bounds"], group["nonfinite"])
     lr = group["lr"]

@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("accelerate", reason="check_sharding runs under accelerate: extra [trainer]")
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LINE = re.compile(r"(\S+) +(module|tensor) +(\S+) +(\S+) +(equal|DIFFER) +(\S+) (ok|FAILED)$")
 

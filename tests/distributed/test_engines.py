@@ -23,6 +23,8 @@ from hf_adalip.optim.forms.kernels import cpu
 from tests.distributed.engines import Net, batch
 from tests.optim.cases import assert_same
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ALL = ("adalip", "rmslip", "adamlip", "adalipu", "rmslipu", "adamlipu", "lip-nadam")
 EVERY = [f"{name}/{rest}" for name in ALL for rest in ("tensor/loop", "module/foreach")]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.distributed.test_engines import torchrun
+
+pytestmark = pytest.mark.slow
 
 
 def test_one_ranks_inf_is_everyones(tmp_path):

@@ -8,6 +8,8 @@ from tests.distributed.test_engines import launch
 
 pytest.importorskip("deepspeed", reason='needs DeepSpeed: pip install "hf-adalip[deepspeed]"')
 
+pytestmark = pytest.mark.slow
+
 EXACT = [
     *(f"zero{stage}/adamlip/module/foreach/0.01" for stage in (0, 1, 2, 3)),
     *(f"{engine}/adalipu/tensor/loop/0.01" for engine in ("zero1", "zero2", "zero3")),

@@ -419,6 +419,7 @@ def run(*command, cwd):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher", [[], ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m"]]
 )
@@ -435,6 +436,7 @@ def test_an_unmodified_script_takes_optim(tmp_path, launcher):
     assert "RAN AdamLip 0.9 adamlip" in done.stdout
 
 
+@pytest.mark.slow
 def test_run_logs_and_writes_cards_as_attach_does(tmp_path):
     """Of a module as well, and it leaves another optimizer alone."""
     (tmp_path / "package").mkdir()
@@ -480,6 +482,7 @@ def test_arguments_that_are_not_the_users(given, tmp_path):
         trainer.create_optimizer()
 
 
+@pytest.mark.slow
 def test_run_says_how_it_is_used(tmp_path):
     done = run("hf_adalip.run", cwd=tmp_path)
     assert done.returncode == 2

@@ -68,6 +68,7 @@ def train(
     return {"params": [p.detach() for p in model.parameters()], "state": state}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "foreach", "make_lr"),
     [
@@ -130,6 +131,7 @@ def whole_step(
     return graphs, max((p - q).abs().max().item() for p, q in pairs)
 
 
+@pytest.mark.slow
 def test_a_whole_training_step_breaks_where_adams_does() -> None:
     """At the backward pass and around the optimizer's step. The first of our steps, which makes
     the state, is a graph of its own; then nothing is compiled again. The bits are eager's."""
@@ -159,6 +161,7 @@ def test_lipschitz_is_not_compiled_again(signal: str) -> None:
     assert difference < 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor() -> None:
     """Which fuses multiplications and additions, and so rounds otherwise than eager."""

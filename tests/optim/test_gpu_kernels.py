@@ -97,6 +97,7 @@ def _interpreter() -> None:
     interpreter._patch_lang = patch_once
 
 
+@pytest.mark.slow
 @outside
 def test_in_the_interpreter() -> None:
     """All tests of this file, in a process in which Triton is its interpreter."""
@@ -525,6 +526,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
     return result
 
 
+@pytest.mark.slow
 @outside
 @cases
 @pytest.mark.parametrize("arch", [80, 90])

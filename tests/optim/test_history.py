@@ -310,6 +310,7 @@ def changes(gradients: list[Tensor]) -> Tensor:
     return torch.stack([(b - a).norm() for a, b in zip(before, gradients, strict=False)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", [(0.1, 10.0), None])
 @pytest.mark.parametrize("batch", [32, 1797])
 @pytest.mark.parametrize(("kind", "lr"), [(AdamLip, 1e-3), (AdaLip, 0.05)])

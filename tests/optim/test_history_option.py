@@ -312,6 +312,7 @@ def test_a_bfloat16_history_bounds_the_error_of_scale(name: str) -> None:
 # Sketches
 
 
+@pytest.mark.slow
 @forms
 @pytest.mark.parametrize("name", ["adamlip", "adalipu"])
 def test_scale_of_a_sketch_in_training(name: str, form: dict[str, Any]) -> None:

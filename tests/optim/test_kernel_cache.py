@@ -144,6 +144,7 @@ def test_a_library_with_another_content_is_not_loaded(cache: Path) -> None:
     assert answer(build.load(PLANTED)) == 666
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_compiled_once_and_by_all_that_it_depends_on(
     compiler: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +218,7 @@ def test_fused_is_refused_with_such_a_folder_and_the_default_says_that_it_goes_w
     assert not list(cache.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["cache", "cache/hf_adalip", "cache/hf_adalip/kernels"])
 def test_without_a_folder_each_process_compiles_its_own(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -238,6 +240,7 @@ def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
         assert answer(build.load(SOURCE)) == 42
 
 
+@pytest.mark.slow
 def test_a_cache_that_can_only_be_read(
     cache: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +299,7 @@ def load_at_once(barrier: Any, results: Any) -> None:
     results.put(answer(build.load(SOURCE)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 32])
 def test_processes_that_compile_at_once_compile_once(
     processes: int, compiler: Path, cache: Path
@@ -319,6 +323,7 @@ def hang() -> None:
     build.load(SOURCE)
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_while_it_compiled(
     compiler: Path, cache: Path, tmp_path: Path
 ) -> None:

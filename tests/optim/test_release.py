@@ -326,6 +326,7 @@ def test_two_gradients_in_one_memory() -> None:
     assert_same(*results)
 
 
+@pytest.mark.slow
 def test_compiled_and_checkpointed_models() -> None:
     def compiled(net: Net, optimizer: LipOptimizer) -> Any:
         forward = torch.compile(net, backend="aot_eager")

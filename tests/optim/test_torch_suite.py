@@ -28,6 +28,8 @@ from hf_adalip.optim import LipOptimizer
 from hf_adalip.optim.forms.kernels import cpu
 from tests.optim.cases import CLASSES, assert_same
 
+pytestmark = pytest.mark.slow
+
 BASES = {"ada": "SGD", "rms": "RMSprop", "adam": "Adam"}
 
 
