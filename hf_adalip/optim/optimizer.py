@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
+from torch.optim.optimizer import _default_to_fused_or_foreach
+from typing_extensions import Self
 
 from . import step as loop
 from .estimator import Estimator
 from .forms import foreach, fused
 from .forms.kernels import KernelError
-from .groups import Layers, checked_params, each_once, number_of
-from .history import DEFAULT_SKETCH_SIZE
+from .groups import checked_params, each_once, number_of
 from .loading import loading, refuse_unless_dict, saved_group
 from .options import as_plain, validate
 from .plan import Batch, Bucket, LocalParam, Options, StepPlan
@@ -29,12 +29,22 @@ _FOREIGN = {"amsgrad", "centered", "dampening", "momentum", "nesterov"}
 """Options of torch's SGD, RMSprop and Adam that not all of ours have: false or zero for none."""
 
 
+_NOT_OPTIONS = {"self", "__class__", "params", "layers"}
+"""Of a constructor's arguments, and of what else `locals()` has, what no group keeps."""
+
+
 class LipOptimizer(LayerwiseOptimizer):
     """The common part of AdaLip, RMSLip, AdamLip and their -U forms.
 
+    A subclass names a `rule` and a `signal`. Its constructor has the arguments of the rule (lr,
+    weight_decay, betas, ...) and these, and hands all of them over with
+    `LipOptimizer.__init__(self, locals())`.
+
     Args:
-        params: parameters, named parameters, or groups of either.
-        defaults: the rule's hyperparameters and their values (lr, weight_decay, betas, ...).
+        arguments: those of a subclass's constructor, by name: params, layers, and the options
+            that each parameter group may have its own value of.
+
+    Options of all six:
         gamma: γ of the moving average, in (0, 1) (Eq. 8, §4.2).
         c: positive constant in the denominator of Eq. 7, or "theoretical" for Eq. A.3's c_t,
             which with lr following α_0/√t carries Theorem 1's guarantee.
@@ -77,49 +87,18 @@ class LipOptimizer(LayerwiseOptimizer):
         *("foreach", "fused", "differentiable", "nesterov", "eps_in_sqrt"),
     )
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        gamma: float = 0.8,
-        c: float | Literal["theoretical"] = 1e-8,
-        layers: Layers = "tensor",
-        scale_bounds: tuple[float, float] | None = (0.1, 10.0),
-        nonfinite: Literal["skip", "raise", "propagate"] = "skip",
-        decoupled_weight_decay: bool = True,
-        history: str | torch.dtype = "exact",
-        sketch_size: int = DEFAULT_SKETCH_SIZE,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        previous: Literal["applied", "proposed"] | None = None,
-    ) -> None:
-        if isinstance(self.signal, Updates):
-            defaults = defaults | {"previous": previous or "applied"}
-        elif previous is not None:
-            defaults = defaults | {"previous": previous}  # which is refused
-        defaults = defaults | {
-            "gamma": gamma,
-            "c": c,
-            "scale_bounds": scale_bounds,
-            "nonfinite": nonfinite,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "history": history,
-            "sketch_size": sketch_size,
-            "foreach": foreach,
-            "fused": fused,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        defaults = {key: as_plain(value) for key, value in defaults.items()}
-        self._validate(defaults)
-        self._layers = layers
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        """Says what is wrong where Python would only know of an unexpected argument."""
+        if not isinstance(cls.signal, Updates) and "previous" in options:
+            raise _previous_error(cls, options["previous"])
+        return super().__new__(cls)
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        options = {k: as_plain(x) for k, x in arguments.items() if k not in _NOT_OPTIONS}
+        self._validate(options)
+        self._layers = arguments["layers"]
         self._flat_tensors = FlatTensors()
-        super().__init__(params, defaults)
+        super().__init__(arguments["params"], options)
 
     def _options(self, group: dict[str, Any]) -> Options:
         bounds = group["scale_bounds"]
@@ -165,10 +144,7 @@ class LipOptimizer(LayerwiseOptimizer):
     def _validate(self, group: dict[str, Any]) -> None:
         """Refuses a bad option of a group (or of the defaults) before anything is changed."""
         if "previous" in group and not isinstance(self.signal, Updates):
-            raise ValueError(
-                f"previous={group['previous']!r} is for the -U forms; {type(self).__name__} "
-                "estimates S from gradients"
-            )
+            raise _previous_error(type(self), group["previous"])
         validate(group)
         self._state_keys(group)
 
@@ -273,6 +249,12 @@ class LipOptimizer(LayerwiseOptimizer):
                 raise
             fused.forgo(error)
             bucket.form, batch.prepared = foreach, None
+
+
+def _previous_error(kind: type, given: object) -> ValueError:
+    return ValueError(
+        f"previous={given!r} is for the -U forms; {kind.__name__} estimates S from gradients"
+    )
 
 
 @lru_cache(maxsize=64)

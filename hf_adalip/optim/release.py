@@ -66,6 +66,17 @@ def release_gradients(optimizer: LipOptimizer, *, bucket_cap_mb: float = 25) -> 
             parameter whose gradient is released already, and for a bucket_cap_mb that is no
             number from 0 on. No hook has been set then.
         NotImplementedError: for a parameter that is sharded, or that DistributedDataParallel has.
+
+    Examples:
+        >>> from hf_adalip import AdamLip
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = AdamLip(model.named_parameters())
+        >>> handle = release_gradients(optimizer)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> model.weight.grad is None
+        True
+        >>> optimizer.step()
+        >>> handle.remove()
     """
     if isinstance(optimizer, Lipschitz):
         raise TypeError(

@@ -97,6 +97,18 @@ class Lipschitz(LayerwiseOptimizer):
         ValueError: for a bad value, for an optimizer that has an S already, for LBFGS, for one
             that averages iterates (ASGD, schedule-free ones, which have train() and eval()), and
             for one without a learning rate.
+
+    Examples:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> optimizer = Lipschitz(torch.optim.SGD(model.parameters(), lr=0.05))
+        >>> for x in ([1.0, 2.0], [2.0, 1.0]):
+        ...     loss = model(torch.tensor(x)).square().sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> [round(rate.scale, 3) for rate in optimizer.layer_learning_rates().values()]
+        [0.956]
     """
 
     def __init__(
