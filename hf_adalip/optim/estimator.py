@@ -45,7 +45,7 @@ class LayerState(NamedTuple):
 
 
 def ratio(prev_norm: Tensor, change: Tensor, c: Tensor | float) -> Tensor:
-    """Eq. 7 over α: what one pair of successive signals says of the learning rate."""
+    """Eq. 7 divided by α: what two successive signals say about the learning rate."""
     return prev_norm / (change + c)
 
 
@@ -68,7 +68,7 @@ def theoretical_c(
 
 @dataclass(frozen=True)
 class Estimator:
-    """The recurrence of S, and every case in which it does not simply go on.
+    """The recurrence of S, and every case in which it is not simply applied.
 
         x_t                 x_{t-1}                  S_t               A_t/α_t   prev_norm
         ------------------  -----------------------  ----------------  --------  -------------------
@@ -169,7 +169,7 @@ class Estimator:
         before = layer.prev_norm.clamp(min=0.0)
         # A norm is never negative: less than infinity, it is finite.
         lost = (norm < math.inf) & (~(change < math.inf) | (layer.prev_norm == FORGOTTEN))
-        # Both signals zero: 0/0 says nothing, and S keeps its value. A NaN is no silence.
+        # Both signals zero: 0/0 says nothing, and S keeps its value. (NaN != 0 is True.)
         signal = ((norm != 0) | (before > 0)) & ~lost
         first = signal & (layer.prev_norm == NO_PREDECESSOR)
 
@@ -183,11 +183,11 @@ class Estimator:
             scale = scale.clamp(*self.scale_bounds)
         scale = torch.where(signal, scale, layer.scale)
         factor = scale.masked_fill(first, 1.0)
-        remembered = norm * factor if applied else norm
-        prev_norm = torch.where(signal | lost, remembered, layer.prev_norm)
-        return self._kept(layer, LayerState(scale, prev_norm, c), factor, finite, active)
+        compared = norm * factor if applied else norm  # with which the next signal is
+        prev_norm = torch.where(signal | lost, compared, layer.prev_norm)
+        return self._keep_skipped(layer, LayerState(scale, prev_norm, c), factor, finite, active)
 
-    def _kept(
+    def _keep_skipped(
         self,
         old: LayerState,
         new: LayerState,
@@ -196,18 +196,18 @@ class Estimator:
         active: Tensor | None,
     ) -> tuple[LayerState, Tensor, Tensor]:
         """The last rows of the table: layers that take no step keep S."""
-        steps = torch.ones_like(factor, dtype=torch.bool) if active is None else active
+        stepped = torch.ones_like(factor, dtype=torch.bool) if active is None else active
         if self.nonfinite == "skip" and finite is not None:
-            steps = steps & finite
-            # An optimizer may overwrite x_{t-1} before it knows all of x_t.
+            stepped = stepped & finite
+            # A form may have overwritten x_{t-1} while it measured x_t.
             had_one = old.prev_norm != NO_PREDECESSOR
             old = old._replace(prev_norm=old.prev_norm.masked_fill(had_one & ~finite, FORGOTTEN))
-        kept = LayerState(
-            torch.where(steps, new.scale, old.scale),
-            torch.where(steps, new.prev_norm, old.prev_norm),
-            new.c if new.c is None or old.c is None else torch.where(steps, new.c, old.c),
+        state = LayerState(
+            torch.where(stepped, new.scale, old.scale),
+            torch.where(stepped, new.prev_norm, old.prev_norm),
+            new.c if new.c is None or old.c is None else torch.where(stepped, new.c, old.c),
         )
-        return kept, factor, steps
+        return state, factor, stepped
 
 
 def is_number(value: object) -> bool:

@@ -14,10 +14,10 @@ from . import step as loop
 from .estimator import Estimator
 from .forms import foreach, fused
 from .forms.kernels import KernelError
-from .groups import checked_params, each_once, number_of
+from .groups import checked_params, each_once, group_index
 from .loading import loading, refuse_unless_dict, saved_group
 from .options import as_plain, validate
-from .plan import Batch, Bucket, LocalParam, Options, StepPlan
+from .plan import Batch, Bucket, LayerOptions, LocalParam, StepPlan
 from .sharding import FlatTensors, shard_of
 from .signals import Updates
 from .state import StateKeys, unpacked
@@ -59,7 +59,7 @@ class LipOptimizer(LayerwiseOptimizer):
             with it.
         decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p, not scaled by S; False
             adds λp to the gradient, and so to what S is estimated from.
-        history: how x_{t-1} is remembered. "exact": as a tensor of the parameter's shape and
+        history: how x_{t-1} is kept. "exact": as a tensor of the parameter's shape and
             dtype; a floating-point dtype (or its name): as one of that dtype; "sketch": as
             `sketch_size` numbers for each parameter that takes more memory than they, from which
             ‖x_t - x_{t-1}‖ is estimated with a relative standard deviation of √(1/2k) at most
@@ -100,11 +100,11 @@ class LipOptimizer(LayerwiseOptimizer):
         self._flat_tensors = FlatTensors()
         super().__init__(arguments["params"], options)
 
-    def _options(self, group: dict[str, Any]) -> Options:
+    def _layer_options(self, group: dict[str, Any]) -> LayerOptions:
         bounds = group["scale_bounds"]
         bounds = bounds and tuple(bounds)  # some checkpoint formats make a list of it
-        law = _estimator(group["gamma"], group["c"], bounds, group["nonfinite"])
-        return law, group.get("previous")
+        estimator = _estimator(group["gamma"], group["c"], bounds, group["nonfinite"])
+        return estimator, group.get("previous")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group may have its own value of every option, `layers` included, and
@@ -161,7 +161,7 @@ class LipOptimizer(LayerwiseOptimizer):
         """As torch's; numbers and sketches may be copies."""
 
         def separate(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
-            packed["state"] = {key: unpacked(kept) for key, kept in packed["state"].items()}
+            packed["state"] = {key: unpacked(state) for key, state in packed["state"].items()}
 
         # The first hook: the user's see, and may change, what is returned.
         handle = self.register_state_dict_post_hook(separate, prepend=True)
@@ -174,9 +174,9 @@ class LipOptimizer(LayerwiseOptimizer):
         """Loads a state_dict; S, norms and step come back bit for bit, also for bf16 parameters.
 
         Options that an older state_dict lacks take this optimizer's values, and state that it
-        lacks starts as before a first step. Layers stay as this optimizer has them. That of the
-        base optimizer of torch will do, too; options come with it (in Adam's,
-        `decoupled_weight_decay` is False, in AdamW's True).
+        lacks starts as before a first step. Layers stay as this optimizer has them. A state_dict
+        of torch's base optimizer is taken too, with its options (`decoupled_weight_decay` is False
+        in Adam's, True in AdamW's).
 
         Raises:
             TypeError: for what is no dict.
@@ -201,13 +201,13 @@ class LipOptimizer(LayerwiseOptimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             options = {key: as_plain(x) for key, x in saved_group(self, group, saved).items()}
             if not isinstance(self.signal, Updates):
-                options.pop("previous", None)  # of a -U form, whose moments will do
+                options.pop("previous", None)  # saved by a -U form, whose moments are the same
             self._validate(options)
         super()._check_loaded(state_dict)
 
     def _state_keys(self, group: dict[str, Any]) -> StateKeys:
         own = ("prev_lr",) if self.signal.is_recomputed(self.rule, group) else ()
-        histories = self.signal.history(self.rule, group)
+        histories = self.signal.history_keys(self.rule, group)
         if group["history"] != "exact" and not histories:
             raise ValueError(
                 f"history={group['history']!r} has nothing to act on: {type(self).__name__} "
@@ -217,7 +217,7 @@ class LipOptimizer(LayerwiseOptimizer):
         return StateKeys(self.rule.state_keys(group), histories, ("step", *own))
 
     def _buckets(self, plan: StepPlan) -> list[tuple[Form | None, list[tuple[int, LocalParam]]]]:
-        """Tensors of one group, device and dtype go together, those of the fused form last."""
+        """Tensors of one group, device and dtype are stepped together; the fused form is last."""
         alike: dict[Any, list[tuple[int, LocalParam]]] = {}
         for group in self.param_groups:
             if group["fused"]:  # set by hand, loaded, or moved since
@@ -225,17 +225,17 @@ class LipOptimizer(LayerwiseOptimizer):
                 fused.refuse_unless_possible(stepped, stepped=True)
         params = [p for group in self.param_groups for p in group["params"]]
         size = sum(shard_of(p).local(p).numel() for p in params)
-        chosen = {number_of(group): _form(group, size) for group in self.param_groups}
+        chosen = {group_index(group): _form(group, size) for group in self.param_groups}
         for i, layer in enumerate(plan.layers):
             for absent, param in (
                 *((False, param) for param in layer.params),
                 *((True, param) for param in layer.absent),
             ):
-                form = chosen[number_of(param.group)]
+                form = chosen[group_index(param.group)]
                 if form == "fused" and not fused.takes(param):
                     form = "foreach"
                 kind = (param.decays, param.sketch, param.param.device, param.param.dtype)
-                key = (absent, form, number_of(param.group), *kind)
+                key = (absent, form, group_index(param.group), *kind)
                 alike.setdefault(key, []).append((i, param))
         keys = sorted(alike, key=lambda key: (key[1] == "fused", key[0]))
         return [(None if key[0] else FORMS[key[1]], alike[key]) for key in keys]

@@ -28,10 +28,19 @@ from .estimator import LayerState
 from .groups import Layers, decays_of, name_layers
 from .history import real, sketch
 from .loading import check_loaded
-from .plan import Batch, Bucket, LocalParam, Options, StepPlan, as_scalar, current_plan, keep_plan
+from .plan import (
+    Batch,
+    Bucket,
+    LayerOptions,
+    LocalParam,
+    StepPlan,
+    as_scalar,
+    current_plan,
+    keep_plan,
+)
 from .rules import Group, Moments, Numbers, Rule
 from .sharding import FlatTensors, Shard
-from .signals import Signal, norm, numbers, opmath_dtype
+from .signals import Signal, elements, norm, opmath_dtype
 from .state import State, StateKeys, unpacked
 
 if TYPE_CHECKING:
@@ -39,13 +48,15 @@ if TYPE_CHECKING:
 
 
 class Form(Protocol):
-    """A way of computing a step: the loop here, foreach.py and fused.py."""
+    """A way of computing a step: the loop form below, forms/foreach.py and forms/fused.py."""
 
     __name__: str
 
     def measure(self, batch: Batch) -> Tensor: ...
 
-    def advance(self, batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None: ...
+    def advance(
+        self, batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor
+    ) -> None: ...
 
 
 class LayerRate(NamedTuple):
@@ -114,9 +125,9 @@ class LayerwiseOptimizer(Optimizer):
         _count_step(self, active)
         keep_plan(self, plan)
 
-    # What an optimizer says of itself
+    # What each optimizer defines
 
-    def _options(self, group: dict[str, Any]) -> Options:
+    def _layer_options(self, group: dict[str, Any]) -> LayerOptions:
         """How S of the group's layers is estimated."""
         raise NotImplementedError
 
@@ -172,22 +183,22 @@ class LayerwiseOptimizer(Optimizer):
         """
         for bucket, batch in zip(plan.buckets, batches, strict=True):
             here, device = bucket.where, batch.steps.device
-            steps = active[here].to(device)
+            stepped = active[here].to(device)
             recomputes = self.signal.is_recomputed(self.rule, batch.group)
             if bucket.form is None:
-                advance_absent(batch, steps)
+                advance_absent(batch, stepped)
                 scalars = {"prev_lr": torch.zeros_like(batch.steps)} if recomputes else {}
             else:
                 rates = batch.lr * factor[here].to(device, opmath_dtype(batch.params[0].dtype))
                 applied = batch.group.get("previous", "applied") == "applied"
-                kept = rates if applied else torch.zeros_like(rates) + batch.lr
-                bucket.form.advance(batch, rates, kept, steps)
+                history_rates = rates if applied else torch.zeros_like(rates) + batch.lr
+                bucket.form.advance(batch, rates, history_rates, stepped)
                 scalars = {"step": batch.steps, "layer_lr": rates}
                 if recomputes:
                     correction = self.rule.inverse_bias_correction(batch.steps, batch.group)
-                    scalars["prev_lr"] = kept * correction
+                    scalars["prev_lr"] = history_rates * correction
             for key, values in scalars.items():
-                plan.write(key, torch.where(steps, values, plan.read(key, here, device)), here)
+                plan.write(key, torch.where(stepped, values, plan.read(key, here, device)), here)
 
     # Groups and state
 
@@ -214,7 +225,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def _separate_state(self) -> dict[Tensor, State]:
         """The state as it is pickled, see `unpacked`."""
-        return {param: unpacked(kept) for param, kept in self.state.items()}
+        return {param: unpacked(state) for param, state in self.state.items()}
 
     def layer_learning_rates(self) -> dict[str, LayerRate]:
         """{layer: (S_t, A_t, ‖x_t‖, non-finite steps)} as of each layer's last step.
@@ -282,12 +293,12 @@ def step_layers(optimizer: LayerwiseOptimizer, plan: StepPlan) -> Tensor:
             )
         )
     factor = plan.spread(torch.cat([x[1] for x in followed]))
-    steps = plan.spread(torch.cat([x[2] for x in followed]))
+    stepped = plan.spread(torch.cat([x[2] for x in followed]))
 
     # Advance.
-    optimizer._advance(plan, batches, factor, steps, finite)
+    optimizer._advance(plan, batches, factor, stepped, finite)
     if sketches is not None:
-        _keep_sketches(plan, sketches[0], factor, steps)
+        _keep_sketches(plan, sketches[0], factor, stepped)
     plan.put_in_state(optimizer)
     for (_, here), (state, _, _) in zip(plan.kinds, followed, strict=True):
         plan.write_layers("lipschitz_scale", state.scale, here)
@@ -302,13 +313,13 @@ def step_layers(optimizer: LayerwiseOptimizer, plan: StepPlan) -> Tensor:
 
 def _batch(optimizer: LayerwiseOptimizer, plan: StepPlan, bucket: Bucket) -> Batch:
     """The tensors of a bucket now."""
-    members = bucket.params
-    group, device = members[0].group, members[0].param.device
-    params, states = [p.param for p in members], [p.state for p in members]
-    given = [x.grad for x in (params if bucket.is_plain else members)] if bucket.form else []
+    local_params = bucket.params
+    group, device = local_params[0].group, local_params[0].param.device
+    params, states = [p.param for p in local_params], [p.state for p in local_params]
+    given = [x.grad for x in (params if bucket.is_plain else local_params)] if bucket.form else []
     grads = [grad for grad in given if grad is not None]
     if not bucket.is_plain:
-        shards = [p.shard for p in members]
+        shards = [p.shard for p in local_params]
         if bucket.form:
             grads = [real(s.local_grad(g)) for s, g in zip(shards, grads, strict=True)]
         params = [real(s.local(p)) for s, p in zip(shards, params, strict=True)]
@@ -320,8 +331,8 @@ def _batch(optimizer: LayerwiseOptimizer, plan: StepPlan, bucket: Bucket) -> Bat
     return Batch(
         rule=optimizer.rule,
         signal=optimizer.signal,
-        group=group if members[0].decays else group | {"weight_decay": 0.0},
-        members=members,
+        group=group if local_params[0].decays else group | {"weight_decay": 0.0},
+        local_params=local_params,
         params=params,
         grads=grads,
         states=states,
@@ -350,7 +361,7 @@ def measure(batch: Batch) -> Tensor:
         zip(batch.params, batch.grads, batch.states, strict=True)
     ):
         grad = _gradient(param, raw, group)
-        old = {key: _widened(state[key], group) for key in batch.keys}
+        old = {key: _read(state[key], group) for key in batch.keys}
 
         def proposed(i: int = i, grad: Tensor = grad, old: Moments = old) -> Tensor:
             return -batch.lr * rule.direction(rule.moments(grad, old, group), corrections[i], group)
@@ -359,64 +370,63 @@ def measure(batch: Batch) -> Tensor:
         size = norm(grad)
         own = norm(x) if signal.of_updates else size
         if batch.sketch:
-            rows.append(sketched(x, size, own, batch.members[i].shard, batch.sketch))
+            rows.append(sketched(x, size, own, batch.local_params[i].shard, batch.sketch))
         else:
             change = x - signal.previous(old, partial(_previous_update, batch, old, before[i]))
             rows += [size, own, norm(change)]
     return torch.stack(rows) if batch.sketch else torch.stack(rows).view(-1, 3)
 
 
-def advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
+def advance(batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor) -> None:
     """Takes the step: moments, history and parameters.
 
     Args:
         batch: what to step.
         rates: A_t of each tensor, shape [tensors].
-        kept: what d_t is multiplied with in the update that the next is compared with: A_t or α_t,
-            shape [tensors].
+        history_rates: A_t or α_t of each tensor, whichever makes -rate·d_t the update that the next
+            one is compared with, shape [tensors].
         active: shape [tensors]; where False, a tensor and its state stay as they are, but for the
             history, which becomes zero: what it was is forgotten.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
     corrections = _corrections(batch, batch.steps)
-    rates_, kept_, active_ = (numbers(x, group) for x in (rates, kept, active))
-    for i, (param, raw, state) in enumerate(
-        zip(batch.params, batch.grads, batch.states, strict=True)
-    ):
+    factors = zip(*(elements(x, group) for x in (rates, history_rates, active)), strict=True)
+    tensors = zip(batch.params, batch.grads, batch.states, corrections, factors, strict=True)
+    for param, raw, state, correction, (rate, history_rate, is_active) in tensors:
         grad = _gradient(param, raw, group)
-        old = {key: _widened(state[key], group) for key in batch.moments}
+        old = {key: _read(state[key], group) for key in batch.moment_keys}
         new = rule.moments(grad, old, group)
-        direction = rule.direction(new, corrections[i], group)
-        value = _widened(param, group)
+        direction = rule.direction(new, correction, group)
+        value = _read(param, group)
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             value = value * (1 - batch.lr * group["weight_decay"])
-        for key in batch.moments:
-            _store(state[key], new[key], active_[i])
-        if batch.history:
-            for key, x in signal.kept(grad, partial(mul, direction, -kept_[i])).items():
-                _store(state[key], x, active_[i], otherwise=0.0)
-        _store(param, value - rates_[i] * direction, active_[i])
+        for key in batch.moment_keys:
+            _store(state[key], new[key], is_active)
+        if batch.history_keys:
+            for key, x in signal.new_history(grad, partial(mul, direction, -history_rate)).items():
+                _store(state[key], x, is_active, otherwise=0.0)
+        _store(param, value - rate * direction, is_active)
 
 
 def _gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
     """g_t: the gradient to descend, with λp added when weight decay is coupled."""
-    grad = widened(grad, param.dtype)
+    grad = to_opmath(grad, param.dtype)
     if group["maximize"]:
         grad = -grad
     if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        grad = grad + group["weight_decay"] * _widened(param, group)
+        grad = grad + group["weight_decay"] * _read(param, group)
     return grad
 
 
-def _widened(x: Tensor, group: Group | None = None) -> Tensor:
-    """A parameter or state in its opmath dtype; apart from what the step will write into it, where
-    autograd is to run through the step."""
+def _read(x: Tensor, group: Group | None = None) -> Tensor:
+    """A parameter or state in its opmath dtype; a copy where autograd runs through the step, which
+    overwrites the original."""
     dtype = opmath_dtype(x.dtype)
-    wide = x if x.dtype == dtype else x.to(dtype)
-    return wide.clone() if group is not None and group["differentiable"] else wide
+    value = x if x.dtype == dtype else x.to(dtype)
+    return value.clone() if group is not None and group["differentiable"] else value
 
 
-def widened(x: Tensor, like: torch.dtype) -> Tensor:
+def to_opmath(x: Tensor, like: torch.dtype) -> Tensor:
     """x in the dtype that arithmetic on `like` is done in. (Tensor.to takes a microsecond to find
     that there is nothing to do, and there are hundreds of tensors.)"""
     dtype = opmath_dtype(like)
@@ -426,7 +436,7 @@ def widened(x: Tensor, like: torch.dtype) -> Tensor:
 def _store(target: Tensor, value: Tensor, active: Any, otherwise: float | None = None) -> None:
     """Makes the target the value where `active`, else `otherwise`: None for what it is."""
     if isinstance(active, Tensor):
-        other = _widened(target) if otherwise is None else otherwise
+        other = _read(target) if otherwise is None else otherwise
         target.copy_(torch.where(active, value, other))
     elif active:
         target.copy_(value)
@@ -435,17 +445,17 @@ def _store(target: Tensor, value: Tensor, active: Any, otherwise: float | None =
 
 
 def _corrections(batch: Batch, steps: Tensor) -> list[Numbers]:
-    """Of each tensor, those of its rule."""
+    """The rule's bias corrections, for each tensor."""
     steps = steps.to(opmath_dtype(batch.params[0].dtype))
     vectors = batch.rule.bias_corrections(steps, batch.group)
     if not vectors:
         return [()] * len(steps)
-    return list(zip(*(numbers(x, batch.group) for x in vectors), strict=True))
+    return list(zip(*(elements(x, batch.group) for x in vectors), strict=True))
 
 
 def _before(batch: Batch, steps: Tensor) -> list[Any]:
-    """What u_{t-1} of each tensor is computed again with, from `steps`, the numbers of step t-1:
-    its bias corrections and its rate. None where it is not computed again."""
+    """For each tensor the bias corrections and the rate of step t-1 (`steps`), with which u_{t-1}
+    is computed again; None where it is not."""
     rule, group = batch.rule, batch.group
     if not batch.signal.is_recomputed(rule, group):
         return [None] * len(batch.states)
@@ -471,7 +481,7 @@ def measure_absent(batch: Batch) -> Tensor:
         return batch.steps.new_zeros(len(batch.states), 3 + batch.sketch)
     before, rows = _before(batch, batch.steps), []
     for i, state in enumerate(batch.states):
-        old = {key: _widened(state[key], batch.group) for key in batch.keys}
+        old = {key: _read(state[key], batch.group) for key in batch.keys}
         recomputed = partial(_previous_update, batch, old, before[i])
         size = norm(batch.signal.previous(old, recomputed))
         rows += [torch.zeros_like(size), torch.zeros_like(size), size]
@@ -480,9 +490,9 @@ def measure_absent(batch: Batch) -> Tensor:
 
 def advance_absent(batch: Batch, active: Tensor) -> None:
     """`advance` for them: their previous signal becomes zero."""
-    for state, steps in zip(batch.states, numbers(active, batch.group), strict=True):
-        for key in batch.history:
-            _store(state[key], torch.zeros_like(_widened(state[key])), steps)
+    for state, is_active in zip(batch.states, elements(active, batch.group), strict=True):
+        for key in batch.history_keys:
+            _store(state[key], torch.zeros_like(_read(state[key])), is_active)
 
 
 # Sketches
@@ -518,17 +528,17 @@ def _sketches(plan: StepPlan, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Without a copy where there is one part but for the empty first."""
+    """torch.cat, without a copy where there is one part beside the empty first."""
     return parts[1] if len(parts) == 2 else torch.cat(parts)
 
 
-def _keep_sketches(plan: StepPlan, sketches: Tensor, factor: Tensor, steps: Tensor) -> None:
+def _keep_sketches(plan: StepPlan, sketches: Tensor, factor: Tensor, active: Tensor) -> None:
     for bucket in plan.buckets:
         if bucket.sketch:
             x = sketches[bucket.sketch_rows, : bucket.sketch].to(bucket.params[0].param.device)
             if bucket.params[0].group.get("previous") == "applied":
                 x = x * factor[bucket.where, None].to(x)
-            bucket.keep_sketches(x, steps[bucket.where].to(x.device))
+            bucket.keep_sketches(x, active[bucket.where].to(x.device))
 
 
 # CUDA graphs

@@ -42,11 +42,11 @@ def on_device(content: Hashable, device: torch.device, make: Callable[[], Tensor
     Raises:
         RuntimeError: in a capture before which there was no step with as many tensors.
     """
-    place = (content, device)
+    key = (content, device)
     with _LOCK:
         if _capturing(device):
-            return _in_capture(place, _TABLES.get(place), make)
-        found = _TABLES.pop(place, None)
+            return _in_capture(key, _TABLES.get(key), make)
+        found = _TABLES.pop(key, None)
         stream = _stream(device)
         # A table that was copied on another stream may not be there yet.
         if found is None or found.stream != stream:
@@ -54,19 +54,19 @@ def on_device(content: Hashable, device: torch.device, make: Callable[[], Tensor
                 _TABLES.pop(next(iter(_TABLES)))
             host = _pinned(make(), device)
             found = _Table(host, host.to(device, non_blocking=True), stream)
-        _TABLES[place] = found
+        _TABLES[key] = found
         return found.device
 
 
 def _in_capture(
-    place: tuple[Hashable, torch.device], found: _Table | None, make: Callable[[], Tensor]
+    key: tuple[Hashable, torch.device], found: _Table | None, make: Callable[[], Tensor]
 ) -> Tensor:
     if found is None:
         host = make()
-        found = _idle(host, place[1])
+        found = _idle(host, key[1])
         found.host.copy_(host)
         found.stream = None
-        _TABLES[place] = found
+        _TABLES[key] = found
     if found.stream is None:
         found.device.copy_(found.host, non_blocking=True)
     _CAPTURED.add(found)
@@ -75,10 +75,10 @@ def _in_capture(
 
 def _idle(like: Tensor, device: torch.device) -> _Table:
     """A table that no graph reads, taken out of use: a capture cannot allocate pinned memory."""
-    for place, table in _TABLES.items():
+    for key, table in _TABLES.items():
         same = table.host.shape == like.shape and table.host.dtype == like.dtype
         if same and table.device.device == device and table not in _CAPTURED:
-            return _TABLES.pop(place)
+            return _TABLES.pop(key)
     raise RuntimeError(
         "a CUDA graph is being captured before its tensors have been stepped once: take a step "
         "or more before the capture, as torch's documentation of CUDA graphs has it"
