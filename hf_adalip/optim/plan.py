@@ -691,7 +691,7 @@ def _facts(optimizer: LayerwiseOptimizer) -> tuple[list[object], list[object]]:
 
 
 def home_device(optimizer: LayerwiseOptimizer) -> torch.device:
-    """Where vectors over layers are: with the first parameter."""
+    """The device of vectors with an element per layer: the first parameter's."""
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     return next((p.device for p in params), torch.device("cpu"))
 

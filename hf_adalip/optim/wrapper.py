@@ -55,8 +55,8 @@ _OURS = "lipschitz."
 """Marks a key of ours in a state_dict where the base has one of the same name."""
 
 _ENTRIES = "lipschitz.entries"
-"""Says in a state_dict which entries that are no parameter's are of our `state`, by what key; the
-others are of the base's."""
+"""Key in a state_dict that lists the entries of our own `state` that belong to no parameter; other
+such entries are the base's."""
 
 
 class Lipschitz(LayerwiseOptimizer):

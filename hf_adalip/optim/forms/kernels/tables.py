@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _LIMIT = 1024
-"""Tables kept, the last used; each parameter that is stepped in its backward hook needs one."""
+"""How many tables are kept, the last used; with gradient release, each bucket needs some."""
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class _Table:
 _LOCK = threading.Lock()  # the backward hooks of two devices run in two threads
 _TABLES: dict[Hashable, _Table] = {}  # the last used is last
 _CAPTURED: set[_Table] = set()
-"""What graphs read, which no one can tell the end of: never dropped."""
+"""Tables that CUDA graphs read, which may be replayed at any time: never dropped."""
 
 
 def on_device(content: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
@@ -36,7 +36,7 @@ def on_device(content: Hashable, device: torch.device, make: Callable[[], Tensor
 
     Args:
         content: equal exactly where `make` gives the same.
-        device: where the table goes.
+        device: to which the table is copied.
         make: returns the table on the CPU.
 
     Raises:
