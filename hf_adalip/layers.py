@@ -30,6 +30,11 @@ def parameter_groups(
 
     Raises:
         ValueError: if no parameter is trainable.
+
+    Examples:
+        >>> groups = parameter_groups(nn.Linear(4, 2), weight_decay=0.1)
+        >>> [([name for name, _ in g["params"]], g["weight_decay"]) for g in groups]
+        [(['weight'], 0.1), (['bias'], 0.0)]
     """
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not named:

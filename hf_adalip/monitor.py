@@ -33,6 +33,11 @@ def summary(rates: Mapping[str, LayerRate]) -> dict[str, float]:
     Returns:
         keys `lipschitz_scale/{min,median,max}`, `layer_lr/{min,median,max}` and, if there were
         any, `nonfinite_steps` (the most in any layer). Empty before the first step.
+
+    Examples:
+        >>> rate = LayerRate(scale=0.5, lr=0.05, norm=1.0, nonfinite_steps=0)
+        >>> summary({"head": rate, "body": rate._replace(scale=1.5)})["lipschitz_scale/median"]
+        1.0
     """
     if not rates:
         return {}

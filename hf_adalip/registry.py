@@ -103,9 +103,6 @@ class OptimizerInfo:
             **inspect.signature(self.optimizer_class).parameters,
             **inspect.signature(self.arguments_of).parameters,
         }
-        if issubclass(self.optimizer_class, LipOptimizer):  # whose **options are that class's
-            known.pop("options", None)
-            known |= inspect.signature(LipOptimizer).parameters
         known = {name: p for name, p in known.items() if name not in _WHAT_AND_WHICH}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
         for name in arguments:
@@ -171,6 +168,10 @@ def list_optimizers(
 
     Raises:
         TypeError: for a filter that is no string.
+
+    Examples:
+        >>> list_optimizers("adamlip*")
+        ['adamlip', 'adamlipu']
     """
     if not isinstance(filter, str):
         raise TypeError(f'filter must be a pattern such as "adam*", got {filter!r}')
@@ -250,6 +251,11 @@ def create_optimizer(
     Raises:
         ValueError: for an unknown name or a bad value.
         TypeError: for an argument that the optimizer does not take.
+
+    Examples:
+        >>> optimizer = create_optimizer(nn.Linear(4, 2), "adamlip", lr=1e-3, gamma=0.9)
+        >>> type(optimizer).__name__, optimizer.layers
+        ('AdamLip', 'module')
     """
     info = get_optimizer_info(name)
     given = {"lr": lr, "weight_decay": weight_decay}

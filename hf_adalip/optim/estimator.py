@@ -63,7 +63,7 @@ def theoretical_c(
 
 @dataclass(frozen=True)
 class Estimator:
-    """The recurrence of S, and every case in which it does not simply go on.
+    """The recurrence of S, and every case in which it is not simply applied.
 
         x_t                 x_{t-1}                  S_t               A_t/α_t   prev_norm
         ------------------  -----------------------  ----------------  --------  -------------------
@@ -163,7 +163,7 @@ class Estimator:
         before = layer.prev_norm.clamp(min=0.0)
         # A norm is never negative: less than infinity, it is finite.
         lost = (norm < math.inf) & (~(change < math.inf) | (layer.prev_norm == FORGOTTEN))
-        # Both signals zero: 0/0 says nothing, and S keeps its value. A NaN is no silence.
+        # Both signals zero: 0/0 says nothing, and S keeps its value. (NaN != 0 is True.)
         signal = ((norm != 0) | (before > 0)) & ~lost
         first = signal & (layer.prev_norm == NO_PREDECESSOR)
 

@@ -51,7 +51,7 @@ def _identity(param: Any) -> tuple[bool, int]:
 
 
 def _duplicate(params: Sequence[Any]) -> str | None:
-    """Which parameter is there a second time: its name or, without one, its place."""
+    """Which parameter is there a second time: its name or, without one, its position."""
     seen = set()
     for i, param in enumerate(params):
         if _identity(param) in seen:
@@ -117,9 +117,9 @@ def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:
     known = itertools.chain.from_iterable(plain_names(g.get("param_names", ())) for g in groups)
     twice = {name for name, count in Counter(known).items() if count > 1}
     if layers == "tensor":
-        places = [f"param_groups.{len(groups) - 1}.{i}" for i in range(len(group["params"]))]
-        named = zip(names or places, places, strict=True)
-        group["layer_names"] = [f"{n} ({place})" if n in twice else n for n, place in named]
+        positions = [f"param_groups.{len(groups) - 1}.{i}" for i in range(len(group["params"]))]
+        named = zip(names or positions, positions, strict=True)
+        group["layer_names"] = [f"{n} ({position})" if n in twice else n for n, position in named]
         return
     if layers != "module" and not callable(layers):
         raise ValueError(
@@ -166,11 +166,10 @@ def decays_of(group: dict[str, Any]) -> list[bool]:
     return [name not in spared for name in group.get("param_names", group["params"])]
 
 
-def number_of(group: dict[str, Any]) -> int:
-    """Which of an optimizer's groups it is, by which torch.compile knows it, too: id() of a dict is
-    beyond torch 2.10's."""
-    number: int = group["layer_group"]
-    return number
+def group_index(group: dict[str, Any]) -> int:
+    """Which of an optimizer's groups it is. (Not id(group), which torch 2.10 cannot compile.)"""
+    index: int = group["layer_group"]
+    return index
 
 
 def structure_of(group: dict[str, Any]) -> dict[str, Any]:

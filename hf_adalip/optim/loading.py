@@ -68,7 +68,7 @@ def loading(optimizer: LayerwiseOptimizer) -> Iterator[None]:
 
 
 def restore_scalars(optimizer: LayerwiseOptimizer, param: Tensor, saved: State) -> None:
-    """Puts numbers and histories in the place of what torch made of them, in their own dtypes."""
+    """Restores numbers and histories, which torch has cast to the parameter's dtype."""
     for name, value in saved.items():
         own = name in SCALARS or name.startswith(HISTORIES)
         if own and isinstance(value, Tensor):
@@ -85,12 +85,12 @@ def saved_group(
 
 
 def check_loaded(optimizer: LayerwiseOptimizer, state_dict: dict[str, Any]) -> None:
-    """Refuses a state that cannot be gone on with."""
+    """Refuses a state that training cannot continue from."""
     numbers = []
     for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         check_step_of_c(saved)
         group = saved_group(optimizer, own, saved)
-        propagates = optimizer._options(group)[0].nonfinite == "propagate"
+        propagates = optimizer._layer_options(group)[0].nonfinite == "propagate"
         moments, histories, _ = optimizer._state_keys(group)
         for param, key in zip(own["params"], saved["params"], strict=False):
             state = state_dict["state"].get(key, {})
@@ -101,9 +101,9 @@ def check_loaded(optimizer: LayerwiseOptimizer, state_dict: dict[str, Any]) -> N
                     check_shape(name, state[name], param.shape)
             for name in histories:
                 check_tensor(key, name + SKETCH, state.get(name + SKETCH))
-                check_tensor(key, name, kept := state.get(name))
-                if kept is not None:
-                    check_shape(name, real(kept), real(param).shape)
+                check_tensor(key, name, history := state.get(name))
+                if history is not None:
+                    check_shape(name, real(history), real(param).shape)
     check_numbers(numbers)
 
 
@@ -153,7 +153,7 @@ def _refuse_unless(right: bool, where: str, what: str, found: object) -> None:
 
 
 def check_tensor(key: object, name: str, value: object) -> None:
-    """Refuses what stands for a tensor of the state and is none; None is one that is missing."""
+    """Refuses a value that should be a tensor and is not; None is one that is missing."""
     if value is not None and not isinstance(value, Tensor):
         raise ValueError(
             f"state {name!r} of parameter {key!r} must be a tensor, got {_short(value)}; leave it "
@@ -162,7 +162,7 @@ def check_tensor(key: object, name: str, value: object) -> None:
 
 
 def check_numbers(states: Iterable[tuple[Any, Mapping[str, Any], bool]]) -> None:
-    """Refuses numbers of our own that no training leaves; waits for each device once.
+    """Refuses numbers that no training produces; waits for each device once.
 
     Args:
         states: of each parameter what it is called, its saved state, and whether it may have been
@@ -264,10 +264,10 @@ def check_base_group(base: Optimizer, own: Mapping[str, Any], saved: Mapping[str
 
 def check_base_state(base: Optimizer, key: object, param: Tensor, saved: Mapping[str, Any]) -> None:
     """Refuses a base's state of another parameter."""
-    kept = base.state.get(param) or {}
+    current = base.state.get(param) or {}
     torchs = is_torchs(base)
     for name, value in saved.items():
-        now = kept.get(name)
+        now = current.get(name)
         if isinstance(now, Tensor):
             if not is_number(value):
                 check_tensor(key, name, value)

@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
+from torch.optim.optimizer import _default_to_fused_or_foreach
+from typing_extensions import Self
 
 from . import step as loop
 from .estimator import Estimator
 from .forms import foreach, fused
 from .forms.kernels import KernelError
-from .groups import Layers, checked_params, each_once, number_of
-from .history import DEFAULT_SKETCH_SIZE
+from .groups import checked_params, each_once, group_index
 from .loading import loading, refuse_unless_dict, saved_group
 from .options import as_plain, validate
-from .plan import Batch, Bucket, LocalParam, Options, StepPlan
+from .plan import Batch, Bucket, LayerOptions, LocalParam, StepPlan
 from .sharding import FlatTensors, shard_of
 from .signals import Updates
 from .state import StateKeys, unpacked
@@ -29,12 +29,22 @@ _FOREIGN = {"amsgrad", "centered", "dampening", "momentum", "nesterov"}
 """Options of torch's SGD, RMSprop and Adam that not all of ours have: false or zero for none."""
 
 
+_NOT_OPTIONS = {"self", "__class__", "params", "layers"}
+"""Of a constructor's arguments, and of what else `locals()` has, what no group keeps."""
+
+
 class LipOptimizer(LayerwiseOptimizer):
     """The common part of AdaLip, RMSLip, AdamLip and their -U forms.
 
+    A subclass names a `rule` and a `signal`. Its constructor has the arguments of the rule (lr,
+    weight_decay, betas, ...) and these, and hands all of them over with
+    `LipOptimizer.__init__(self, locals())`.
+
     Args:
-        params: parameters, named parameters, or groups of either.
-        defaults: the rule's hyperparameters and their values (lr, weight_decay, betas, ...).
+        arguments: those of a subclass's constructor, by name: params, layers, and the options
+            that each parameter group may have its own value of.
+
+    Options of all six:
         gamma: γ of the moving average, in (0, 1) (Eq. 8, §4.2).
         c: positive constant in the denominator of Eq. 7, or "theoretical" for Eq. A.3's c_t,
             which with lr following α_0/√t carries Theorem 1's guarantee.
@@ -49,7 +59,7 @@ class LipOptimizer(LayerwiseOptimizer):
             with it.
         decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p, not scaled by S; False
             adds λp to the gradient, and so to what S is estimated from.
-        history: how x_{t-1} is remembered. "exact": as a tensor of the parameter's shape and
+        history: how x_{t-1} is kept. "exact": as a tensor of the parameter's shape and
             dtype; a floating-point dtype (or its name): as one of that dtype; "sketch": as
             `sketch_size` numbers for each parameter that takes more memory than they, from which
             ‖x_t - x_{t-1}‖ is estimated with a relative standard deviation of √(1/2k) at most
@@ -77,55 +87,24 @@ class LipOptimizer(LayerwiseOptimizer):
         *("foreach", "fused", "differentiable", "nesterov", "eps_in_sqrt"),
     )
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        gamma: float = 0.8,
-        c: float | Literal["theoretical"] = 1e-8,
-        layers: Layers = "tensor",
-        scale_bounds: tuple[float, float] | None = (0.1, 10.0),
-        nonfinite: Literal["skip", "raise", "propagate"] = "skip",
-        decoupled_weight_decay: bool = True,
-        history: str | torch.dtype = "exact",
-        sketch_size: int = DEFAULT_SKETCH_SIZE,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        previous: Literal["applied", "proposed"] | None = None,
-    ) -> None:
-        if isinstance(self.signal, Updates):
-            defaults = defaults | {"previous": previous or "applied"}
-        elif previous is not None:
-            defaults = defaults | {"previous": previous}  # which is refused
-        defaults = defaults | {
-            "gamma": gamma,
-            "c": c,
-            "scale_bounds": scale_bounds,
-            "nonfinite": nonfinite,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "history": history,
-            "sketch_size": sketch_size,
-            "foreach": foreach,
-            "fused": fused,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        defaults = {key: as_plain(value) for key, value in defaults.items()}
-        self._validate(defaults)
-        self._layers = layers
-        self._flat_tensors = FlatTensors()
-        super().__init__(params, defaults)
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        """Says what is wrong where Python would only know of an unexpected argument."""
+        if not isinstance(cls.signal, Updates) and "previous" in options:
+            raise _previous_error(cls, options["previous"])
+        return super().__new__(cls)
 
-    def _options(self, group: dict[str, Any]) -> Options:
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        options = {k: as_plain(x) for k, x in arguments.items() if k not in _NOT_OPTIONS}
+        self._validate(options)
+        self._layers = arguments["layers"]
+        self._flat_tensors = FlatTensors()
+        super().__init__(arguments["params"], options)
+
+    def _layer_options(self, group: dict[str, Any]) -> LayerOptions:
         bounds = group["scale_bounds"]
         bounds = bounds and tuple(bounds)  # some checkpoint formats make a list of it
-        law = _estimator(group["gamma"], group["c"], bounds, group["nonfinite"])
-        return law, group.get("previous")
+        estimator = _estimator(group["gamma"], group["c"], bounds, group["nonfinite"])
+        return estimator, group.get("previous")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group may have its own value of every option, `layers` included, and
@@ -165,10 +144,7 @@ class LipOptimizer(LayerwiseOptimizer):
     def _validate(self, group: dict[str, Any]) -> None:
         """Refuses a bad option of a group (or of the defaults) before anything is changed."""
         if "previous" in group and not isinstance(self.signal, Updates):
-            raise ValueError(
-                f"previous={group['previous']!r} is for the -U forms; {type(self).__name__} "
-                "estimates S from gradients"
-            )
+            raise _previous_error(type(self), group["previous"])
         validate(group)
         self._state_keys(group)
 
@@ -185,7 +161,7 @@ class LipOptimizer(LayerwiseOptimizer):
         """As torch's; numbers and sketches may be copies."""
 
         def separate(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
-            packed["state"] = {key: unpacked(kept) for key, kept in packed["state"].items()}
+            packed["state"] = {key: unpacked(state) for key, state in packed["state"].items()}
 
         # The first hook: the user's see, and may change, what is returned.
         handle = self.register_state_dict_post_hook(separate, prepend=True)
@@ -198,9 +174,9 @@ class LipOptimizer(LayerwiseOptimizer):
         """Loads a state_dict; S, norms and step come back bit for bit, also for bf16 parameters.
 
         Options that an older state_dict lacks take this optimizer's values, and state that it
-        lacks starts as before a first step. Layers stay as this optimizer has them. That of the
-        base optimizer of torch will do, too; options come with it (in Adam's,
-        `decoupled_weight_decay` is False, in AdamW's True).
+        lacks starts as before a first step. Layers stay as this optimizer has them. A state_dict
+        of torch's base optimizer is taken too, with its options (`decoupled_weight_decay` is False
+        in Adam's, True in AdamW's).
 
         Raises:
             TypeError: for what is no dict.
@@ -225,13 +201,13 @@ class LipOptimizer(LayerwiseOptimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             options = {key: as_plain(x) for key, x in saved_group(self, group, saved).items()}
             if not isinstance(self.signal, Updates):
-                options.pop("previous", None)  # of a -U form, whose moments will do
+                options.pop("previous", None)  # saved by a -U form, whose moments are the same
             self._validate(options)
         super()._check_loaded(state_dict)
 
     def _state_keys(self, group: dict[str, Any]) -> StateKeys:
         own = ("prev_lr",) if self.signal.is_recomputed(self.rule, group) else ()
-        histories = self.signal.history(self.rule, group)
+        histories = self.signal.history_keys(self.rule, group)
         if group["history"] != "exact" and not histories:
             raise ValueError(
                 f"history={group['history']!r} has nothing to act on: {type(self).__name__} "
@@ -241,7 +217,7 @@ class LipOptimizer(LayerwiseOptimizer):
         return StateKeys(self.rule.state_keys(group), histories, ("step", *own))
 
     def _buckets(self, plan: StepPlan) -> list[tuple[Form | None, list[tuple[int, LocalParam]]]]:
-        """Tensors of one group, device and dtype go together, those of the fused form last."""
+        """Tensors of one group, device and dtype are stepped together; the fused form is last."""
         alike: dict[Any, list[tuple[int, LocalParam]]] = {}
         for group in self.param_groups:
             if group["fused"]:  # set by hand, loaded, or moved since
@@ -249,17 +225,17 @@ class LipOptimizer(LayerwiseOptimizer):
                 fused.refuse_unless_possible(stepped, stepped=True)
         params = [p for group in self.param_groups for p in group["params"]]
         size = sum(shard_of(p).local(p).numel() for p in params)
-        chosen = {number_of(group): _form(group, size) for group in self.param_groups}
+        chosen = {group_index(group): _form(group, size) for group in self.param_groups}
         for i, layer in enumerate(plan.layers):
             for absent, param in (
                 *((False, param) for param in layer.params),
                 *((True, param) for param in layer.absent),
             ):
-                form = chosen[number_of(param.group)]
+                form = chosen[group_index(param.group)]
                 if form == "fused" and not fused.takes(param):
                     form = "foreach"
                 kind = (param.decays, param.sketch, param.param.device, param.param.dtype)
-                key = (absent, form, number_of(param.group), *kind)
+                key = (absent, form, group_index(param.group), *kind)
                 alike.setdefault(key, []).append((i, param))
         keys = sorted(alike, key=lambda key: (key[1] == "fused", key[0]))
         return [(None if key[0] else FORMS[key[1]], alike[key]) for key in keys]
@@ -273,6 +249,12 @@ class LipOptimizer(LayerwiseOptimizer):
                 raise
             fused.forgo(error)
             bucket.form, batch.prepared = foreach, None
+
+
+def _previous_error(kind: type, given: object) -> ValueError:
+    return ValueError(
+        f"previous={given!r} is for the -U forms; {kind.__name__} estimates S from gradients"
+    )
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Who takes part in a step: collected once, and used again until something has changed."""
+"""Which parameters and layers a step has: collected once, and used until something changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
 from .estimator import NO_PREDECESSOR, Estimator
-from .groups import decays_of, number_of
+from .groups import decays_of, group_index
 from .history import SKETCH, history_of
 from .rules import Group, Rule
 from .sharding import (
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _FLOAT32_LIMIT = least_unsquarable(torch.float32)
 
-Options = tuple[Estimator, str | None]  # with -U's `previous`
+LayerOptions = tuple[Estimator, str | None]  # with -U's `previous`
 
 
 @dataclass(eq=False)
@@ -53,14 +53,14 @@ class LocalParam:
     part: int | None = None  # which of a flat tensor's it is
     parts: tuple[int, ...] = ()  # shape of a number in `stored`: how many a flat tensor has
     span: slice | None = None  # where in a flat tensor it is
-    place: int | None = None  # among all that are sharded, on every rank the same
-    sketch_place: int | None = None  # among those whose sketches are sharded
+    shard_index: int | None = None  # among all that are sharded, on every rank the same
+    sketch_index: int | None = None  # among those whose sketches are sharded
     has_grad: bool = True  # False where only other ranks know whether there is a gradient
     views: State | None = None
 
     @property
     def grad(self) -> Tensor | None:
-        """Asked for anew, so that no gradient is kept alive between two steps."""
+        """Read from the tensor each time, so that no gradient is kept alive between two steps."""
         grad = self.tensor.grad
         if grad is None:
             # FSDP1 gives a rank no gradient of a parameter of which it has nothing.
@@ -97,7 +97,7 @@ class Layer:
     name: str
     params: list[LocalParam] = field(default_factory=list)  # with a gradient
     absent: list[LocalParam] = field(default_factory=list)  # with a history, but no gradient now
-    options: Options = field(init=False)
+    options: LayerOptions = field(init=False)
 
     @property
     def all(self) -> list[LocalParam]:
@@ -114,8 +114,8 @@ class Bucket:
     sketch: int = 0  # how many numbers they keep of x_{t-1}; 0 for tensors
     sketch_rows: slice | None = None  # of the plan's parameters that have a sketch
     sketches: Tensor | None = None  # theirs of x_{t-1}, once packed
-    moments: tuple[str, ...] = ()  # state keys of the parameter's shape
-    history: tuple[str, ...] = ()  # the same, of x_{t-1}
+    moment_keys: tuple[str, ...] = ()  # state keys of the parameter's shape
+    history_keys: tuple[str, ...] = ()  # the same, of x_{t-1}
     recomputes: bool = False  # whether x_{t-1} is computed again from the moments
     memo: dict[Any, Any] = field(default_factory=dict)  # of `form`, see Batch
 
@@ -130,10 +130,10 @@ class Bucket:
 
     def keep_sketches(self, sketches: Tensor, active: Tensor) -> None:
         """Stores those of x_t, and zero where the parameters take no step."""
-        kept = self.previous_sketches()
-        kept.copy_(torch.where(active[:, None], sketches, 0.0))
+        history = self.previous_sketches()
+        history.copy_(torch.where(active[:, None], sketches, 0.0))
         if self.sketches is None:
-            store([p.state[p.sketch_key] for p in self.params], kept)
+            store([p.state[p.sketch_key] for p in self.params], history)
 
     def pack(self) -> list[Tensor]:
         """Makes the sketches the rows of one matrix, which it returns."""
@@ -150,34 +150,34 @@ class Bucket:
 class Batch:
     """The tensors of a bucket at one step.
 
-    They are views of `params`' own: the local part of a sharded parameter, the real and
+    They are views of the parameters' own: the local part of a sharded parameter, the real and
     imaginary parts of a complex one.
     """
 
     rule: Rule
     signal: Signal
     group: Group
-    members: list[LocalParam]
+    local_params: list[LocalParam]
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Tensor]]
     steps: Tensor  # [tensors], t of each
     lr: Tensor | float  # α_t
-    moments: tuple[str, ...]  # state keys of the parameter's shape
-    history: tuple[str, ...]  # the same, of x_{t-1}
+    moment_keys: tuple[str, ...]  # state keys of the parameter's shape
+    history_keys: tuple[str, ...]  # the same, of x_{t-1}
     sketch: int = 0  # the size of the sketches of x that are kept; 0 where x itself is
-    stoppable: bool = True  # whether anything between measuring and stepping may stop the step
-    prepared: Any = None  # what a form made of it for both `measure` and `advance`
+    stoppable: bool = True  # whether the step may still be refused after `measure`
+    prepared: Any = None  # what a form computes once for both `measure` and `advance`
     memo: dict[Any, Any] = field(default_factory=dict)
     """What a form may keep from step to step, as long as params and states are the same objects
     and the parameters lie in memory as they did."""
 
 
 class StepPlan:
-    """Who takes part in a step, here and on other ranks, and the numbers kept for them.
+    """The parameters and layers of a step, here and on other ranks, and the numbers of their state.
 
     Attributes:
-        layers: those with the same options side by side.
+        layers: sorted so that those with the same options are adjacent.
         params: of all layers, in the order of the buckets.
         owner: the index of each parameter's layer.
         buckets: the parameters that are stepped together.
@@ -207,14 +207,14 @@ class StepPlan:
         self.sharded_sketches = sharded_sketches
         self.sketch_size = sketch_size
         self.hidden = hidden
-        self.kinds: list[tuple[Options, slice]] = []
+        self.kinds: list[tuple[LayerOptions, slice]] = []
         start = 0
         for kind in kinds:
             end = start + sum(layer.options == kind for layer in layers)
             self.kinds.append((kind, slice(start, end)))
             start = end
         self.raises = any(estimator.nonfinite == "raise" for estimator, _ in kinds)
-        groups = {number_of(p.group): p.group for layer in self.layers for p in layer.all}
+        groups = {group_index(p.group): p.group for layer in self.layers for p in layer.all}
         self.groups = list(groups.values())
         self.buckets: list[Bucket] = []
         self._limits: Tensor | None = None  # of the norms of layers
@@ -243,15 +243,15 @@ class StepPlan:
             rows = slice(row, row := row + (len(params) if size else 0))
             bucket = Bucket(form, params, slice(start, end), size, rows)
             keys = keys_of(params[0].group)
-            bucket.moments, bucket.history = keys.moments, () if size else keys.histories
+            bucket.moment_keys, bucket.history_keys = keys.moments, () if size else keys.histories
             bucket.recomputes = "prev_lr" in keys.scalars
             self.buckets.append(bucket)
             start = end
-        places = {number_of(group): i for i, group in enumerate(self.groups)}
-        self.group_of = tuple(places[number_of(param.group)] for param in self.params)
+        positions = {group_index(group): i for i, group in enumerate(self.groups)}
+        self.group_of = tuple(positions[group_index(param.group)] for param in self.params)
         self.sketched = tuple(i for i, param in enumerate(self.params) if param.sketch)
         self._spread = None if _is_range(self.owner, len(self.layers)) else self.owner
-        firsts = {layer: place for place, layer in reversed(list(enumerate(self.owner)))}
+        firsts = {layer: i for i, layer in reversed(list(enumerate(self.owner)))}
         self._first = tuple(firsts[i] for i in range(len(self.layers)))
         self._leaders = None if _is_range(self._first, len(self.params)) else self._first
 
@@ -299,7 +299,7 @@ class StepPlan:
         if self._is_packed:
             return
         self._is_packed = True
-        # Who does not say (a base that is not ours or Adam's) may be captured all the same.
+        # A base optimizer without the option `capturable` may be captured all the same.
         capturable = any(p.group.get("capturable", p.tensor.is_cuda) for p in self.params)
         fake = any(type(p.stored["lipschitz_scale"]) is not Tensor for p in self.params)
         if capturable or fake or len({p.tensor.device for p in self.params}) > 1:
@@ -378,17 +378,17 @@ class StepPlan:
         if self.hidden:
             # A parameter may have a gradient on one rank and none on the other; they are summed
             # up in the same order on both.
-            order = sorted(range(len(params)), key=lambda i: (params[i].place or 0, i))
+            order = sorted(range(len(params)), key=lambda i: (params[i].shard_index or 0, i))
             owner = tuple(owner[i] for i in order)
             params = [params[i] for i in order]
             norms = norms[index_tensor(tuple(order), norms.device)]
             here = tuple(int(p.has_grad and p.grad is not None) for p in params)
             norms = torch.cat([norms, index_tensor(here, norms.device)[:, None]], dim=1)
         if self.sharded:
-            places = [p.place for p in params]
-            squares = _summed(norms.square(), places, self.sharded)
+            indices = [p.shard_index for p in params]
+            squares = _summed(norms.square(), indices, self.sharded)
             rows = index_tensor(
-                tuple(i for i, p in enumerate(places) if p is not None), norms.device
+                tuple(i for i, p in enumerate(indices) if p is not None), norms.device
             )
             norms = norms.index_copy(0, rows, squares.sqrt())
         if sketch_changes is not None:
@@ -411,10 +411,10 @@ class StepPlan:
         return norms[:, :-1], on_some_rank if active is None else active & on_some_rank
 
     def _unsquarable(self, norms: Tensor) -> Tensor:
-        """The norms of layers from which on they cannot be computed with, for `norms` of shape
-        [layers, columns]: the square overflows, or the norm itself the numbers of the state.
+        """The least norm of each layer that is taken for infinite: its square overflows, or it
+        overflows the dtype of the state's numbers.
 
-        Beside float64 tensors, whose dtype `norms` has then, others are still of float32.
+        `norms` is float64 as soon as one tensor is; layers of other dtypes keep their own limit.
         """
         if self._limits is None:
             largest = torch.finfo(_get_scalar_dtype()).max
@@ -437,16 +437,22 @@ class StepPlan:
         """Sketches of whole parameters from those of this rank's parts, shape [sketched, size]."""
         if not self.sharded_sketches:
             return sketches
-        places = [self.params[i].sketch_place for i in self.sketched]
-        rows = tuple(i for i, place in enumerate(places) if place is not None)
-        whole = _summed(sketches, places, self.sharded_sketches)
+        indices = [self.params[i].sketch_index for i in self.sketched]
+        rows = tuple(i for i, index in enumerate(indices) if index is not None)
+        whole = _summed(sketches, indices, self.sharded_sketches)
         return sketches.index_copy(0, index_tensor(rows, sketches.device), whole)
 
 
-def _summed(values: Tensor, places: list[int | None], groups: Sequence[ReduceGroups]) -> Tensor:
-    """Rows summed over the ranks that share them, of those that have a place among the sharded."""
-    rows = tuple(i for i, place in enumerate(places) if place is not None)
-    there = index_tensor(tuple(p for p in places if p is not None), values.device)
+def _summed(values: Tensor, indices: list[int | None], groups: Sequence[ReduceGroups]) -> Tensor:
+    """Rows summed over the ranks that share them.
+
+    Args:
+        values: shape [rows, columns].
+        indices: which of the sharded parameters each row belongs to; None for one that is whole.
+        groups: of all sharded parameters.
+    """
+    rows = tuple(i for i, index in enumerate(indices) if index is not None)
+    there = index_tensor(tuple(p for p in indices if p is not None), values.device)
     table = values.new_zeros(len(groups), values.shape[1])
     table[there] = values[index_tensor(rows, values.device)]
     return sum_over_shards(table, groups)[there]
@@ -456,7 +462,7 @@ def _summed(values: Tensor, places: list[int | None], groups: Sequence[ReduceGro
 
 
 def can_keep(plan: StepPlan) -> bool:
-    """Whether a step may find everything where the step before it has left it."""
+    """Whether the plan can be used for the next step too."""
     if torch.compiler.is_compiling() or plan.hidden or torch.is_grad_enabled():
         return False
     return not any(p.parts for p in plan.params)
@@ -465,8 +471,8 @@ def can_keep(plan: StepPlan) -> bool:
 def make_plan(optimizer: LayerwiseOptimizer) -> StepPlan:
     """Collects the layers that have a gradient now.
 
-    A parameter without state gets one here; `put_in_state` puts it in its place once the step can
-    no longer fail. It takes the S of the parameters that were in its layer before it.
+    State for new parameters is made here; `put_in_state` gives it to the optimizer once the step
+    can no longer fail. A new parameter takes the S of those that are in its layer already.
     """
     layers: dict[str, Layer] = {}
     sharded: list[ReduceGroups] = []
@@ -479,10 +485,10 @@ def make_plan(optimizer: LayerwiseOptimizer) -> StepPlan:
     ):
         sketch_size = max(sketch_size, param.sketch)
         if param.reduce_groups:
-            param.place = len(sharded)
+            param.shard_index = len(sharded)
             sharded.append(param.reduce_groups)
             if param.sketch:
-                param.sketch_place = len(sharded_sketches)
+                param.sketch_index = len(sharded_sketches)
                 sharded_sketches.append(param.reduce_groups)
             if param.shard.hides_gradients and param.tensor.requires_grad:
                 hidden = param.shard
@@ -512,7 +518,9 @@ def plan_layers(
     optimizer: LayerwiseOptimizer, layers: list[Layer], sketch_size: int, *sharding: Any
 ) -> StepPlan:
     """The plan for some layers, with complete state, in the optimizer's buckets."""
-    options = {number_of(group): optimizer._options(group) for group in optimizer.param_groups}
+    options = {
+        group_index(group): optimizer._layer_options(group) for group in optimizer.param_groups
+    }
     for layer in layers:
         _join(optimizer, layer, options)
     plan = StepPlan(layers, home_device(optimizer), sketch_size, *sharding)
@@ -523,7 +531,7 @@ def plan_layers(
 def local_params(
     optimizer: LayerwiseOptimizer, group: dict[str, Any], tensors: Sequence[Tensor]
 ) -> Iterator[LocalParam]:
-    """What the tensors of a group consist of: parameters, or parts of flat tensors.
+    """The parameters that the tensors of a group are, or have as parts (flat tensors).
 
     Raises:
         RuntimeError: for a group that was not added by `add_param_group` of the optimizer,
@@ -574,8 +582,8 @@ def _stored(optimizer: LayerwiseOptimizer, tensor: Tensor) -> State:
     return state if "lipschitz_scale" in state else {}
 
 
-def _join(optimizer: LayerwiseOptimizer, layer: Layer, options: dict[int, Options]) -> None:
-    layer.options, *others = dict.fromkeys(options[number_of(p.group)] for p in layer.all)
+def _join(optimizer: LayerwiseOptimizer, layer: Layer, options: dict[int, LayerOptions]) -> None:
+    layer.options, *others = dict.fromkeys(options[group_index(p.group)] for p in layer.all)
     if others:
         raise ValueError(
             f"layer {layer.name!r} has parameters in groups with different gamma, c, "
@@ -648,7 +656,7 @@ def _facts(optimizer: LayerwiseOptimizer) -> tuple[list[object], list[object]]:
 
 
 def home_device(optimizer: LayerwiseOptimizer) -> torch.device:
-    """Where vectors over layers are: with the first parameter."""
+    """The device of vectors with an element per layer: the first parameter's."""
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     return next((p.device for p in params), torch.device("cpu"))
 

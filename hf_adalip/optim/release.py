@@ -45,8 +45,8 @@ def release_gradients(optimizer: LipOptimizer, *, bucket_cap_mb: float = 25) -> 
             optimizer.step()
             scheduler.step()
 
-    What needs all gradients at once cannot go with it, and finds none: clipping by the norm of
-    the whole gradient, GradScaler (train in bf16 instead), hooks of `optimizer.step`. Nor can
+    What needs all gradients at once cannot be used with it, as it finds none: clipping by the norm
+    of the whole gradient, GradScaler (train in bf16 instead), hooks of `optimizer.step`. Nor can
     gradient accumulation, which is an error at the second backward before a step.
 
     Args:
@@ -66,6 +66,17 @@ def release_gradients(optimizer: LipOptimizer, *, bucket_cap_mb: float = 25) -> 
             parameter whose gradient is released already, and for a bucket_cap_mb that is no
             number from 0 on. No hook has been set then.
         NotImplementedError: for a parameter that is sharded, or that DistributedDataParallel has.
+
+    Examples:
+        >>> from hf_adalip import AdamLip
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = AdamLip(model.named_parameters())
+        >>> handle = release_gradients(optimizer)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> model.weight.grad is None
+        True
+        >>> optimizer.step()
+        >>> handle.remove()
     """
     if isinstance(optimizer, Lipschitz):
         raise TypeError(
@@ -91,7 +102,7 @@ class GradientRelease:
     def __init__(self, optimizer: LipOptimizer, cap: float) -> None:
         self._optimizer = optimizer
         self._cap = cap  # bytes
-        self._places: dict[Tensor, _Place] = {}
+        self._slots: dict[Tensor, _Slot] = {}
         self._plans: dict[Tensor, _Plan] = {}
         self._buckets: dict[Hashable, _Bucket] = {}  # of each queue
         self._stepped: set[Tensor] = set()  # since the last `optimizer.step()`
@@ -130,7 +141,7 @@ class GradientRelease:
         self.remove()
 
     def _take(self, param: Tensor) -> None:
-        """Steps a parameter that has just got its gradient, or lets it wait for others."""
+        """Steps a parameter whose gradient is complete, or keeps it waiting in its bucket."""
         bucket = self._buckets.setdefault(_queue(param.device), _Bucket())
         if param in self._stepped or param in bucket.params:
             raise RuntimeError(
@@ -142,7 +153,7 @@ class GradientRelease:
         if not self._started:  # it may have come after the release
             _refuse_ddp(self._hooks)
             self._started = True
-        if self._place(param) is None or param.grad is None:
+        if self._slot(param) is None or param.grad is None:
             return
         if not bucket.params:
             engine: Any = torch.autograd.Variable._execution_engine
@@ -154,14 +165,14 @@ class GradientRelease:
 
     @torch.no_grad()
     def _empty(self, bucket: _Bucket) -> None:
-        """Steps what waits in it."""
-        # Of a backward that failed: since then gradients may be gone, and groups be others.
-        params = [p for p in bucket.params if p.grad is not None and self._place(p)]
+        """Steps the parameters that wait in a bucket."""
+        # After a backward that failed, gradients may be gone and groups changed.
+        params = [p for p in bucket.params if p.grad is not None and self._slot(p)]
         bucket.params, bucket.nbytes = {}, 0
         if not params:
             return
         _check_capture(self._optimizer)
-        self._active.append(step_layers(self._optimizer, self._plan(params).steps))
+        self._active.append(step_layers(self._optimizer, self._plan(params).step_plan))
         self._stepped.update(params)
         for param in params:
             param.grad = None
@@ -172,23 +183,23 @@ class GradientRelease:
             # Their numbers are packed for one plan at a time.
             stale = {id(self._plans[param]) for param in params if param in self._plans}
             self._plans = {p: x for p, x in self._plans.items() if id(x) not in stale}
-            plan = _Plan(self._optimizer, [self._places[param] for param in params])
+            plan = _Plan(self._optimizer, [self._slots[param] for param in params])
             self._plans |= dict.fromkeys(params, plan)
         return plan
 
-    def _place(self, param: Tensor) -> _Place | None:
+    def _slot(self, param: Tensor) -> _Slot | None:
         """None for a parameter that is no longer the optimizer's."""
-        if not _is_at(self._optimizer, param, self._places.get(param)):
-            self._places = {
-                here: _Place(group, index)
+        if not _is_at(self._optimizer, param, self._slots.get(param)):
+            self._slots = {
+                here: _Slot(group, index)
                 for group in self._optimizer.param_groups
                 for index, here in enumerate(group["params"])
             }
             self._plans = {}
-        return self._places.get(param)
+        return self._slots.get(param)
 
     def _name(self, param: Tensor) -> str:
-        group, index = self._places[param]
+        group, index = self._slots[param]
         return f"the parameter of layer {group['layer_names'][index]!r}"
 
     def finish(self) -> list[Tensor]:
@@ -231,29 +242,28 @@ class _Bucket:
     nbytes: int = 0  # of them, and so of their gradients
 
 
-class _Place(NamedTuple):
-    """Where a parameter is."""
+class _Slot(NamedTuple):
+    """Where in the optimizer a parameter is."""
 
     group: dict[str, Any]
-    number: int
+    param_index: int
 
 
 class _Plan:
-    """How some parameters are stepped together, and what that was made from: it holds until that
-    changes."""
+    """The StepPlan of some parameters, valid until what it was made from changes."""
 
-    def __init__(self, optimizer: LipOptimizer, places: Sequence[_Place]) -> None:
-        self._params = [_local_param(optimizer, place) for place in places]
+    def __init__(self, optimizer: LipOptimizer, slots: Sequence[_Slot]) -> None:
+        self._params = [_local_param(optimizer, slot) for slot in slots]
         layers = [Layer(param.layer, [param]) for param in self._params]
-        self.steps = plan_layers(optimizer, layers, max(p.sketch for p in self._params))
-        self.steps.note_state()
+        self.step_plan = plan_layers(optimizer, layers, max(p.sketch for p in self._params))
+        self.step_plan.note_state()
         self._made_from = self._facts(optimizer)
 
     def _facts(self, optimizer: LipOptimizer) -> list[object]:
         options = (*optimizer._plan_options, "capturable", "momentum")
         groups = [
             ([g.get(name) for name in options], list(g.get("no_weight_decay", ())))
-            for g in self.steps.groups
+            for g in self.step_plan.groups
         ]
         return [groups, *(_kind(param.tensor) for param in self._params)]
 
@@ -264,14 +274,14 @@ class _Plan:
             return False
         if any(optimizer.state.get(p.tensor) is not p.stored for p in self._params):
             return False
-        if self._facts(optimizer) != self._made_from or not self.steps.is_current(None):
+        if self._facts(optimizer) != self._made_from or not self.step_plan.is_current(None):
             return False
-        self.steps.pack()
+        self.step_plan.pack()
         return True
 
 
-def _local_param(optimizer: LipOptimizer, place: _Place) -> LocalParam:
-    group, index = place
+def _local_param(optimizer: LipOptimizer, slot: _Slot) -> LocalParam:
+    group, index = slot
     _refuse_options(group)
     layer, tensor = group["layer_names"][index], group["params"][index]
     param = local_param(optimizer, layer, tensor, group, decays_of(group)[index])
@@ -306,12 +316,12 @@ def _parameters(optimizer: Optimizer) -> Iterable[Tensor]:
     return itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
-def _is_at(optimizer: LipOptimizer, param: Tensor, place: _Place | None) -> bool:
+def _is_at(optimizer: LipOptimizer, param: Tensor, slot: _Slot | None) -> bool:
     """Whether a parameter is still where it was: an engine or a loaded state may move it."""
-    if place is None or not any(group is place.group for group in optimizer.param_groups):
+    if slot is None or not any(group is slot.group for group in optimizer.param_groups):
         return False
-    params = place.group["params"]
-    return place.number < len(params) and params[place.number] is param
+    params = slot.group["params"]
+    return slot.param_index < len(params) and params[slot.param_index] is param
 
 
 def _refuse_options(group: dict[str, Any]) -> None:

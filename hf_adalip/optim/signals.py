@@ -30,8 +30,8 @@ class Signal(ABC):
     of_updates: ClassVar[bool] = False
 
     @abstractmethod
-    def history(self, rule: Rule, group: Group) -> tuple[str, ...]:
-        """State keys, of the parameter's shape, of what has to be kept of x_t."""
+    def history_keys(self, rule: Rule, group: Group) -> tuple[str, ...]:
+        """State keys of the tensors, of the parameter's shape, in which x_t is kept."""
 
     @abstractmethod
     def current(self, grad: X, proposed: Callable[[], X]) -> X:
@@ -42,7 +42,7 @@ class Signal(ABC):
         """x_{t-1}, from the state of step t-1 or from u_{t-1} = `recomputed()`."""
 
     @abstractmethod
-    def kept(self, grad: X, update: Callable[[], X]) -> dict[str, X]:
+    def new_history(self, grad: X, update: Callable[[], X]) -> dict[str, X]:
         """The history after step t, from g_t or from the update that the next is compared with."""
 
     def is_recomputed(self, rule: Rule, group: Group) -> bool:
@@ -53,7 +53,7 @@ class Signal(ABC):
 class Gradients(Signal):
     """x_t = g_t (Eqs. 6-8)."""
 
-    def history(self, rule: Rule, group: Group) -> tuple[str, ...]:
+    def history_keys(self, rule: Rule, group: Group) -> tuple[str, ...]:
         return ("prev_grad",)
 
     def current(self, grad: X, proposed: Callable[[], X]) -> X:
@@ -62,7 +62,7 @@ class Gradients(Signal):
     def previous(self, old: dict[str, X], recomputed: Callable[[], X]) -> X:
         return old["prev_grad"]
 
-    def kept(self, grad: X, update: Callable[[], X]) -> dict[str, X]:
+    def new_history(self, grad: X, update: Callable[[], X]) -> dict[str, X]:
         return {"prev_grad": grad}
 
 
@@ -77,7 +77,7 @@ class Updates(Signal):
 
     of_updates = True
 
-    def history(self, rule: Rule, group: Group) -> tuple[str, ...]:
+    def history_keys(self, rule: Rule, group: Group) -> tuple[str, ...]:
         return () if rule.can_recompute(group) else ("prev_update",)
 
     def is_recomputed(self, rule: Rule, group: Group) -> bool:
@@ -89,14 +89,14 @@ class Updates(Signal):
     def previous(self, old: dict[str, X], recomputed: Callable[[], X]) -> X:
         return old["prev_update"] if "prev_update" in old else recomputed()
 
-    def kept(self, grad: X, update: Callable[[], X]) -> dict[str, X]:
+    def new_history(self, grad: X, update: Callable[[], X]) -> dict[str, X]:
         return {"prev_update": update()}
 
 
 # Numbers on the host
 
 
-def numbers(x: Tensor, group: Group) -> list[Any]:
+def elements(x: Tensor, group: Group) -> list[Any]:
     """The elements of a vector: Python's numbers where the host may look at them, else 0-dim
     tensors, each of which costs an operator as much as a small tensor does.
 
@@ -212,16 +212,16 @@ _TENSORS: dict[tuple[object, torch.device, bool], Tensor] = {}
 
 
 def _cached(key: object, device: torch.device, values: Callable[[], Any]) -> Tensor:
-    """torch.tensor(values()), made once; the oldest of 256 goes when another one comes."""
-    # Apart for modes that may stand in for all tensors (FakeTensorMode), and take no other.
-    place = (key, device, is_in_torch_dispatch_mode())
-    found = _TENSORS.get(place)
+    """torch.tensor(values()), made once; of more than 256, the oldest is dropped."""
+    # A mode such as FakeTensorMode has tensors of its own, and takes no others.
+    key = (key, device, is_in_torch_dispatch_mode())
+    found = _TENSORS.get(key)
     if found is not None:
         return found
     made = torch.tensor(values(), dtype=torch.int64, device=device)
     if type(made) is Tensor:  # not what a tracing mode makes, which would outlive it
         if len(_TENSORS) >= 256:
-            oldest, *_ = tuple(_TENSORS)  # in one go: models may be trained in threads side by side
+            oldest, *_ = tuple(_TENSORS)  # atomic: several threads may train models at once
             _TENSORS.pop(oldest, None)
-        _TENSORS[place] = made
+        _TENSORS[key] = made
     return made

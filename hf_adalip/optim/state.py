@@ -32,7 +32,7 @@ class StateKeys(NamedTuple):
     """What is kept for a parameter."""
 
     moments: tuple[str, ...]  # tensors of its shape and dtype
-    histories: tuple[str, ...]  # what is kept of x_{t-1}, in whichever way
+    histories: tuple[str, ...]  # of x_{t-1}, in whichever way it is kept
     scalars: tuple[str, ...]
 
 
@@ -53,7 +53,7 @@ def complete(
         whether it lacked x_{t-1}, which is to be forgotten of the whole layer then.
     """
     moments, histories, scalars = optimizer._state_keys(group)
-    estimator, _ = optimizer._options(group)
+    estimator, _ = optimizer._layer_options(group)
     history = history_of(group, param)
     new = not state
     for name in moments:
@@ -121,9 +121,9 @@ def filled(shape: tuple[int, ...], value: float, param: Tensor) -> Tensor:
 
 
 def unpacked(state: Any) -> Any:
-    """A parameter's state, of which each number and sketch has memory of its own: pickle writes
-    the whole memory of a tensor, and `StepPlan.pack` puts many into one. An entry that is no
-    parameter's, and no dict, is returned as it is."""
+    """A parameter's state with each number and sketch copied out of the vector or matrix that
+    `StepPlan.pack` has made them views of, which pickle would write whole. An entry that belongs
+    to no parameter, and is no dict, is returned as it is."""
     if not isinstance(state, dict):
         return state
 
@@ -134,10 +134,10 @@ def unpacked(state: Any) -> Any:
     return {key: x.clone() if is_packed(key, x) else x for key, x in state.items()}
 
 
-def check_shape(name: str, kept: Tensor, shape: tuple[int, ...]) -> None:
-    if kept.shape != shape:
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if value.shape != shape:
         raise ValueError(
-            f"state {name!r} has shape {tuple(kept.shape)} where {tuple(shape)} is needed: it "
+            f"state {name!r} has shape {tuple(value.shape)} where {tuple(shape)} is needed: it "
             "belongs to another parameter; leave the state of such a parameter out, and it starts "
             "anew"
         )

@@ -29,10 +29,10 @@ from .estimator import LayerState
 from .groups import Layers, decays_of, name_layers
 from .history import real, sketch
 from .loading import check_loaded
-from .plan import Batch, Bucket, LocalParam, Options, StepPlan, as_scalar
+from .plan import Batch, Bucket, LayerOptions, LocalParam, StepPlan, as_scalar
 from .rules import Group, Moments, Numbers, Rule
 from .sharding import FlatTensors, Shard
-from .signals import OPMATH, Signal, norm, numbers
+from .signals import OPMATH, Signal, elements, norm
 from .state import State, StateKeys, unpacked
 
 if TYPE_CHECKING:
@@ -43,13 +43,15 @@ _grad = attrgetter("grad")
 
 
 class Form(Protocol):
-    """A way of computing a step: the loop here, foreach.py and fused.py."""
+    """A way of computing a step: the loop form below, forms/foreach.py and forms/fused.py."""
 
     __name__: str
 
     def measure(self, batch: Batch) -> Tensor: ...
 
-    def advance(self, batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None: ...
+    def advance(
+        self, batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor
+    ) -> None: ...
 
 
 class LayerRate(NamedTuple):
@@ -128,9 +130,9 @@ class LayerwiseOptimizer(Optimizer):
             plan.note(self)
             self._plan = plan
 
-    # What an optimizer says of itself
+    # What each optimizer defines
 
-    def _options(self, group: dict[str, Any]) -> Options:
+    def _layer_options(self, group: dict[str, Any]) -> LayerOptions:
         """How S of the group's layers is estimated."""
         raise NotImplementedError
 
@@ -150,14 +152,14 @@ class LayerwiseOptimizer(Optimizer):
         """The tensors of each bucket, as they are now."""
         batches = []
         for bucket in plan.buckets:
-            members, group = bucket.params, bucket.params[0].group
-            device = members[0].param.device
-            params = [p.param for p in members]
-            states = [p.stored if p.part is None else p.state for p in members]
-            given: Any = (params if bucket.is_plain else members) if bucket.form else ()
+            local_params, group = bucket.params, bucket.params[0].group
+            device = local_params[0].param.device
+            params = [p.param for p in local_params]
+            states = [p.stored if p.part is None else p.state for p in local_params]
+            given: Any = (params if bucket.is_plain else local_params) if bucket.form else ()
             grads = [grad for grad in map(_grad, given) if grad is not None]
             if not bucket.is_plain:
-                shards = [p.shard for p in members]
+                shards = [p.shard for p in local_params]
                 if bucket.form:
                     grads = [real(s.local_grad(g)) for s, g in zip(shards, grads, strict=True)]
                 params = [real(s.local(p)) for s, p in zip(shards, params, strict=True)]
@@ -170,15 +172,15 @@ class LayerwiseOptimizer(Optimizer):
                 Batch(
                     rule=self.rule,
                     signal=self.signal,
-                    group=group if members[0].decays else group | {"weight_decay": 0.0},
-                    members=members,
+                    group=group if local_params[0].decays else group | {"weight_decay": 0.0},
+                    local_params=local_params,
                     params=params,
                     grads=grads,
                     states=states,
                     steps=steps + 1 if bucket.form else steps,
                     lr=as_scalar(lr, device) if isinstance(lr, Tensor) else lr,
-                    moments=bucket.moments,
-                    history=bucket.history,
+                    moment_keys=bucket.moment_keys,
+                    history_keys=bucket.history_keys,
                     sketch=bucket.sketch,
                     stoppable=plan.raises or bool(plan.sharded),  # whose collective may fail
                     memo=bucket.memo if bucket.is_plain else {},  # a shard may get other memory
@@ -234,22 +236,22 @@ class LayerwiseOptimizer(Optimizer):
         """
         for bucket, batch in zip(plan.buckets, batches, strict=True):
             here, device = bucket.where, batch.steps.device
-            steps = active[here].to(device)
+            stepped = active[here].to(device)
             if bucket.form is None:
-                advance_absent(batch, steps)
+                advance_absent(batch, stepped)
                 scalars = {"prev_lr": torch.zeros_like(batch.steps)} if bucket.recomputes else {}
             else:
                 dtype = batch.params[0].dtype
                 rates = batch.lr * factor[here].to(device, OPMATH.get(dtype, dtype))
                 applied = batch.group.get("previous", "applied") == "applied"
-                kept = rates if applied else torch.zeros_like(rates) + batch.lr
-                bucket.form.advance(batch, rates, kept, steps)
+                history_rates = rates if applied else torch.zeros_like(rates) + batch.lr
+                bucket.form.advance(batch, rates, history_rates, stepped)
                 scalars = {"step": batch.steps, "layer_lr": rates}
                 if bucket.recomputes:
                     correction = self.rule.inverse_bias_correction(batch.steps, batch.group)
-                    scalars["prev_lr"] = kept * correction
+                    scalars["prev_lr"] = history_rates * correction
             for key, values in scalars.items():
-                plan.write(key, torch.where(steps, values, plan.read(key, here, device)), here)
+                plan.write(key, torch.where(stepped, values, plan.read(key, here, device)), here)
 
     # Groups and state
 
@@ -276,7 +278,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def _separate_state(self) -> dict[Tensor, State]:
         """The state as it is pickled, see `unpacked`."""
-        return {param: unpacked(kept) for param, kept in self.state.items()}
+        return {param: unpacked(state) for param, state in self.state.items()}
 
     def layer_learning_rates(self) -> dict[str, LayerRate]:
         """{layer: (S_t, A_t, ‖x_t‖, non-finite steps)} as of each layer's last step.
@@ -344,12 +346,12 @@ def step_layers(optimizer: LayerwiseOptimizer, plan: StepPlan) -> Tensor:
             )
         )
     factor = plan.spread(torch.cat([x[1] for x in followed]))
-    steps = plan.spread(torch.cat([x[2] for x in followed]))
+    stepped = plan.spread(torch.cat([x[2] for x in followed]))
 
     # Advance.
-    optimizer._advance(plan, batches, factor, steps, finite)
+    optimizer._advance(plan, batches, factor, stepped, finite)
     if sketches is not None:
-        _keep_sketches(plan, sketches[0], factor, steps)
+        _keep_sketches(plan, sketches[0], factor, stepped)
     if not plan.is_in_state:
         plan.put_in_state(optimizer)
     everyone = slice(0, len(plan.params))
@@ -377,6 +379,7 @@ def measure(batch: Batch) -> Tensor:
     [tensors, 3 + sketch], and the change, which can only be had of the whole parameter, is zero.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
+    keys = (*batch.moment_keys, *batch.history_keys)
     corrections = _corrections(batch, batch.steps)
     before: list[Any] = [None] * len(batch.params)
     if signal.of_updates:
@@ -386,7 +389,7 @@ def measure(batch: Batch) -> Tensor:
         zip(batch.params, batch.grads, batch.states, strict=True)
     ):
         grad = _gradient(param, raw, group)
-        old = {key: widened(state[key], group) for key in (*batch.moments, *batch.history)}
+        old = {key: to_opmath(state[key], group) for key in keys}
 
         def proposed(i: int = i, grad: Tensor = grad, old: Moments = old) -> Tensor:
             return -batch.lr * rule.direction(rule.moments(grad, old, group), corrections[i], group)
@@ -395,68 +398,67 @@ def measure(batch: Batch) -> Tensor:
         size = norm(grad)
         own = norm(x) if signal.of_updates else size
         if batch.sketch:
-            rows.append(sketched(x, size, own, batch.members[i].shard, batch.sketch))
+            rows.append(sketched(x, size, own, batch.local_params[i].shard, batch.sketch))
         else:
             change = x - signal.previous(old, partial(_previous_update, batch, old, before[i]))
             rows += [size, own, norm(change)]
     return torch.stack(rows) if batch.sketch else torch.stack(rows).view(-1, 3)
 
 
-def advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
+def advance(batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor) -> None:
     """Takes the step: moments, history and parameters.
 
     Args:
         batch: what to step.
         rates: A_t of each tensor, shape [tensors].
-        kept: what d_t is multiplied with in the update that the next is compared with: A_t or α_t,
-            shape [tensors].
+        history_rates: A_t or α_t of each tensor, whichever makes -rate·d_t the update that the next
+            one is compared with, shape [tensors].
         active: shape [tensors]; where False, a tensor and its state stay as they are, but for the
             history, which becomes zero: what it was is forgotten.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
     corrections = _corrections(batch, batch.steps)
-    rates_, kept_, active_ = (numbers(x, group) for x in (rates, kept, active))
-    for i, (param, raw, state) in enumerate(
-        zip(batch.params, batch.grads, batch.states, strict=True)
-    ):
+    factors = zip(*(elements(x, group) for x in (rates, history_rates, active)), strict=True)
+    tensors = zip(batch.params, batch.grads, batch.states, corrections, factors, strict=True)
+    for param, raw, state, correction, (rate, history_rate, is_active) in tensors:
         grad = _gradient(param, raw, group)
-        old = {key: widened(state[key], group) for key in batch.moments}
+        old = {key: to_opmath(state[key], group) for key in batch.moment_keys}
         new = rule.moments(grad, old, group)
-        direction = rule.direction(new, corrections[i], group)
-        value = widened(param, group)
+        direction = rule.direction(new, correction, group)
+        value = to_opmath(param, group)
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             value = value * (1 - batch.lr * group["weight_decay"])
-        for key in batch.moments:
-            _store(state[key], new[key], active_[i])
-        if batch.history:
-            for key, x in signal.kept(grad, partial(mul, direction, -kept_[i])).items():
-                _store(state[key], x, active_[i], otherwise=0.0)
-        _store(param, value - rates_[i] * direction, active_[i])
+        for key in batch.moment_keys:
+            _store(state[key], new[key], is_active)
+        if batch.history_keys:
+            for key, x in signal.new_history(grad, partial(mul, direction, -history_rate)).items():
+                _store(state[key], x, is_active, otherwise=0.0)
+        _store(param, value - rate * direction, is_active)
 
 
 def _gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
     """g_t: the gradient to descend, with λp added when weight decay is coupled."""
-    grad = widened(grad, like=param.dtype)
+    grad = to_opmath(grad, like=param.dtype)
     if group["maximize"]:
         grad = -grad
     if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        grad = grad + group["weight_decay"] * widened(param, group)
+        grad = grad + group["weight_decay"] * to_opmath(param, group)
     return grad
 
 
-def widened(x: Tensor, group: Group | None = None, like: torch.dtype | None = None) -> Tensor:
-    """x in its opmath dtype, or that of `like`; apart from what the step will write into x, where
-    autograd is to run through the step. (Tensor.to takes a microsecond to find that there is
+def to_opmath(x: Tensor, group: Group | None = None, like: torch.dtype | None = None) -> Tensor:
+    """x in its opmath dtype, or that of `like`; with a group, a copy where autograd runs through
+    the step, which overwrites the original. (Tensor.to takes a microsecond to find that there is
     nothing to do, and there are hundreds of tensors.)"""
     dtype = OPMATH.get(like or x.dtype, like or x.dtype)
-    wide = x if x.dtype == dtype else x.to(dtype)
-    return wide.clone() if group is not None and group["differentiable"] else wide
+    value = x if x.dtype == dtype else x.to(dtype)
+    return value.clone() if group is not None and group["differentiable"] else value
 
 
 def _store(target: Tensor, value: Tensor, active: Any, otherwise: float | None = None) -> None:
     """Makes the target the value where `active`, else `otherwise`: None for what it is."""
     if isinstance(active, Tensor):
-        other = widened(target) if otherwise is None else otherwise
+        other = to_opmath(target) if otherwise is None else otherwise
         target.copy_(torch.where(active, value, other))
     elif active:
         target.copy_(value)
@@ -465,17 +467,17 @@ def _store(target: Tensor, value: Tensor, active: Any, otherwise: float | None =
 
 
 def _corrections(batch: Batch, steps: Tensor) -> list[Numbers]:
-    """Of each tensor, those of its rule."""
+    """The rule's bias corrections, for each tensor."""
     steps = steps.to(OPMATH.get(batch.params[0].dtype, batch.params[0].dtype))
     vectors = batch.rule.bias_corrections(steps, batch.group)
     if not vectors:
         return [()] * len(steps)
-    return list(zip(*[numbers(x, batch.group) for x in vectors], strict=True))
+    return list(zip(*[elements(x, batch.group) for x in vectors], strict=True))
 
 
 def _before(batch: Batch, steps: Tensor) -> list[Any]:
-    """What u_{t-1} of each tensor is computed again with, from `steps`, the numbers of step t-1:
-    its bias corrections and its rate. None where it is not computed again."""
+    """For each tensor the bias corrections and the rate of step t-1 (`steps`), with which u_{t-1}
+    is computed again; None where it is not."""
     rule, group = batch.rule, batch.group
     if not batch.signal.is_recomputed(rule, group):
         return [None] * len(batch.states)
@@ -500,11 +502,12 @@ def measure_absent(batch: Batch) -> Tensor:
     if batch.sketch:
         return batch.steps.new_zeros(len(batch.states), 3 + batch.sketch)
     rows: list[Tensor] = []
+    keys = (*batch.moment_keys, *batch.history_keys)
     before: list[Any] = [None] * len(batch.states)
     if batch.signal.of_updates:
         before = _before(batch, batch.steps)
     for i, state in enumerate(batch.states):
-        old = {key: widened(state[key], batch.group) for key in (*batch.moments, *batch.history)}
+        old = {key: to_opmath(state[key], batch.group) for key in keys}
         recomputed = partial(_previous_update, batch, old, before[i])
         size = norm(batch.signal.previous(old, recomputed))
         rows += [torch.zeros_like(size), torch.zeros_like(size), size]
@@ -513,9 +516,9 @@ def measure_absent(batch: Batch) -> Tensor:
 
 def advance_absent(batch: Batch, active: Tensor) -> None:
     """`advance` for them: their previous signal becomes zero."""
-    for state, steps in zip(batch.states, numbers(active, batch.group), strict=True):
-        for key in batch.history:
-            _store(state[key], torch.zeros_like(widened(state[key])), steps)
+    for state, is_active in zip(batch.states, elements(active, batch.group), strict=True):
+        for key in batch.history_keys:
+            _store(state[key], torch.zeros_like(to_opmath(state[key])), is_active)
 
 
 # Sketches
@@ -551,17 +554,17 @@ def _sketches(plan: StepPlan, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Without a copy where there is one part but for the empty first."""
+    """torch.cat, without a copy where there is one part beside the empty first."""
     return parts[1] if len(parts) == 2 else torch.cat(parts)
 
 
-def _keep_sketches(plan: StepPlan, sketches: Tensor, factor: Tensor, steps: Tensor) -> None:
+def _keep_sketches(plan: StepPlan, sketches: Tensor, factor: Tensor, active: Tensor) -> None:
     for bucket in plan.buckets:
         if bucket.sketch:
             x = sketches[bucket.sketch_rows, : bucket.sketch].to(bucket.params[0].param.device)
             if bucket.params[0].group.get("previous") == "applied":
                 x = x * factor[bucket.where, None].to(x)
-            bucket.keep_sketches(x, steps[bucket.where].to(x.device))
+            bucket.keep_sketches(x, active[bucket.where].to(x.device))
 
 
 def _raise_unless(finite: Tensor, plan: StepPlan) -> None:

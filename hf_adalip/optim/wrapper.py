@@ -20,8 +20,8 @@ from .groups import (
     Layers,
     checked_params,
     decays_of,
+    group_index,
     name_layers,
-    number_of,
     restore_structure,
     structure_of,
 )
@@ -37,10 +37,10 @@ from .loading import (
     unchanged_if_refused,
 )
 from .names import by_name
-from .plan import Batch, LocalParam, Options, StepPlan, as_scalar
+from .plan import Batch, LayerOptions, LocalParam, StepPlan, as_scalar
 from .rules import SGD
 from .sharding import FlatTensors
-from .signals import Gradients, Signal, Updates, index_tensor, norms, numbers
+from .signals import Gradients, Signal, Updates, elements, index_tensor, norms
 from .state import (
     SCALARS,
     State,
@@ -49,14 +49,14 @@ from .state import (
     forget_predecessor,
     unpacked,
 )
-from .step import Form, LayerwiseOptimizer, widened
+from .step import Form, LayerwiseOptimizer, to_opmath
 
 _OURS = "lipschitz."
 """Marks a key of ours in a state_dict where the base has one of the same name."""
 
 _ENTRIES = "lipschitz.entries"
-"""Says in a state_dict which entries that are no parameter's are of our `state`, by what key; the
-others are of the base's."""
+"""Key in a state_dict that lists the entries of our own `state` that belong to no parameter; other
+such entries are the base's."""
 
 
 class Lipschitz(LayerwiseOptimizer):
@@ -97,6 +97,18 @@ class Lipschitz(LayerwiseOptimizer):
         ValueError: for a bad value, for an optimizer that has an S already, for LBFGS, for one
             that averages iterates (ASGD, schedule-free ones, which have train() and eval()), and
             for one without a learning rate.
+
+    Examples:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> optimizer = Lipschitz(torch.optim.SGD(model.parameters(), lr=0.05))
+        >>> for x in ([1.0, 2.0], [2.0, 1.0]):
+        ...     loss = model(torch.tensor(x)).square().sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> [round(rate.scale, 3) for rate in optimizer.layer_learning_rates().values()]
+        [0.956]
     """
 
     def __init__(
@@ -318,7 +330,7 @@ class Lipschitz(LayerwiseOptimizer):
     def _history(self) -> str:
         return "prev_grad" if isinstance(self.signal, Gradients) else "prev_update"
 
-    def _options(self, group: dict[str, Any]) -> Options:
+    def _layer_options(self, group: dict[str, Any]) -> LayerOptions:
         return self._estimator, self._previous
 
     def _state_keys(self, group: dict[str, Any]) -> StateKeys:
@@ -358,18 +370,18 @@ class Lipschitz(LayerwiseOptimizer):
     # The parts of a step
 
     def _buckets(self, plan: StepPlan) -> list[tuple[Form | None, list[tuple[int, LocalParam]]]]:
-        """Tensors of one group, device and dtype go together; the base steps all of them."""
+        """Tensors of one group, device and dtype are measured together; the base steps all."""
         alike: dict[Any, list[tuple[int, LocalParam]]] = {}
         forms = {"foreach": foreach, "fused": fused_form, "absent": None}
         fuses = self._fuses(plan)
         for i, layer in enumerate(plan.layers):
             for param in layer.params:
-                kind = (number_of(param.group), param.param.device, param.param.dtype)
+                kind = (group_index(param.group), param.param.device, param.param.dtype)
                 fused = fuses and fused_form.takes(param) and self._compiles(*kind[1:])
                 alike.setdefault(("fused" if fused else "foreach", *kind), []).append((i, param))
         for i, layer in enumerate(plan.layers):
             for param in layer.absent:
-                kind = (number_of(param.group), param.param.device, param.param.dtype)
+                kind = (group_index(param.group), param.param.device, param.param.dtype)
                 alike.setdefault(("absent", *kind), []).append((i, param))
         return [(forms[key[0]], params) for key, params in alike.items()]
 
@@ -387,23 +399,24 @@ class Lipschitz(LayerwiseOptimizer):
         """Gradients and their history, to be measured as plain SGD's are."""
         batches = []
         for bucket in plan.buckets:
-            members = bucket.params
-            grads = [p.shard.local_grad(p.grad) for p in members if p.grad is not None]
+            local_params = bucket.params
+            grads = [p.shard.local_grad(p.grad) for p in local_params if p.grad is not None]
             batches.append(
                 Batch(
                     rule=SGD(),
                     signal=Gradients(),
                     group=_NO_OPTIONS,
-                    members=members,
-                    params=[real(p.shard.local(p.param)) for p in members],
+                    local_params=local_params,
+                    params=[real(p.shard.local(p.param)) for p in local_params],
                     grads=[real(grad) for grad in grads] if bucket.form else [],
                     states=[
-                        {"prev_grad": real(p.shard.local(p.state[self._history]))} for p in members
+                        {"prev_grad": real(p.shard.local(p.state[self._history]))}
+                        for p in local_params
                     ],
-                    steps=torch.zeros(len(members), device=members[0].param.device),
+                    steps=torch.zeros(len(local_params), device=local_params[0].param.device),
                     lr=0.0,
-                    moments=(),
-                    history=("prev_grad",),
+                    moment_keys=(),
+                    history_keys=("prev_grad",),
                 )
             )
         return batches
@@ -429,15 +442,15 @@ class Lipschitz(LayerwiseOptimizer):
         return rows
 
     def _finite(self, plan: StepPlan, norms: Tensor) -> Tensor:
-        """As the base steps a flat tensor as one, also not those that share one with a layer that
-        is not finite."""
+        """Nor those that share a flat tensor, which the base steps as one, with a layer that is
+        not finite."""
         finite = super()._finite(plan, norms)
         if self._estimator.nonfinite != "skip" or not any(p.parts for p in plan.params):
             return finite
         fine = finite.tolist()
         bad = {id(p.tensor) for i, p in zip(plan.owner, plan.params, strict=True) if not fine[i]}
-        kept = (all(id(p.tensor) not in bad for p in layer.params) for layer in plan.layers)
-        return finite & (index_tensor(tuple(map(int, kept)), finite.device) > 0)
+        good = (all(id(p.tensor) not in bad for p in layer.params) for layer in plan.layers)
+        return finite & (index_tensor(tuple(map(int, good)), finite.device) > 0)
 
     def _visible(self, plan: StepPlan, finite: Tensor) -> list[bool]:
         """Which parameters' gradients the base is to see."""
@@ -478,33 +491,33 @@ class Lipschitz(LayerwiseOptimizer):
         if not self.signal.of_updates:
             try:
                 self._base_step(plan, batches, finite)
-            except BaseException:  # S has not followed
+            except BaseException:  # S was not updated
                 forget_predecessor([p.state for p in plan.params])
                 raise
         for bucket, batch in zip(plan.buckets, batches, strict=True):
             here, device = bucket.where, batch.params[0].device
-            scale, steps = factor[here].to(device), active[here].to(device)
+            scale, stepped = factor[here].to(device), active[here].to(device)
             history = [state["prev_grad"] for state in batch.states]
-            watched = {"differentiable": False, "capturable": self._is_capturable}
-            scales, moves = numbers(scale, watched), numbers(steps, watched)
+            flags = {"differentiable": False, "capturable": self._is_capturable}
+            scales, are_stepped = elements(scale, flags), elements(stepped, flags)
             if bucket.form is None:
-                for x, move in zip(history, moves, strict=True):
-                    x.copy_(_unless_skipped(move, torch.zeros_like(x), x))
+                for x, is_stepped in zip(history, are_stepped, strict=True):
+                    x.copy_(_unless_skipped(is_stepped, torch.zeros_like(x), x))
                 continue
             if self.signal.of_updates:
                 for i, (x, update) in enumerate(zip(history, _updates(batch), strict=True)):
-                    kept = update * scales[i] if self._previous == "applied" else update
-                    x.copy_(_unless_skipped(moves[i], kept, x))
+                    new = update * scales[i] if self._previous == "applied" else update
+                    x.copy_(_unless_skipped(are_stepped[i], new, x))
             old = batch.prepared
             if bucket.form is fused_form:
-                fused_form.blend(batch.params, old, scale, steps)
+                fused_form.blend(batch.params, old, scale, stepped)
             else:
                 for i, param in enumerate(batch.params):
-                    _scale(param, old[i], scales[i], moves[i])
+                    _scale(param, old[i], scales[i], are_stepped[i])
             lr = bucket.params[0].group["lr"]
             rates = scale * (as_scalar(lr, device) if isinstance(lr, Tensor) else lr)
             before = plan.read("layer_lr", here, device)
-            plan.write("layer_lr", _unless_skipped(steps, rates, before), here)
+            plan.write("layer_lr", _unless_skipped(stepped, rates, before), here)
 
     @property
     def _is_capturable(self) -> bool:
@@ -536,20 +549,20 @@ def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
     return itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
 
 
-def _scale(param: Tensor, old: Tensor, factor: Tensor | float, steps: Tensor | bool) -> None:
+def _scale(param: Tensor, old: Tensor, factor: Tensor | float, stepped: Tensor | bool) -> None:
     """Makes p_old + S·û of what the base has stepped to."""
-    before, after = widened(old), widened(param)
+    before, after = to_opmath(old), to_opmath(param)
     if isinstance(factor, Tensor):
         factor = factor.to(after.dtype)
     # The base has not stepped a layer whose gradient is not finite; what is skipped here as well
     # is an update that is not finite although the gradient is.
-    param.copy_(_unless_skipped(steps, torch.lerp(before, after, factor), before))
+    param.copy_(_unless_skipped(stepped, torch.lerp(before, after, factor), before))
 
 
-def _unless_skipped(steps: Tensor | bool, new: Tensor, old: Tensor) -> Tensor:
-    if not isinstance(steps, Tensor):
-        return new if steps else old
-    return torch.where(steps, new.to(old.dtype), old)
+def _unless_skipped(stepped: Tensor | bool, new: Tensor, old: Tensor) -> Tensor:
+    if not isinstance(stepped, Tensor):
+        return new if stepped else old
+    return torch.where(stepped, new.to(old.dtype), old)
 
 
 def _updates(batch: Batch) -> list[Tensor]:
@@ -557,7 +570,7 @@ def _updates(batch: Batch) -> list[Tensor]:
     if not batch.grads:
         return []
     pairs = zip(batch.params, batch.prepared, strict=True)
-    return [widened(p) - widened(old) for p, old in pairs]
+    return [to_opmath(p) - to_opmath(old) for p, old in pairs]
 
 
 _NO_OPTIONS: dict[str, Any] = {

@@ -126,7 +126,7 @@ class Left(NamedTuple):
     why: str
 
 
-def prepare(
+def prepare(  # noqa: C901 - one check after the other
     folder: Path, repo_id: str, exclude: Sequence[str] = (), include: Sequence[str] = ()
 ) -> Files:
     """Everything that `publish` would upload; touches no network and writes nothing.
@@ -234,7 +234,8 @@ def publish(
         folder: a run's OUTPUT_DIR.
         repo_id: USER/NAME; made if it is not there.
         private: for those with access only.
-        exclude, include: as in `prepare`.
+        exclude: as in `prepare`.
+        include: as in `prepare`.
 
     Raises:
         PublishError: as `prepare`; if there is no token; or if the Hub refuses or is not reached.
@@ -315,7 +316,7 @@ def token() -> str:
     raise PublishError("publishing needs a token that may write, in the environment's HF_TOKEN")
 
 
-def _collect(
+def _collect(  # noqa: C901 - one rule after the other
     folder: Path, exclude: Sequence[str], include: Sequence[str]
 ) -> tuple[Files, list[Left], list[Left]]:
     """The files of a folder that are uploaded, what is left out, and what must not be uploaded

@@ -101,15 +101,15 @@ def compared() -> Iterator[None]:
         assert same(before, frozen(batch))
         copy = clone(batch)
         close(fused.measure(copy), expected)
-        early = () if batch.stoppable else batch.history
+        early = () if batch.stoppable else batch.history_keys
         assert same(frozen(batch, early), frozen(copy, early))
         return expected
 
-    def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
+    def advance(batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor) -> None:
         copy = clone(batch)
-        loop_advance(batch, rates, remembered, go)
+        loop_advance(batch, rates, history_rates, active)
         fused.measure(copy)  # which may have written the history
-        fused.advance(copy, rates, remembered, go)
+        fused.advance(copy, rates, history_rates, active)
         for i in range(len(batch.params)):
             close(copy.params[i], batch.params[i].detach())
             for name in (*batch.moments, *batch.history):
@@ -305,31 +305,31 @@ def test_state_that_is_elsewhere(key: str) -> None:
 
 
 def last_advance(name: str, params: Named, **options: Any) -> tuple[Batch, Tensor, Tensor]:
-    """Batch, rates and `remembered` of a second step that was not taken."""
+    """Batch, rates and `history_rates` of a second step that was not taken."""
     optimizer = build(name, params, **options)
     set_grads(params, random_grads(params, 0))
     optimizer.step()
     set_grads(params, random_grads(params, 1))
     with mock.patch.object(loop, "advance") as caught:
         optimizer.step()
-    batch, rates, remembered, _ = caught.call_args.args
-    return batch, rates, remembered
+    batch, rates, history_rates, _ = caught.call_args.args
+    return batch, rates, history_rates
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_does_not_go_stays_bit_for_bit(name: str) -> None:
     """But for its history, which becomes zero."""
-    batch, rates, remembered = last_advance(name, sized((40_000, 5, 0, 40_000, 5)))
+    batch, rates, history_rates = last_advance(name, sized((40_000, 5, 0, 40_000, 5)))
     for grad in batch.grads[2:]:
         grad.fill_(torch.nan)
     before, rates = clone(batch), rates.clone()
     rates[3:] = torch.nan
-    go = torch.tensor([True, True, True, False, False])
+    active = torch.tensor([True, True, True, False, False])
     fused.measure(batch)
-    fused.advance(batch, rates, remembered, go)
+    fused.advance(batch, rates, history_rates, active)
     for i in range(5):
         if i >= 2:
-            for key in batch.history:
+            for key in batch.history_keys:
                 before.states[i][key].zero_()
         now = [batch.params[i], *batch.states[i].values()]
         then = [before.params[i], *before.states[i].values()]
@@ -367,15 +367,15 @@ def test_squares_may_overflow() -> None:
 
 @pytest.mark.parametrize("name", ["adamlip", "adamlipu"])
 def test_number_of_threads_is_not_seen(name: str) -> None:
-    batch, rates, remembered = last_advance(name, sized((300_000, 1, 17_000, 50)))
-    go = torch.ones(4, dtype=torch.bool)
+    batch, rates, history_rates = last_advance(name, sized((300_000, 1, 17_000, 50)))
+    active = torch.ones(4, dtype=torch.bool)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3, 7):
             torch.set_num_threads(n)
             copy = clone(batch)
             norms = fused.measure(copy)
-            fused.advance(copy, rates, remembered, go)
+            fused.advance(copy, rates, history_rates, active)
             results.append([norms, *frozen(copy)])
     finally:
         torch.set_num_threads(threads)
@@ -605,11 +605,11 @@ def test_a_shard_whose_memory_was_replaced() -> None:
 
 def test_autograd_sees_the_change() -> None:
     """A backward through parameters that a step has changed is an error, as with torch's."""
-    batch, rates, remembered = last_advance("adalip", sized((3,)))
+    batch, rates, history_rates = last_advance("adalip", sized((3,)))
     p = batch.params[0].requires_grad_()
     loss = (p * p).sum()
     with torch.no_grad():
-        fused.advance(batch, rates, remembered, torch.ones(1, dtype=torch.bool))
+        fused.advance(batch, rates, history_rates, torch.ones(1, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
 

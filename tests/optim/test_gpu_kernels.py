@@ -149,14 +149,14 @@ class Work:
     numbers: Tensor
     constants: Constants
     rates: Tensor
-    remembered: Tensor
+    history_rates: Tensor
 
     def measure(self) -> Tensor:
         return gpu.measure(self.spec, self.tensors, self.numbers, self.constants).cpu()
 
-    def advance(self, go: Tensor | None = None) -> None:
-        go = torch.ones(len(self.batch.params), dtype=torch.bool) if go is None else go
-        gpu.advance(self.spec, self.tensors, self.numbers, self.constants, go.to(DEVICE))
+    def advance(self, active: Tensor | None = None) -> None:
+        active = torch.ones(len(self.batch.params), dtype=torch.bool) if active is None else active
+        gpu.advance(self.spec, self.tensors, self.numbers, self.constants, active.to(DEVICE))
 
     def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Each tensor that a step writes: its name, the loop form's and the kernels'."""
@@ -166,7 +166,7 @@ class Work:
                 self.batch.rule.state_keys(self.batch.group), self.tensors.moments, strict=True
             ):
                 yield f"{name} {i}", state[name], moment[i].cpu()
-            for name in self.batch.signal.history(self.batch.rule, self.batch.group):
+            for name in self.batch.signal.history_keys(self.batch.rule, self.batch.group):
                 yield f"{name} {i}", state[name], self.tensors.history[i].cpu()
 
 
@@ -189,16 +189,16 @@ def work(
         made = [torch.randn(n, dtype=torch.float64, generator=generator) for n in sizes]
         made = [x * 0 if name and i == 1 else x for i, x in enumerate(made)]
         square = name in ("square_avg", "exp_avg_sq")
-        kept = history if name.startswith("prev_") else dtype
-        return [(x.square() if square else x).to(kept) for x in made]
+        stored = history if name.startswith("prev_") else dtype
+        return [(x.square() if square else x).to(stored) for x in made]
 
     def placed(roles: list[Tensor]) -> list[Tensor]:
         return [_misaligned(x) if misaligned else x.clone().to(DEVICE) for x in roles]
 
     steps = torch.arange(len(sizes)).float() * 3 - 2
     steps = steps.clamp(min=1).to(opmath_dtype(dtype))
-    kept, remembered = rule.state_keys(group), signal.history(rule, group)
-    columns = {name: draw(name) for name in kept + remembered}
+    moments, histories = rule.state_keys(group), signal.history_keys(rule, group)
+    columns = {name: draw(name) for name in moments + histories}
     states = [{name: column[i] for name, column in columns.items()} for i in range(len(sizes))]
     for i, state in enumerate(states):
         state["prev_lr"] = torch.tensor(0.0 if i == 1 else 0.07, dtype=steps.dtype)
@@ -209,7 +209,7 @@ def work(
     rates = torch.rand(len(sizes), generator=generator).to(wide)
     beta1, beta2 = group.get("betas", (group.get("alpha", 0.0), 0.0))
     decoupled = group["decoupled_weight_decay"]
-    retraces = signal.is_recomputed(rule, group)
+    recomputes = signal.is_recomputed(rule, group)
     before = (steps - 1).clamp(min=1)
     prev_rate = torch.tensor(
         [s["prev_lr"] for s in states], dtype=wide
@@ -225,9 +225,9 @@ def work(
     ]
     spec = Spec(
         rule=type(rule).__name__,
-        signal="retraced" if retraces else "update" if signal.of_updates else "gradient",
+        signal="recomputed" if recomputes else "update" if signal.of_updates else "gradient",
         dtype=dtype,
-        history=history if remembered else None,
+        history=history if histories else None,
         momentum=bool(group.get("momentum")),
         nesterov=bool(group.get("nesterov")),
         eps_in_sqrt=group["eps_in_sqrt"],
@@ -237,8 +237,8 @@ def work(
     tensors = Tensors(
         params=placed(batch.params),
         grads=placed(batch.grads),
-        moments=tuple(placed(columns[name]) for name in kept),
-        history=placed([x for name in remembered for x in columns[name]]),
+        moments=tuple(placed(columns[name]) for name in moments),
+        history=placed([x for name in histories for x in columns[name]]),
         starts=[],
     )
     constants = Constants(
@@ -274,7 +274,7 @@ def assert_close_steps(made: Work) -> None:
 def assert_equals_loop(made: Work) -> None:
     assert_close_norms(made.measure(), loop.measure(made.batch))
     loop.advance(
-        *(made.batch, made.rates, made.remembered),
+        *(made.batch, made.rates, made.history_rates),
         torch.ones(len(made.batch.params), dtype=torch.bool),
     )
     made.advance()
@@ -377,7 +377,7 @@ def test_what_does_not_go_is_neither_read_nor_written(
 @cases
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nonfinite(rule: Rule, signal: signals.Signal, group: dict[str, Any], bad: float) -> None:
-    """Norms of that tensor are not finite; and what does not go only forgets its history."""
+    """Norms of that tensor are not finite; and what is not active only forgets its history."""
     made = work(rule, signal, group, sizes=[3, 1, 70])
     clean = made.measure()
     made.tensors.grads[2][69] = bad
@@ -658,11 +658,11 @@ def test_missing_nothing() -> None:
 def test_nothing_waits_for_the_device() -> None:
     group = {"betas": (0.9, 0.999), "eps": 1e-8}
     made = work(Adam(), signals.Gradients(), group)
-    go = torch.ones(len(SIZES), dtype=torch.bool, device=DEVICE)
+    active = torch.ones(len(SIZES), dtype=torch.bool, device=DEVICE)
 
     def step() -> None:
         gpu.measure(made.spec, made.tensors, made.numbers, made.constants)
-        gpu.advance(made.spec, made.tensors, made.numbers, made.constants, go)
+        gpu.advance(made.spec, made.tensors, made.numbers, made.constants, active)
 
     step()
     torch.cuda.set_sync_debug_mode("error")
@@ -680,12 +680,12 @@ def test_cuda_graph(rule: Rule, signal: signals.Signal, group: dict[str, Any]) -
     """A graph whose gradients are its own, replayed, against eager steps."""
     graphed, eager = (work(rule, signal, group) for _ in range(2))
     sources = [g.clone() for g in graphed.tensors.grads]
-    go = torch.ones(len(SIZES), dtype=torch.bool, device=DEVICE)
+    active = torch.ones(len(SIZES), dtype=torch.bool, device=DEVICE)
 
     def step(made: Work) -> Tensor:
         made.tensors.grads[:] = [source * 2 for source in sources]
         norms = gpu.measure(made.spec, made.tensors, made.numbers, made.constants)
-        gpu.advance(made.spec, made.tensors, made.numbers, made.constants, go)
+        gpu.advance(made.spec, made.tensors, made.numbers, made.constants, active)
         return norms
 
     for made in (graphed, eager):

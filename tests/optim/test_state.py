@@ -693,7 +693,7 @@ def test_a_momentum_that_is_switched_on_later() -> None:
     assert all(isinstance(s["momentum_buffer"], Tensor) for s in optimizer.state.values())
 
 
-def test_retraced_updates_need_no_more_memory_than_adam() -> None:
+def test_recomputed_updates_need_no_more_memory_than_adam() -> None:
     params, others = named_params(), named_params()
     ours, adam = AdamLipU(params.items()), torch.optim.Adam(others.items())
     train(ours, params, [0])

@@ -66,7 +66,6 @@ def infos() -> dict[str, Any]:
     def ours(kind: type[Optimizer], base: str) -> Any:
         info = of_torch[base]
         known = set(inspect.signature(kind).parameters)
-        known |= set(inspect.signature(LipOptimizer).parameters)
         if issubclass(kind, LipschitzSGD):
             known = set(inspect.signature(kind.base).parameters)
 

@@ -307,7 +307,7 @@ def test_one_cycle_lr_cycles_the_betas_of_the_base() -> None:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("foreach", [False, True])
-def test_retraced_updates_follow_a_schedule_of_the_betas(foreach: bool) -> None:
+def test_recomputed_updates_follow_a_schedule_of_the_betas(foreach: bool) -> None:
     """AdamLipU computes u_{t-1} again; the wrapper has it measured."""
     params, others = named_params(), named_params()
     ours = AdamLipU(params.items(), foreach=foreach)

@@ -2,10 +2,10 @@
 
 Everything that does not depend on the layer is one `_foreach` call for a whole batch. What does
 (A_t, and leaving a non-finite layer alone) has a scalar on the device for each tensor.
-Low-precision tensors are widened first and rounded once, as in the loop form.
+Low-precision tensors are converted to their opmath dtype and rounded once, as in the loop form.
 
-A batch is worked through in pieces, which bounds the temporaries, and on a CPU keeps them in its
-cache: each of the many operations of a step would otherwise go through memory.
+A batch is processed in pieces, which bounds the temporaries, and on a CPU keeps them in its cache
+during the many operations of a step.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..plan import Batch
 from ..rules import Group, Numbers
-from ..signals import layer_norms, norms, numbers, opmath_dtype
-from ..step import sketched, widened
+from ..signals import elements, layer_norms, norms, opmath_dtype
+from ..step import sketched, to_opmath
 
 Tensors = list[Tensor]
 
 _PIECE, _CACHED_PIECE = 2**22, 2**19
-"""Elements that are worked on together, and the same on a CPU."""
+"""Elements that are processed together, on a GPU and on a CPU."""
 
 
 class Piece(NamedTuple):
@@ -48,10 +48,12 @@ def measure(batch: Batch) -> Tensor:
 def _measure(batch: Batch) -> Tensor:
     rule, group = batch.rule, batch.group
     grads = _gradients(batch)
-    old = {name: _wide(_state(batch, name)) for name in (*batch.moments, *batch.history)}
+    old = {name: _opmath(_state(batch, name)) for name in (*batch.moment_keys, *batch.history_keys)}
 
     def proposed() -> Tensors:
-        new = rule.foreach_moments_(grads, {name: _apart(xs) for name, xs in old.items()}, group)
+        new = rule.foreach_moments_(
+            grads, {name: _opmath_copies(xs) for name, xs in old.items()}, group
+        )
         directions = rule.foreach_directions(new, _corrections(batch, batch.steps), group)
         torch._foreach_mul_(directions, -batch.lr)
         return directions
@@ -63,7 +65,7 @@ def _measure(batch: Batch) -> Tensor:
         directions = _times_(
             rule.foreach_directions(old, _corrections(batch, steps), group), -prev_lr, group
         )
-        for direction, fresh in zip(directions, numbers(prev_lr == 0, group), strict=True):
+        for direction, fresh in zip(directions, elements(prev_lr == 0, group), strict=True):
             if isinstance(fresh, Tensor):
                 direction.masked_fill_(fresh, 0.0)
             elif fresh:
@@ -73,7 +75,7 @@ def _measure(batch: Batch) -> Tensor:
     now = batch.signal.current(grads, proposed)
     if batch.sketch:
         sizes = norms(grads).unbind(), norms(now).unbind()
-        shards = [member.shard for member in batch.members]
+        shards = [param.shard for param in batch.local_params]
         rows = zip(now, *sizes, shards, strict=True)
         return torch.stack([sketched(*row, batch.sketch) for row in rows])
     changes = list(torch._foreach_sub(now, batch.signal.previous(old, recomputed)))
@@ -82,29 +84,31 @@ def _measure(batch: Batch) -> Tensor:
     return torch.stack([size, own, norms(changes)], dim=1)
 
 
-def advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor) -> None:
+def advance(batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor) -> None:
     """As `step.advance`."""
-    everyone = all(x is True for x in numbers(active, batch.group))
+    all_active = all(x is True for x in elements(active, batch.group))
     for piece, here in _pieces(batch):
-        _advance(piece, rates[here], kept[here], None if everyone else active[here])
+        _advance(piece, rates[here], history_rates[here], None if all_active else active[here])
 
 
-def _advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor | None) -> None:
-    """active: None where it is known that all are, which are then stepped in place."""
+def _advance(batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor | None) -> None:
+    """active: None where all are known to be, and are then stepped in place."""
     rule, group = batch.rule, batch.group
 
     def own(tensors: Tensors) -> Tensors:
-        return _wide(tensors) if active is None else _apart(tensors)
+        return _opmath(tensors) if active is None else _opmath_copies(tensors)
 
     grads = _gradients(batch)
-    state = {name: _state(batch, name) for name in (*batch.moments, *batch.history)}
-    old = {name: own(state[name]) for name in batch.moments}
+    state = {n: _state(batch, n) for n in (*batch.moment_keys, *batch.history_keys)}
+    old = {name: own(state[name]) for name in batch.moment_keys}
     new = rule.foreach_moments_(grads, old, group)
     directions = rule.foreach_directions(new, _corrections(batch, batch.steps), group)
     for name in old:
         _store(state[name], new[name], active)
-    if batch.history:
-        history = batch.signal.kept(grads, lambda: _times_(_apart(directions), -kept, group))
+    if batch.history_keys:
+        history = batch.signal.new_history(
+            grads, lambda: _times_(_opmath_copies(directions), -history_rates, group)
+        )
         for name, xs in history.items():
             _store(state[name], xs, active, otherwise=0.0)
     updates = _times_(directions, -rates, group)
@@ -118,11 +122,11 @@ def _advance(batch: Batch, rates: Tensor, kept: Tensor, active: Tensor | None) -
 def _corrections(batch: Batch, steps: Tensor) -> list[Numbers]:
     """Each of the rule's bias corrections, of all tensors."""
     steps = steps.to(opmath_dtype(batch.params[0].dtype))
-    return [numbers(x, batch.group) for x in batch.rule.bias_corrections(steps, batch.group)]
+    return [elements(x, batch.group) for x in batch.rule.bias_corrections(steps, batch.group)]
 
 
 def _times_(tensors: Tensors, by: Tensor, group: Group) -> Tensors:
-    torch._foreach_mul_(tensors, numbers(by.to(tensors[0].dtype), group))
+    torch._foreach_mul_(tensors, elements(by.to(tensors[0].dtype), group))
     return tensors
 
 
@@ -130,16 +134,16 @@ def _state(batch: Batch, name: str) -> Tensors:
     return [state[name] for state in batch.states]
 
 
-def _wide(tensors: Tensors) -> Tensors:
+def _opmath(tensors: Tensors) -> Tensors:
     """The tensors themselves, or float32 copies where they are of low precision."""
     if all(opmath_dtype(dtype) == dtype for dtype in {x.dtype for x in tensors}):
         return tensors
-    return [widened(x) for x in tensors]
+    return [to_opmath(x) for x in tensors]
 
 
-def _apart(tensors: Tensors) -> Tensors:
-    """As `_wide`, but for writing: none is one of the tensors themselves."""
-    found = _wide(tensors)
+def _opmath_copies(tensors: Tensors) -> Tensors:
+    """As `_opmath`, but for writing: none is one of the tensors themselves."""
+    found = _opmath(tensors)
     return [x.clone() if x is y else x for x, y in zip(found, tensors, strict=True)]
 
 
@@ -147,11 +151,11 @@ def _gradients(batch: Batch) -> Tensors:
     group = batch.group
     grads = batch.grads
     if {opmath_dtype(batch.params[0].dtype)} != {g.dtype for g in grads}:
-        grads = [widened(g, like=p.dtype) for p, g in zip(batch.params, grads, strict=True)]
+        grads = [to_opmath(g, like=p.dtype) for p, g in zip(batch.params, grads, strict=True)]
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        grads = list(torch._foreach_add(grads, _wide(batch.params), alpha=group["weight_decay"]))
+        grads = list(torch._foreach_add(grads, _opmath(batch.params), alpha=group["weight_decay"]))
     return grads
 
 
@@ -164,7 +168,7 @@ def _store(
             torch._foreach_copy_(targets, values)
         return
     others = (
-        _wide(targets) if otherwise is None else [values[0].new_full((), otherwise)] * len(active)
+        _opmath(targets) if otherwise is None else [values[0].new_full((), otherwise)] * len(active)
     )
     choices = zip(active.unbind(), values, others, strict=True)
     if targets[0].dtype == values[0].dtype:
@@ -178,7 +182,7 @@ def _store(
 
 
 def _pieces(batch: Batch) -> list[Piece]:
-    """What is worked on together, in the order of the batch; made once a step."""
+    """The batch cut into pieces, in its order; made once a step."""
     if batch.prepared is None:
         batch.prepared = _cut(batch)
     pieces: list[Piece] = batch.prepared
@@ -205,9 +209,9 @@ def _cut(batch: Batch) -> list[Piece]:
 
 def _can_be_cut(batch: Batch, i: int) -> bool:
     """Whether one index says which elements of a tensor and its state belong together."""
-    kept = [batch.states[i][name] for name in (*batch.moments, *batch.history)]
+    state = [batch.states[i][n] for n in (*batch.moment_keys, *batch.history_keys)]
     return not batch.sketch and all(
-        x.is_contiguous() for x in (batch.params[i], batch.grads[i], *kept)
+        x.is_contiguous() for x in (batch.params[i], batch.grads[i], *state)
     )
 
 
@@ -215,7 +219,7 @@ def _some(batch: Batch, taken: list[int]) -> Piece:
     here = slice(taken[0], taken[-1] + 1)
     part = replace(
         batch,
-        members=batch.members[here],
+        local_params=batch.local_params[here],
         params=batch.params[here],
         grads=batch.grads[here],
         states=batch.states[here],
@@ -231,6 +235,6 @@ def _part(batch: Batch, i: int, at: int, count: int) -> Piece:
     whole, state = _some(batch, [i]), batch.states[i]
     whole.batch.params, whole.batch.grads = [part(batch.params[i])], [part(batch.grads[i])]
     whole.batch.states = [
-        state | {name: part(state[name]) for name in (*batch.moments, *batch.history)}
+        state | {name: part(state[name]) for name in (*batch.moment_keys, *batch.history_keys)}
     ]
     return whole

@@ -21,7 +21,7 @@ from .kernels.build import warn_once
 
 Copies = list[tuple[Tensor, Tensor]]
 
-_dtype, _place = attrgetter("dtype"), attrgetter("device", "shape")
+_dtype, _device_and_shape = attrgetter("dtype"), attrgetter("device", "shape")
 
 _WORTH = 2**20
 """Elements of an optimizer from which on the fused form is the default on a CPU."""
@@ -60,15 +60,15 @@ def refuse_unless_possible(params: Any, *, stepped: bool = False) -> None:
 
 
 def fits(param: Tensor, grad: Tensor | None) -> bool:
-    """Whether a parameter is for the fused form: real, without gaps or overlaps in memory, and,
-    as its gradient, with its elements there and not behind operators of its own."""
+    """Whether the fused form can take a parameter: real, without gaps or overlaps in memory, and,
+    like its gradient, no tensor subclass that has operators of its own."""
     if grad is not None and (grad.dtype != param.dtype or not _is_plain(grad)):
         return False
     return _is_plain(param) and param.dtype in _DTYPES and _dense(param)
 
 
 def takes(param: LocalParam) -> bool:
-    """Whether a parameter, its gradient and its history are for the fused form."""
+    """Whether the fused form can take a parameter, its gradient and its history."""
     grad = None if param.grad is None else param.shard.local(param.grad)
     can_be_sketched = not param.sketch or param.shard.start is not None
     return fits(param.shard.local(param.param), grad) and can_be_sketched
@@ -80,8 +80,8 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def pays(size: int) -> bool:
-    """Whether the fused form is the default on a CPU for so many elements: where their step costs
-    more than finding the compiler does."""
+    """Whether the fused form is the default on a CPU for this many elements: only where it saves
+    more time than finding the compiler takes."""
     return size >= _WORTH and missing(torch.device("cpu")) is None
 
 
@@ -109,24 +109,24 @@ def measure(batch: Batch) -> Tensor:
     return rows
 
 
-def advance(batch: Batch, rates: Tensor, remembered: Tensor, go: Tensor) -> None:
+def advance(batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor) -> None:
     """As `step.advance`."""
     spec, tensors, copies, constants, _ = _prepared(batch)
-    numbers = _numbers(batch, (rates, remembered))
-    _backend(batch.params[0]).advance(spec, tensors, numbers, constants, go)
+    numbers = _numbers(batch, (rates, history_rates))
+    _backend(batch.params[0]).advance(spec, tensors, numbers, constants, active)
     for original, copy in copies:
         original.copy_(copy)
     increment_version(batch.params)  # autograd refuses a backward through what was changed
 
 
-def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, go: Tensor) -> None:
-    """p = w·p + (1 - w)·q of each tensor and its other one, where `go`; for `Lipschitz`.
+def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, active: Tensor) -> None:
+    """p = w·p + (1 - w)·q of each tensor and its other one, where `active`; for `Lipschitz`.
 
     Args:
         params: as `fits` says, of one device and dtype.
         others: as params.
         weights: w, shape [tensors].
-        go: shape [tensors]; where False, a parameter stays as it is.
+        active: shape [tensors]; where False, a parameter stays as it is.
     """
     dtype = params[0].dtype
     alike = [_like(p, q, dtype) for p, q in zip(params, others, strict=True)]
@@ -136,7 +136,7 @@ def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, go: Tenso
     # A step of plain SGD: p·decay - rate·q.
     spec = Spec(rule="SGD", signal="gradient", dtype=dtype, history=None)
     tensors = Tensors(params, alike, (), [], [])
-    _backend(params[0]).advance(spec, tensors, numbers, Constants(0.0, 0.0, 0.0, 0.0, 0.0), go)
+    _backend(params[0]).advance(spec, tensors, numbers, Constants(0.0, 0.0, 0.0, 0.0, 0.0), active)
     increment_version(params)
 
 
@@ -159,7 +159,7 @@ class _Prepared(NamedTuple):
 
     spec: Spec
     tensors: Tensors
-    copies: Copies  # what of the state is a copy in `tensors`
+    copies: Copies  # state that is in `tensors` as a copy, to be written back
     constants: Constants
     numbers: Tensor  # of `measure`
 
@@ -175,7 +175,7 @@ def _prepared(batch: Batch) -> _Prepared:
 
 
 def _spec(batch: Batch) -> Spec:
-    rule, group, history = batch.rule, batch.group, batch.history
+    rule, group, history = batch.rule, batch.group, batch.history_keys
     signal = _signal(batch)
     has_early = bool(history) and signal == "gradient" and _backend(batch.params[0]) is cpu
     return Spec(
@@ -193,10 +193,10 @@ def _spec(batch: Batch) -> Spec:
     )
 
 
-def _signal(batch: Batch) -> Literal["gradient", "update", "retraced"]:
+def _signal(batch: Batch) -> Literal["gradient", "update", "recomputed"]:
     if not batch.signal.of_updates:
         return "gradient"
-    return "retraced" if batch.signal.is_recomputed(batch.rule, batch.group) else "update"
+    return "recomputed" if batch.signal.is_recomputed(batch.rule, batch.group) else "update"
 
 
 def _constants(group: Any) -> Constants:
@@ -206,18 +206,18 @@ def _constants(group: Any) -> Constants:
 
 
 def _numbers(batch: Batch, rates: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The table of `COLUMNS`: for `advance` with rates and those to remember, else `measure`."""
+    """The table of `COLUMNS`: for `advance` with rates and those of the history, else `measure`."""
     group, lr = batch.group, batch.lr
     dtype = opmath_dtype(batch.params[0].dtype)
     steps = batch.steps.to(dtype)
     columns: dict[str, Tensor | float] = {"lr": lr}
     if rates is not None:
-        columns = {"rate": rates[0], "remembered": rates[1], "decay": 1.0}
+        columns = {"rate": rates[0], "history_rate": rates[1], "decay": 1.0}
         if group["decoupled_weight_decay"]:
             columns["decay"] = 1 - lr * group["weight_decay"]
     elif _signal(batch) == "gradient":
         columns = {}
-    elif _signal(batch) == "retraced":
+    elif _signal(batch) == "recomputed":
         before = (batch.steps - 1).clamp(min=1)
         prev_lr = torch.stack([state["prev_lr"] for state in batch.states])
         columns["prev_rate"] = prev_lr / batch.rule.inverse_bias_correction(before, group)
@@ -243,7 +243,7 @@ class _Layout(NamedTuple):
     not kept: who replaces state to have its memory would not get it.)"""
 
     strides: list[tuple[int, ...]]
-    places: list[Any]  # device and shape
+    devices_and_shapes: list[Any]
     starts: list[int]
     addresses: array[int]  # of the state
 
@@ -252,10 +252,11 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
     params = batch.params
     before: _Layout | None = batch.memo.get(spec)
     strides = before.strides if before else list(map(Tensor.stride, params))
-    places = before.places if before else list(map(_place, params))
+    expected = before.devices_and_shapes if before else list(map(_device_and_shape, params))
 
     def alike(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        if list(map(_place, tensors)) != places:  # a kernel would go over the end of them
+        # A kernel would read past the end of tensors of another shape.
+        if list(map(_device_and_shape, tensors)) != expected:
             raise ValueError("a gradient or state has another shape or device than its parameter")
         if set(map(_dtype, tensors)) == {dtype} and list(map(Tensor.stride, tensors)) == strides:
             return tensors
@@ -265,8 +266,8 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
     if any(map(Tensor.is_neg, grads)):
         grads = [g.resolve_neg() for g in grads]
     grads = alike(grads, spec.dtype)
-    count = len(batch.moments)
-    rows = [[state[name] for state in batch.states] for name in (*batch.moments, *batch.history)]
+    count, keys = len(batch.moment_keys), (*batch.moment_keys, *batch.history_keys)
+    rows = [[state[name] for state in batch.states] for name in keys]
 
     def together(rows: list[list[Tensor]], starts: list[int]) -> Tensors:
         history = [x for row in rows[count:] for x in row]
@@ -274,18 +275,18 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
 
     if before is not None:
         tensors = together(rows, before.starts)
-        if tensors.places == before.addresses:  # else state was moved by its data (x.data = ...)
+        if tensors.state_rows == before.addresses:  # else x.data = ... has moved state
             return tensors, []
     dtypes = [spec.dtype] * count + [spec.history or spec.dtype]
-    if batch.states[0] is batch.members[0].state:  # and no view of it
+    if batch.states[0] is batch.local_params[0].state:  # and no view of it
         for row, dtype in zip(rows, dtypes, strict=False):
             _lay_out(params, row, dtype)
     used = [alike(row, dtype) for row, dtype in zip(rows, dtypes, strict=False)]
-    starts = [m.shard.start or 0 for m in batch.members] if batch.sketch else []
+    starts = [p.shard.start or 0 for p in batch.local_params] if batch.sketch else []
     tensors = together(used, starts)
     changed = [(row, other) for row, other in zip(rows, used, strict=True) if row is not other]
     if not changed:
-        batch.memo[spec] = _Layout(strides, places, starts, tensors.places)
+        batch.memo[spec] = _Layout(strides, expected, starts, tensors.state_rows)
     pairs = [pair for row, other in changed for pair in zip(row, other, strict=True)]
     return tensors, [(original, copy) for original, copy in pairs if original is not copy]
 

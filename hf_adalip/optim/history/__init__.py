@@ -1,4 +1,4 @@
-"""What is kept of x_{t-1}: all of it, all of it in another dtype, or a sketch of it."""
+"""How x_{t-1} is kept: exactly, in another dtype, or as a sketch."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class History(Protocol):
     def empty(self, param: Tensor) -> Tensor:
         """What is kept before a first step."""
 
-    def converted(self, kept: Tensor, param: Tensor) -> Tensor | None:
-        """A history of that key, kept in another way, as one of this; None where it cannot be."""
+    def converted(self, history: Tensor, param: Tensor) -> Tensor | None:
+        """A history of this key that was kept otherwise, in this form; None if it cannot be."""
 
 
 class Exact(NamedTuple):
@@ -77,13 +77,13 @@ class Exact(NamedTuple):
         zeros = torch.zeros_like(like, dtype=self.dtype, memory_format=torch.preserve_format)
         return zeros.detach()
 
-    def converted(self, kept: Tensor, param: Tensor) -> Tensor | None:
+    def converted(self, history: Tensor, param: Tensor) -> Tensor | None:
         if self.dtype is not None:
-            parts: Tensor = real(kept)
+            parts: Tensor = real(history)
             return parts.to(self.dtype)
-        if param.is_complex() and not kept.is_complex():
-            kept = torch.view_as_complex(kept.to(param.dtype.to_real()))
-        return kept.to(param.dtype)
+        if param.is_complex() and not history.is_complex():
+            history = torch.view_as_complex(history.to(param.dtype.to_real()))
+        return history.to(param.dtype)
 
 
 class Sketch(NamedTuple):
@@ -100,8 +100,8 @@ class Sketch(NamedTuple):
     def empty(self, param: Tensor) -> Tensor:
         return torch.zeros(self.size, dtype=self._dtype(param), device=param.device)
 
-    def converted(self, kept: Tensor, param: Tensor) -> Tensor | None:
-        return kept.to(self._dtype(param)) if kept.shape == (self.size,) else None
+    def converted(self, history: Tensor, param: Tensor) -> Tensor | None:
+        return history.to(self._dtype(param)) if history.shape == (self.size,) else None
 
     def nbytes(self, param: Tensor) -> int:
         return self.size * self._dtype(param).itemsize
@@ -120,9 +120,9 @@ def history_of(group: dict[str, Any], param: Tensor) -> History:
     """
     how = str(group.get("history", "exact")).removeprefix("torch.")
     if how == "sketch":
-        kept = Sketch(group["sketch_size"])
-        if whole_shape(param).numel() * param.element_size() > kept.nbytes(param):
-            return kept
+        sketched = Sketch(group["sketch_size"])
+        if whole_shape(param).numel() * param.element_size() > sketched.nbytes(param):
+            return sketched
     if how in ("exact", "sketch"):
         return Exact()
     if how not in DTYPES:

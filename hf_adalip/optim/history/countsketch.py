@@ -1,4 +1,4 @@
-"""What may be remembered of g_{t-1} in place of g_{t-1}: a short random projection of it.
+"""A short random projection of g_{t-1}, which may be kept in its place.
 
 A sketch of a tensor x is a vector Πx of k numbers, Π a random matrix that is never stored: each
 column has one entry, +1 or -1, and where it is follows from a hash of the element's index (a
@@ -39,7 +39,7 @@ state, with smaller tensors kept whole, it is 0.5 % for ResNet-50, 0.6 % for ViT
 BERT-base."""
 
 _SLAB = 2**17
-"""Elements that are worked on together, which bounds the extra memory."""
+"""Elements that are processed together, which bounds the extra memory."""
 
 _GOLDEN = 0x9E3779B9
 _MASK = 0xFFFFFFFF

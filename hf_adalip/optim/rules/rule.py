@@ -1,4 +1,4 @@
-"""What a base optimizer has to say of itself, and the arithmetic that several share."""
+"""What each base optimizer defines."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Rule(ABC):
         """The moments of step t from g_t and the moments of step t-1."""
 
     def bias_corrections(self, steps: Tensor, group: Group) -> tuple[Tensor, ...]:
-        """What d_t needs of t, of each of many tensors: vectors as `steps`."""
+        """The bias corrections of step t: vectors with an element per tensor, as `steps` has."""
         return ()
 
     @abstractmethod
@@ -71,8 +71,8 @@ class Rule(ABC):
     def inverse_bias_correction(self, step: Tensor, group: Group) -> Tensor:
         """The factor of d_t that depends on t and on options that a schedule may change.
 
-        `prev_lr` is kept times this factor, so that computing d_{t-1} again does not use the
-        options of step t.
+        `prev_lr` is stored multiplied by this factor, so that computing d_{t-1} again does not use
+        the options of step t.
         """
         return torch.ones_like(step)
 
@@ -81,5 +81,5 @@ class Rule(ABC):
         return tuple(key for key in self.uses(group) if key != "grad")
 
     def can_recompute(self, group: Group) -> bool:
-        """Whether d_{t-1} can be had again from the kept moments, without the gradient."""
+        """Whether d_{t-1} can be computed again from the moments in the state, without g_{t-1}."""
         return "grad" not in self.uses(group)

@@ -1,4 +1,4 @@
-"""Sharded parameters: where the rest of a parameter is, of which this rank has a part.
+"""Sharded parameters, of which this rank has a part, and the ranks that have the rest.
 
 S needs the norm of a layer's whole gradient. Everything else works on the local parts. `shard_of`
 gives the engine's answer for one parameter (`Shard` is the protocol, and a parameter that is
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def shard_of(param: Tensor) -> Shard:
-    """What the parameter's engine says of it."""
+    """How the parameter's engine shards it."""
     if is_dtensor(param):
         return DTensorShard(param)
     return FSDP1Shard(param) if is_fsdp1(param) else Shard(param)

@@ -1,7 +1,7 @@
 """Flat tensors: DeepSpeed's ZeRO puts its rank's shards of many parameters into one tensor.
 
-It replaces the parameters of a group by such tensors. What of which parameter lies where in them
-is written on the parameters themselves, which the model keeps; nothing of DeepSpeed is imported.
+It replaces the parameters of a group by such tensors. DeepSpeed notes on the model's
+parameters where in them each one is; nothing of DeepSpeed is imported.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Original(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What of a parameter lies in a flat tensor of this rank; possibly nothing (size 0)."""
+    """The part of a parameter that is in a flat tensor of this rank; possibly empty (size 0)."""
 
     layer: str
     decays: bool

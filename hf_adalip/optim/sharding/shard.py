@@ -1,4 +1,4 @@
-"""What an engine says of a parameter of which this rank may hold a part: one class per engine."""
+"""How a parameter is sharded: the protocol that each engine implements in a class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .reduce import ReduceGroups
 
 
 class Place(NamedTuple):
-    """Where in the whole parameter a rank's part of it lies."""
+    """Where in the whole parameter a rank's part begins."""
 
     shape: tuple[int, ...]  # of the whole
     offset: tuple[int, ...]

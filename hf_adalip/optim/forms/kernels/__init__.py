@@ -6,11 +6,11 @@ A backend (cpu.py: C++, gpu.py: Triton) is two functions:
         ‖g‖, ‖x‖ and ‖x - x_prev‖ of each tensor (x_prev = 0 without a history); or, with a
         sketch, ‖g‖, ‖x‖, 0 and the k numbers of the sketch of x. If `early`, x is the history
         from then on.
-    advance(spec, tensors, numbers, constants, go) -> None
-        writes parameters, moments and, unless `early`, history; of a tensor whose go [n] is
+    advance(spec, tensors, numbers, constants, active) -> None
+        writes parameters, moments and, unless `early`, history; of a tensor whose active [n] is
         False only the history, which becomes zero.
 
-Arithmetic and results are of the wide dtype. Sums are added up in an order that depends on the
+Arithmetic and results are of the opmath dtype. Sums are added up in an order that depends on the
 sizes of the tensors alone, so that all ranks have the same S, bit for bit.
 
 A sketch (k a power of two, at least 32) is the sum of sign(i)·x_i in bucket(i), i the row-major
@@ -44,7 +44,7 @@ class Spec:
     """What a kernel is compiled for."""
 
     rule: str  # the name of one of rules/
-    signal: Literal["gradient", "update", "retraced"]  # x = g; û; û, with u_prev from the moments
+    signal: Literal["gradient", "update", "recomputed"]  # x = g; û; û, with u_prev from the moments
     dtype: torch.dtype  # of parameters, gradients and moments
     history: torch.dtype | None  # of what is kept of x, in the parameter's shape
     momentum: bool = False
@@ -62,7 +62,7 @@ class Tensors:
 
     params: list[Tensor]
     grads: list[Tensor]
-    moments: tuple[list[Tensor], ...]  # as `Rule.kept` names them
+    moments: tuple[list[Tensor], ...]  # as `Rule.state_keys` names them
     history: list[Tensor]  # empty where Spec.history is None
     starts: list[int]  # index of the first element in its whole parameter; empty without a sketch
 
@@ -72,10 +72,10 @@ class Tensors:
         rows = array("q", map(Tensor.numel, self.params))
         for role in (self.params, self.grads):
             rows.extend(map(Tensor.data_ptr, role))
-        return rows + self.places
+        return rows + self.state_rows
 
     @cached_property
-    def places(self) -> array[int]:
+    def state_rows(self) -> array[int]:
         """The part of `rows` that is of the state."""
         rows = array("q")
         for role in (*self.moments, self.history):
@@ -102,8 +102,8 @@ COLUMNS = (
     "prev_correction1",  # 1 - β1^{t-1}
     "prev_correction2",
     "rate",  # A_t
-    "remembered",  # what the history becomes is -remembered·d_t, where it is of updates
+    "history_rate",  # the history becomes -history_rate·d_t, where it is of updates
     "decay",  # what p is multiplied with before the step
 )
-"""`numbers` is [n, 9] in the wide dtype, on the tensors' device, with these columns. `measure`
+"""`numbers` is [n, 9] in the opmath dtype, on the tensors' device, with these columns. `measure`
 reads the first six, `advance` 1, 2 and the last three; others may be anything."""

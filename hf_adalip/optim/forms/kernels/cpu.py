@@ -43,16 +43,16 @@ def measure(spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants)
 
 
 def advance(
-    spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants, go: Tensor
+    spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants, active: Tensor
 ) -> None:
-    go = go.contiguous()
+    active = active.contiguous()
     library(spec).advance(
         len(tensors.params),
         tensors.rows.buffer_info()[0],
         numbers.data_ptr(),
         (ctypes.c_double * len(constants))(*constants),
         torch.get_num_threads(),
-        go.data_ptr(),
+        active.data_ptr(),
     )
 
 
@@ -103,7 +103,7 @@ def _defined(spec: Spec) -> dict[str, str]:
         "DIRECTION": formula.direction,
         "SIGNAL": spec.signal,
         "PARAM": _TYPES[spec.dtype],
-        "WIDE": _TYPES[opmath_dtype(spec.dtype)],
+        "OPMATH": _TYPES[opmath_dtype(spec.dtype)],
         "HISTORY": _TYPES[spec.history],
         "HALF": str(int(torch.float16 in (spec.dtype, spec.history))),
         "SKETCH": str(spec.sketch),

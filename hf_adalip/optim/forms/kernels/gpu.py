@@ -99,13 +99,13 @@ def measure(spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants)
 
 
 def advance(
-    spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants, go: Tensor
+    spec: Spec, tensors: Tensors, numbers: Tensor, constants: Constants, active: Tensor
 ) -> None:
-    """Takes the step where `go`, shape [n], is True; elsewhere makes the history zero."""
+    """Takes the step where `active`, shape [n], is True; elsewhere makes the history zero."""
     from . import step_triton as kernels
 
     batch = _batch(tensors, numbers.device, 0)
-    given = (batch.table, numbers, _constants(spec, constants, numbers), batch.owner, go)
+    given = (batch.table, numbers, _constants(spec, constants, numbers), batch.owner, active)
     if batch.chunks:
         with _on(numbers.device):
             kernels.advance[(batch.chunks,)](*given, **_flags(spec), **_whole(spec, batch))
@@ -131,7 +131,7 @@ def _flags(spec: Spec) -> _Options:
 def _whole(spec: Spec, batch: _Batch) -> _Options:
     """The options of a kernel that takes chunks of BLOCK elements."""
     return {
-        "KEPT": spec.history and _type(spec.history),
+        "HISTORY_DTYPE": spec.history and _type(spec.history),
         "ACCESS": "vectors" if batch.aligned else "plain",
         "BLOCK": BLOCK,
         "STEP": STEP,

@@ -10,7 +10,7 @@
 //   MOMENTS FOLLOW DIRECTION                        the base optimizer's formula, see rules/rule.py
 //   SIGNAL                                          a word of the enumeration below
 //   MOMENTUM NESTEROV EPS_IN_SQRT MAXIMIZE COUPLED  true or false
-//   PARAM WIDE HISTORY   types: of parameters, of arithmetic, of the history (void for none)
+//   PARAM OPMATH HISTORY   types: of parameters, of arithmetic, of the history (void for none)
 //   HALF                 whether one of them is float16
 //   SKETCH               k, or 0
 //   EARLY                true or false
@@ -66,14 +66,14 @@ using float16 = _Float16;
 struct float16 {};
 #endif
 
-enum class Signal { gradient, update, retraced };
+enum class Signal { gradient, update, recomputed };
 
 constexpr Signal signal = Signal::SIGNAL;
 constexpr bool has_history = !std::is_void_v<HISTORY>;
 constexpr bool written_late = has_history && !EARLY;
 using Param = PARAM;
-using Wide = WIDE;
-using History = std::conditional_t<has_history, HISTORY, Wide>;
+using Opmath = OPMATH;
+using History = std::conditional_t<has_history, HISTORY, Opmath>;
 
 constexpr int moments = MOMENTS;
 
@@ -81,19 +81,19 @@ constexpr int64_t block = 1024;  // elements that `measure` takes together
 constexpr int64_t ahead = 512;   // elements between what is worked on and what is fetched
 
 // And `advance`: few, so that reading goes on while it streams, if enough to convert them fast.
-constexpr int64_t burst = std::is_same_v<Param, Wide> ? 32 : 128;
+constexpr int64_t burst = std::is_same_v<Param, Opmath> ? 32 : 128;
 
 constexpr int64_t chunk = std::max(16 * block, int64_t{64} * SKETCH);  // what a thread takes
 
 // Sums that are added up side by side; of a sketch, the elements that share a hash.
-constexpr int64_t lanes = SKETCH > 0 ? 32 : 128 / sizeof(Wide);
+constexpr int64_t lanes = SKETCH > 0 ? 32 : 128 / sizeof(Opmath);
 
 // What cpu.py passes
 
 struct Numbers {  // of one tensor, a row of `numbers`
-  Wide lr, correction1, correction2;
-  Wide prev_rate, prev_correction1, prev_correction2;
-  Wide rate, remembered, decay;
+  Opmath lr, correction1, correction2;
+  Opmath prev_rate, prev_correction1, prev_correction2;
+  Opmath rate, history_rate, decay;
 };
 
 struct Constants {  // of the group
@@ -117,27 +117,27 @@ struct Tensors {  // rows of n numbers each
 // The base optimizer, one element at a time
 
 struct Moments {
-  Wide first, second;
+  Opmath first, second;
 };
 
 struct Arithmetic {
-  Wide momentum, beta1, take1, beta2, take2, eps, weight_decay;
+  Opmath momentum, beta1, take1, beta2, take2, eps, weight_decay;
 
   explicit Arithmetic(const Constants& c)
       : momentum(c.momentum), beta1(c.beta1), take1(1 - c.beta1), beta2(c.beta2),
         take2(1 - c.beta2), eps(c.eps), weight_decay(c.weight_decay) {}
 
-  Wide gradient(Wide grad, Wide param) const {
+  Opmath gradient(Opmath grad, Opmath param) const {
     if constexpr (MAXIMIZE) grad = -grad;
     if constexpr (COUPLED) grad += weight_decay * param;
     return grad;
   }
 
-  Moments follow(Wide grad, Moments old) const { return FOLLOW; }
+  Moments follow(Opmath grad, Moments old) const { return FOLLOW; }
 
-  Wide direction(Wide grad, Moments m, Wide scale1, Wide scale2) const { return DIRECTION; }
+  Opmath direction(Opmath grad, Moments m, Opmath scale1, Opmath scale2) const { return DIRECTION; }
 
-  Wide root(Wide square) const {
+  Opmath root(Opmath square) const {
     return EPS_IN_SQRT ? std::sqrt(square + eps) : std::sqrt(square) + eps;
   }
 };
@@ -171,8 +171,8 @@ To* as(From* from, int64_t n, To* buffer) {
 
 // Back from where `as` made of them.
 template <class To>
-void put(const Wide* from, int64_t n, To* to) {
-  if constexpr (!std::is_same_v<To, Wide>) convert(from, n, to);
+void put(const Opmath* from, int64_t n, To* to) {
+  if constexpr (!std::is_same_v<To, Opmath>) convert(from, n, to);
 }
 
 // Asks for elements before they are needed: the processor itself looks no further than a page.
@@ -208,8 +208,8 @@ constexpr uint32_t mix(uint32_t x) {
 }
 
 // x with its sign turned where `sign`, 0 or 1, is set.
-Wide turned(Wide x, uint32_t sign) {
-  using Bits = std::conditional_t<sizeof(Wide) == 4, uint32_t, uint64_t>;
+Opmath turned(Opmath x, uint32_t sign) {
+  using Bits = std::conditional_t<sizeof(Opmath) == 4, uint32_t, uint64_t>;
   Bits bits;
   std::memcpy(&bits, &x, sizeof x);
   bits ^= Bits(sign) << (8 * sizeof x - 1);
@@ -254,25 +254,25 @@ struct Sources {  // what `measure` reads; and the history, which it may write
   }
 };
 
-// The sketch of x is added to k + lanes buckets: a run may go over the end, and what it leaves
-// there is for the first buckets. `index` is that of the block's first element in its parameter.
+// The sketch of x is added to k + lanes buckets: a run may pass the end, and what it adds
+// there belongs to the first buckets. `index` is that of the block's first element in its parameter.
 __attribute__((noinline)) void measure_block(
-    const Arithmetic rules, const Numbers of, const int64_t n, const Wide* __restrict grad,
-    const Wide* __restrict param, const Wide* __restrict first, const Wide* __restrict second,
-    Wide* __restrict history, const Sources next, const int64_t index,
-    Wide* __restrict buckets, double (*__restrict totals)[lanes]) {
-  const Wide scale1 = 1 / of.correction1, scale2 = 1 / of.correction2;
-  const Wide prev_scale1 = 1 / of.prev_correction1, prev_scale2 = 1 / of.prev_correction2;
+    const Arithmetic rules, const Numbers of, const int64_t n, const Opmath* __restrict grad,
+    const Opmath* __restrict param, const Opmath* __restrict first, const Opmath* __restrict second,
+    Opmath* __restrict history, const Sources next, const int64_t index,
+    Opmath* __restrict buckets, double (*__restrict totals)[lanes]) {
+  const Opmath scale1 = 1 / of.correction1, scale2 = 1 / of.correction2;
+  const Opmath prev_scale1 = 1 / of.prev_correction1, prev_scale2 = 1 / of.prev_correction2;
   const Runs runs(index);
-  Wide sums[3][lanes] = {};
-  const auto add = [&](int64_t i, int64_t lane, uint32_t signs, Wide* __restrict to) {
-    const Wide g = rules.gradient(grad[i], COUPLED ? param[i] : 0);
-    Wide x = g, before = has_history ? history[i] : 0;
+  Opmath sums[3][lanes] = {};
+  const auto add = [&](int64_t i, int64_t lane, uint32_t signs, Opmath* __restrict to) {
+    const Opmath g = rules.gradient(grad[i], COUPLED ? param[i] : 0);
+    Opmath x = g, before = has_history ? history[i] : 0;
     if constexpr (signal != Signal::gradient) {
       const Moments old{moments > 0 ? first[i] : 0, moments > 1 ? second[i] : 0};
       x = -of.lr * rules.direction(g, rules.follow(g, old), scale1, scale2);
-      if constexpr (signal == Signal::retraced) {
-        const Wide d = rules.direction(0, old, prev_scale1, prev_scale2);
+      if constexpr (signal == Signal::recomputed) {
+        const Opmath d = rules.direction(0, old, prev_scale1, prev_scale2);
         before = of.prev_rate == 0 ? 0 : -of.prev_rate * d;
       }
       sums[1][lane] += x * x;
@@ -285,7 +285,7 @@ __attribute__((noinline)) void measure_block(
   int64_t i = 0, r = 0;
   const auto add_run = [&](int64_t begin, auto end) {
     const uint32_t signs = SKETCH > 0 ? runs.signs[r] : 0;
-    Wide* __restrict to = SKETCH > 0 ? buckets + runs.places[r] : nullptr;
+    Opmath* __restrict to = SKETCH > 0 ? buckets + runs.places[r] : nullptr;
     for (int64_t lane = begin; lane < end; ++lane) add(i + lane - begin, lane, signs, to);
     i += end - begin, ++r;
   };
@@ -301,20 +301,20 @@ __attribute__((noinline)) void measure_block(
 }
 
 __attribute__((noinline)) void advance_block(
-    const Arithmetic rules, const Numbers of, const int64_t n, const Wide* __restrict grad,
-    Wide* __restrict param, Wide* __restrict first, Wide* __restrict second,
-    Wide* __restrict history) {
-  const Wide scale1 = 1 / of.correction1, scale2 = 1 / of.correction2;
+    const Arithmetic rules, const Numbers of, const int64_t n, const Opmath* __restrict grad,
+    Opmath* __restrict param, Opmath* __restrict first, Opmath* __restrict second,
+    Opmath* __restrict history) {
+  const Opmath scale1 = 1 / of.correction1, scale2 = 1 / of.correction2;
   for (int64_t i = 0; i < n; ++i) {
-    const Wide g = rules.gradient(grad[i], param[i]);
+    const Opmath g = rules.gradient(grad[i], param[i]);
     const Moments old{moments > 0 ? first[i] : 0, moments > 1 ? second[i] : 0};
     const Moments next = rules.follow(g, old);
-    const Wide d = rules.direction(g, next, scale1, scale2);
+    const Opmath d = rules.direction(g, next, scale1, scale2);
     if constexpr (moments > 0) first[i] = next.first;
     if constexpr (moments > 1) second[i] = next.second;
     param[i] = param[i] * of.decay - of.rate * d;
     if constexpr (written_late)
-      history[i] = signal == Signal::gradient ? g : -of.remembered * d;
+      history[i] = signal == Signal::gradient ? g : -of.history_rate * d;
   }
 }
 
@@ -359,27 +359,27 @@ void share(const std::vector<Chunk>& chunks, int threads, bool backwards, const 
 
 // out: [n, 3 + SKETCH].
 extern "C" void measure(int64_t n, const int64_t* rows, const Numbers* numbers,
-                        const Constants* constants, int threads, Wide* out) {
+                        const Constants* constants, int threads, Opmath* out) {
   const Tensors tensors{n, rows};
   const auto chunks = cut(tensors, [](int64_t) { return true; });
   std::vector<std::array<double, 3>> squares(chunks.size());
-  const int64_t wide = SKETCH > 0 ? SKETCH + lanes : 0;
-  const std::unique_ptr<Wide[]> parts(new Wide[chunks.size() * wide]);
+  const int64_t width = SKETCH > 0 ? SKETCH + lanes : 0;
+  const std::unique_ptr<Opmath[]> parts(new Opmath[chunks.size() * width]);
 
   share(chunks, threads, false, [&](int64_t number) {
     const auto [i, first, size, _] = chunks[number];
     const Arithmetic rules(*constants);
-    alignas(64) Wide buffers[5][block];
+    alignas(64) Opmath buffers[5][block];
     double totals[3][lanes] = {};
-    Wide* const buckets = parts.get() + number * wide;
-    std::fill_n(buckets, wide, Wide(0));
+    Opmath* const buckets = parts.get() + number * width;
+    std::fill_n(buckets, width, Opmath(0));
 
     for (int64_t at = first, end = first + size; at < end; at += block) {
       const int64_t count = std::min(block, end - at);
       const Sources from(tensors, i, at), next(tensors, i, at + ahead);
-      const Wide *grad = as(from.grad, count, buffers[0]), *param = nullptr;
-      const Wide* moment[2] = {nullptr, nullptr};
-      Wide* history = nullptr;
+      const Opmath *grad = as(from.grad, count, buffers[0]), *param = nullptr;
+      const Opmath* moment[2] = {nullptr, nullptr};
+      Opmath* history = nullptr;
       if constexpr (COUPLED) param = as(from.param, count, buffers[1]);
       if constexpr (signal != Signal::gradient)
         for (int m = 0; m < moments; ++m) moment[m] = as(from.moment[m], count, buffers[2 + m]);
@@ -400,12 +400,12 @@ extern "C" void measure(int64_t n, const int64_t* rows, const Numbers* numbers,
   std::partial_sum(firsts.begin(), firsts.end(), firsts.begin());
 #pragma omp parallel for num_threads(threads) if (SKETCH > 0)
   for (int64_t i = 0; i < n; ++i) {
-    Wide *const norms = out + i * (3 + SKETCH), *const sketch = norms + 3;
+    Opmath *const norms = out + i * (3 + SKETCH), *const sketch = norms + 3;
     double sums[3] = {};
-    std::fill_n(sketch, SKETCH, Wide(0));
+    std::fill_n(sketch, SKETCH, Opmath(0));
     for (int64_t number = firsts[i]; number < firsts[i + 1]; ++number) {
       for (int sum = 0; sum < 3; ++sum) sums[sum] += squares[number][sum];
-      for (int64_t b = 0; b < SKETCH; ++b) sketch[b] += parts[number * wide + b];
+      for (int64_t b = 0; b < SKETCH; ++b) sketch[b] += parts[number * width + b];
     }
     norms[0] = std::sqrt(sums[0]);
     norms[1] = signal == Signal::gradient ? norms[0] : std::sqrt(sums[1]);
@@ -413,20 +413,20 @@ extern "C" void measure(int64_t n, const int64_t* rows, const Numbers* numbers,
   }
 }
 
-// go: [n]; where false, only the history is written: zeros.
+// active: [n]; where false, only the history is written: zeros.
 extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
-                        const Constants* constants, int threads, const bool* go) {
+                        const Constants* constants, int threads, const bool* active) {
   const Tensors tensors{n, rows};
-  const auto chunks = cut(tensors, [&](int64_t i) { return has_history || go[i]; });
+  const auto chunks = cut(tensors, [&](int64_t i) { return has_history || active[i]; });
 
   // Backwards: what `measure` read last may still be in the cache.
   share(chunks, threads, true, [&](int64_t number) {
     const auto [i, first, size, _] = chunks[number];
     const Arithmetic rules(*constants);
-    alignas(64) Wide buffers[5][burst];
+    alignas(64) Opmath buffers[5][burst];
     alignas(64) History narrow[burst];
 
-    if (!go[i]) {  // never without a history, as those were not cut
+    if (!active[i]) {  // never without a history, as those were not cut
       if constexpr (has_history) std::memset(tensors.history(i) + first, 0, size * sizeof(History));
       return;
     }
@@ -435,8 +435,8 @@ extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
       fetch<burst>(tensors.grad(i) + at + ahead);
       fetch<burst, true>(tensors.param(i) + at + ahead);
       for (int m = 0; m < moments; ++m) fetch<burst, true>(tensors.moment(m, i) + at + ahead);
-      const Wide* grad = as(tensors.grad(i) + at, count, buffers[0]);
-      Wide *param = as(tensors.param(i) + at, count, buffers[1]), *moment[2] = {nullptr, nullptr};
+      const Opmath* grad = as(tensors.grad(i) + at, count, buffers[0]);
+      Opmath *param = as(tensors.param(i) + at, count, buffers[1]), *moment[2] = {nullptr, nullptr};
       for (int m = 0; m < moments; ++m)
         moment[m] = as(tensors.moment(m, i) + at, count, buffers[2 + m]);
       advance_block(rules, numbers[i], count, grad, param, moment[0], moment[1], buffers[4]);

@@ -39,7 +39,7 @@ CORRECTIONS = tl.constexpr(1)  # of t: two
 PREV_RATE = tl.constexpr(3)
 PREV_CORRECTIONS = tl.constexpr(4)  # of t-1: two
 RATE = tl.constexpr(6)
-REMEMBERED = tl.constexpr(7)
+HISTORY_RATE = tl.constexpr(7)
 DECAY = tl.constexpr(8)
 NUMBERS = tl.constexpr(9)
 
@@ -50,8 +50,8 @@ SIGN = tl.constexpr(8)  # of the gradient: -1 to maximize
 SIGNS = tl.constexpr(0x9E3779B9)  # of the sketch's two hashes, with seed 0
 TURNS = tl.constexpr(0x3C6EF372)
 
-# Pointers into larger tensors need not be aligned, and are not asked.
-_POINTERS = ["table", "numbers", "constants", "owner", "go", "sums", "sketches", "parts", "out"]
+# Pointers into larger tensors need not be aligned: no kernel is specialized for those that are.
+_POINTERS = ["table", "numbers", "constants", "owner", "active", "sums", "sketches", "parts", "out"]
 
 
 # Parameters stand in lines by kind, not one by one.
@@ -93,11 +93,11 @@ def _gradient(
     record, constants, offset, at, mask,
     COUPLED: tl.constexpr, DTYPE: tl.constexpr, ACCESS: tl.constexpr,
 ):
-    wide = constants.dtype.element_ty
-    grad = _load(record, GRAD, offset, at, mask, DTYPE, ACCESS).to(wide)
+    opmath = constants.dtype.element_ty
+    grad = _load(record, GRAD, offset, at, mask, DTYPE, ACCESS).to(opmath)
     grad = grad * tl.load(constants + SIGN)
     if COUPLED:
-        param = _load(record, PARAM, offset, at, mask, DTYPE, ACCESS).to(wide)
+        param = _load(record, PARAM, offset, at, mask, DTYPE, ACCESS).to(opmath)
         grad = grad + tl.load(constants + WEIGHT_DECAY) * param
     return grad
 
@@ -124,7 +124,7 @@ def _moments(
 def _signals(
     record, row, constants, offset, at, mask,
     RULE: tl.constexpr, SIGNAL: tl.constexpr, COUPLED: tl.constexpr, DTYPE: tl.constexpr,
-    KEPT: tl.constexpr, ACCESS: tl.constexpr,
+    HISTORY_DTYPE: tl.constexpr, ACCESS: tl.constexpr,
 ):
     """g_t, x_t and x_t - x_{t-1}, zero where nothing is."""
     grad = _gradient(record, constants, offset, at, mask, COUPLED, DTYPE, ACCESS)
@@ -135,12 +135,12 @@ def _signals(
         new1, new2 = follow(grad, old1, old2, constants, RULE)
         now = direction(grad, new1, new2, constants, row + CORRECTIONS, RULE)
         now = now * -tl.load(row + LR)
-        if SIGNAL == "retraced":
+        if SIGNAL == "recomputed":
             before = direction(grad, old1, old2, constants, row + PREV_CORRECTIONS, RULE)
             rate = tl.load(row + PREV_RATE)
             before = tl.where(rate == 0.0, 0.0, before * -rate)
-    if KEPT is not None:
-        before = _load(record, HISTORY, offset, at, mask, KEPT, ACCESS).to(grad.dtype)
+    if HISTORY_DTYPE is not None:
+        before = _load(record, HISTORY, offset, at, mask, HISTORY_DTYPE, ACCESS).to(grad.dtype)
     change = now - before
     if ACCESS == "masked":  # with ε = 0, the direction beyond the end is 0/0
         now = tl.where(mask, now, 0.0)
@@ -153,7 +153,7 @@ def measure(
     table, numbers, constants, owner,
     sums,  # [chunks, 3]
     RULE: tl.constexpr, SIGNAL: tl.constexpr, COUPLED: tl.constexpr, DTYPE: tl.constexpr,
-    KEPT: tl.constexpr, ACCESS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    HISTORY_DTYPE: tl.constexpr, ACCESS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(owner + chunk).to(tl.int64)
@@ -169,7 +169,7 @@ def measure(
         for step in range(0, BLOCK, STEP):
             g, x, dx = _signals(
                 record, row, constants, offset + step, at, at < left,
-                RULE, SIGNAL, COUPLED, DTYPE, KEPT, ACCESS,
+                RULE, SIGNAL, COUPLED, DTYPE, HISTORY_DTYPE, ACCESS,
             )
             size += g * g
             now += x * x
@@ -178,7 +178,7 @@ def measure(
         for last in range(0, left, STEP):
             g, x, dx = _signals(
                 record, row, constants, offset + last, at, at < left - last,
-                RULE, SIGNAL, COUPLED, DTYPE, KEPT, "masked",
+                RULE, SIGNAL, COUPLED, DTYPE, HISTORY_DTYPE, "masked",
             )
             size += g * g
             now += x * x
@@ -276,7 +276,7 @@ def sketch(
 def _advance(
     record, row, constants, offset, at, mask,
     RULE: tl.constexpr, SIGNAL: tl.constexpr, COUPLED: tl.constexpr, DTYPE: tl.constexpr,
-    KEPT: tl.constexpr, ACCESS: tl.constexpr,
+    HISTORY_DTYPE: tl.constexpr, ACCESS: tl.constexpr,
 ):
     grad = _gradient(record, constants, offset, at, mask, COUPLED, DTYPE, ACCESS)
     first, second = _moments(grad, record, offset, at, mask, RULE, DTYPE, ACCESS)
@@ -288,19 +288,19 @@ def _advance(
         _store(record, FIRST_MOMENT, offset, at, mask, first, DTYPE, ACCESS)
     if RULE == "Adam":
         _store(record, SECOND_MOMENT, offset, at, mask, second, DTYPE, ACCESS)
-    if KEPT is not None:
+    if HISTORY_DTYPE is not None:
         now = grad
         if SIGNAL != "gradient":
-            now = d * -tl.load(row + REMEMBERED)
-        _store(record, HISTORY, offset, at, mask, now, KEPT, ACCESS)
+            now = d * -tl.load(row + HISTORY_RATE)
+        _store(record, HISTORY, offset, at, mask, now, HISTORY_DTYPE, ACCESS)
     _store(record, PARAM, offset, at, mask, param, DTYPE, ACCESS)
 
 
 @triton.jit(do_not_specialize=_POINTERS)
 def advance(
-    table, numbers, constants, owner, go,
+    table, numbers, constants, owner, active,
     RULE: tl.constexpr, SIGNAL: tl.constexpr, COUPLED: tl.constexpr, DTYPE: tl.constexpr,
-    KEPT: tl.constexpr, ACCESS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    HISTORY_DTYPE: tl.constexpr, ACCESS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(owner + chunk).to(tl.int64)
@@ -309,20 +309,21 @@ def advance(
     offset = (chunk - tl.load(record + CHUNK)) * BLOCK
     left = tl.load(record + SIZE) - offset
     at = tl.arange(0, STEP)
-    if tl.load(go + tensor):
+    if tl.load(active + tensor):
         if left >= BLOCK:
             for step in range(0, BLOCK, STEP):
                 _advance(
                     record, row, constants, offset + step, at, at < left,
-                    RULE, SIGNAL, COUPLED, DTYPE, KEPT, ACCESS,
+                    RULE, SIGNAL, COUPLED, DTYPE, HISTORY_DTYPE, ACCESS,
                 )
         else:
             for last in range(0, left, STEP):
                 _advance(
                     record, row, constants, offset + last, at, at < left - last,
-                    RULE, SIGNAL, COUPLED, DTYPE, KEPT, "masked",
+                    RULE, SIGNAL, COUPLED, DTYPE, HISTORY_DTYPE, "masked",
                 )
-    elif KEPT is not None:
+    elif HISTORY_DTYPE is not None:
         for last in range(0, tl.minimum(left, BLOCK), STEP):
             zeros = tl.zeros([STEP], constants.dtype.element_ty)
-            _store(record, HISTORY, offset + last, at, at < left - last, zeros, KEPT, "masked")
+            mask = at < left - last
+            _store(record, HISTORY, offset + last, at, mask, zeros, HISTORY_DTYPE, "masked")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _LIMIT = 1024
-"""Tables kept, the last used; each parameter that is stepped in its backward hook needs one."""
+"""How many tables are kept, the last used; with gradient release, each bucket needs some."""
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class _Table:
 _LOCK = threading.Lock()  # the backward hooks of two devices run in two threads
 _TABLES: dict[Hashable, _Table] = {}  # the last used is last
 _CAPTURED: set[_Table] = set()
-"""What graphs read, which no one can tell the end of: never dropped."""
+"""Tables that CUDA graphs read, which may be replayed at any time: never dropped."""
 
 
 def on_device(content: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
@@ -36,17 +36,17 @@ def on_device(content: Hashable, device: torch.device, make: Callable[[], Tensor
 
     Args:
         content: equal exactly where `make` gives the same.
-        device: where the table goes.
+        device: to which the table is copied.
         make: returns the table on the CPU.
 
     Raises:
         RuntimeError: in a capture before which there was no step with as many tensors.
     """
-    place = (content, device)
+    key = (content, device)
     with _LOCK:
         if _capturing(device):
-            return _in_capture(place, _TABLES.get(place), make)
-        found = _TABLES.pop(place, None)
+            return _in_capture(key, _TABLES.get(key), make)
+        found = _TABLES.pop(key, None)
         stream = _stream(device)
         # A table that was copied on another stream may not be there yet.
         if found is None or found.stream != stream:
@@ -54,19 +54,19 @@ def on_device(content: Hashable, device: torch.device, make: Callable[[], Tensor
                 _TABLES.pop(next(iter(_TABLES)))
             host = _pinned(make(), device)
             found = _Table(host, host.to(device, non_blocking=True), stream)
-        _TABLES[place] = found
+        _TABLES[key] = found
         return found.device
 
 
 def _in_capture(
-    place: tuple[Hashable, torch.device], found: _Table | None, make: Callable[[], Tensor]
+    key: tuple[Hashable, torch.device], found: _Table | None, make: Callable[[], Tensor]
 ) -> Tensor:
     if found is None:
         host = make()
-        found = _idle(host, place[1])
+        found = _idle(host, key[1])
         found.host.copy_(host)
         found.stream = None
-        _TABLES[place] = found
+        _TABLES[key] = found
     if found.stream is None:
         found.device.copy_(found.host, non_blocking=True)
     _CAPTURED.add(found)
@@ -75,10 +75,10 @@ def _in_capture(
 
 def _idle(like: Tensor, device: torch.device) -> _Table:
     """A table that no graph reads, taken out of use: a capture cannot allocate pinned memory."""
-    for place, table in _TABLES.items():
+    for key, table in _TABLES.items():
         same = table.host.shape == like.shape and table.host.dtype == like.dtype
         if same and table.device.device == device and table not in _CAPTURED:
-            return _TABLES.pop(place)
+            return _TABLES.pop(key)
     raise RuntimeError(
         "a CUDA graph is being captured before its tensors have been stepped once: take a step "
         "or more before the capture, as torch's documentation of CUDA graphs has it"
