@@ -1,7 +1,17 @@
 """AdaLip: a Lipschitz-adaptive learning rate per layer (Ioannou, Tagaris, Stafylopatis 2023)."""
 
 from .integrations.trainer import attach, register, trainer_kwargs
-from .optim import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU, release_gradients
+from .optim import (
+    AdaLip,
+    AdaLipU,
+    AdamLip,
+    AdamLipU,
+    Lipschitz,
+    RMSLip,
+    RMSLipU,
+    Secant,
+    release_gradients,
+)
 from .registry import (
     OptimizerInfo,
     create_optimizer,
@@ -20,6 +30,7 @@ __all__ = [
     "OptimizerInfo",
     "RMSLip",
     "RMSLipU",
+    "Secant",
     "__version__",
     "attach",
     "create_optimizer",

@@ -4,6 +4,7 @@ from .layerwise import LayerRate
 from .lipschitz import Estimator
 from .optimizer import LipOptimizer
 from .release import GradientRelease, release_gradients
+from .secant import Secant
 from .variants import AdaLip, AdaLipU, AdamLip, AdamLipU, RMSLip, RMSLipU
 from .wrapper import Lipschitz
 
@@ -19,5 +20,6 @@ __all__ = [
     "Lipschitz",
     "RMSLip",
     "RMSLipU",
+    "Secant",
     "release_gradients",
 ]
