@@ -214,6 +214,25 @@ def mlp() -> nn.Module:
     )
 
 
+class GRU(nn.Module):
+    """Reads an image of a digit row by row."""
+
+    def __init__(self, width: int = 48):
+        super().__init__()
+        self.gru = nn.GRU(8, width, batch_first=True)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(x.view(-1, 8, 8))[0][:, -1])
+
+
+def dropout_mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.3),
+        nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
 class Encoder(nn.Module):
     """The first two layers of a pretrained encoder, its mean token and a new head."""
 
@@ -251,6 +270,15 @@ TASKS = {
         "cifar", lambda a: _images(a.cifar, "img", 10000, 2000), lambda a: resnet(), 32, 300, 10
     ),
     "lstm": Task("text", lambda a: _text(a.text, 64), lambda a: LSTM(), 8, 250, 65),
+    "gru": Task("", lambda a: _digits(), lambda a: GRU(), 32, 300, 10),
+    "dropout": Task(
+        "mnist",
+        lambda a: _images(a.mnist, "image", 10000, 2000),
+        lambda a: dropout_mlp(),
+        32,
+        300,
+        10,
+    ),
 }
 
 
@@ -313,7 +341,7 @@ def run(
     seconds = time.process_time() - start
     if two_modes:
         optimizer.eval()
-        if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        if any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.modules()):
             with torch.no_grad():  # the statistics at the average, as its authors ask for
                 for _ in range(50):
                     model(next(batches)[0])

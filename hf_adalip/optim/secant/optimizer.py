@@ -330,7 +330,8 @@ class Secant(Optimizer):
         loss = _call(closure)
         _check_same("loss", expected, float(loss))
         _check_same("gradient norm", float(norm), float(self._slope(params, params)[1].sqrt()))
-        self._now = self.law.start(bound)
+        first = self.param_groups[0]
+        self._now = self.law.start(bound, float(first["lr"]) / first["reference_lr"])
         return loss
 
     def _bound(
