@@ -393,6 +393,43 @@ def optimizers(laws: list[str]) -> dict[str, Callable[[nn.Module, int], Optimize
     }
 
 
+def report(file: Path) -> None:
+    """Prints gains in parts of that of the best AdamW of the grid, means over seeds."""
+    gains: dict[tuple[str, int, str], dict[str, list[float]]] = {}
+    for line in map(json.loads, file.read_text().splitlines()):
+        loss = line["val_loss"]
+        chance = math.log(TASKS[line["task"]].classes)
+        gain = 0.0 if loss is None else max(chance - loss, 0.0)
+        kind = line["task"], line["batch"], line["schedule"]
+        gains.setdefault(kind, {}).setdefault(line["optimizer"], []).append(gain)
+    names = sorted({x for row in gains.values() for x in row if not x.startswith("adamw")})
+    head = ["task, batch, schedule", "best AdamW", "lr", "its neighbours", *names, "seeds"]
+    print("|", " | ".join(head), "|")
+    print("|---" * len(head) + "|")
+    for kind, row in sorted(gains.items()):
+        means = {name: sum(x) / len(x) for name, x in row.items()}
+        grid = [name for name in (f"adamw {lr:g}" for lr in GRID) if name in means]
+        if not grid:
+            continue
+        best = max(grid, key=means.__getitem__)
+        at = grid.index(best)
+        near = " ".join(
+            f"{means[grid[i]] / means[best]:.3f}" if 0 <= i < len(grid) else "–"
+            for i in (at - 1, at + 1)
+        )
+        cells = [
+            f"{means[name] / means[best]:.3f} ({min(row[name]) / means[best]:.2f})"
+            if name in means
+            else ""
+            for name in names
+        ]
+        print(
+            f"| {kind[0]}, {kind[1]}, {kind[2]} | {means[best]:.3f} | {best[6:]} | {near} |",
+            " | ".join(cells),
+            f"| {len(row[best])} |",
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="JSON lines, which new runs are appended to")
@@ -404,7 +441,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--laws", nargs="*", default=[""], help='such as "sigma=1.8 every=10"')
     parser.add_argument("--batch", type=float, default=1.0, help="times the task's batch size")
+    parser.add_argument("--report", action="store_true", help="print the table of the file")
     args = parser.parse_args()
+    if args.report:
+        report(args.file)
+        return
     torch.set_num_threads(1)
     done = set()
     if args.file.exists():

@@ -108,12 +108,23 @@ def test_the_probe_sees_the_curvature(curvature: float) -> None:
         assert probe.r == pytest.approx(1 - probe.rate * curvature, abs=1e-6)
 
 
-@pytest.mark.parametrize("sigma", [0.5, 1.0, 1.5])
-def test_the_rate_goes_to_sigma_over_l(sigma: float) -> None:
+@pytest.mark.parametrize("sigma", [0.5, 0.8, 1.5])
+def test_the_rate_rises_to_sigma_over_l(sigma: float) -> None:
     _, optimizer, closure = quadratic(7.0, every=1, law=Law(sigma=sigma))
     for _ in range(60):
         optimizer.step(closure)
     assert optimizer.rate == pytest.approx(sigma / 7.0, rel=1e-3)
+
+
+def test_the_rate_sinks_to_the_limit() -> None:
+    """A loss that has become steeper."""
+    _, optimizer, closure = quadratic(7.0, every=1)
+    for _ in range(8):
+        optimizer.step(closure)
+    optimizer._now = optimizer._now._replace(rate=1.0)
+    for _ in range(40):
+        optimizer.step(closure)
+    assert optimizer.rate == pytest.approx(2.0 / 7.0, rel=1e-2)
 
 
 def test_the_start_is_a_part_of_the_first_bound() -> None:
@@ -326,7 +337,8 @@ def probe(e0: float, e1: float, step: int = 40, rate: float = 0.1, scale: float 
     return Probe(step, rate, e0, e1, scale)
 
 
-NOW = Rate(rate=0.1, slope=1.0, curvature=5.0, step=21, peak=1.0)
+# One probe's worth: of a rate of 0.1 with slope 1 and curvature 15, between the two bounds.
+NOW = Rate(0.1, 1.0, 1.0, 15.0, 1.0, 15.0, 225.0, step=21, peak=1.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -365,19 +377,43 @@ def test_negative_curvature_climbs_no_faster_than_time() -> None:
     law = Law(climb=1.0)
     now = law.start(1.0)
     for t in range(1, 50):
-        now = law.follow(now, probe(1.0, 2.0, step=t), 1.0)
-        assert now.rate == pytest.approx(law.margin * (t + 1))
+        before, now = now, law.follow(now, probe(1.0, 2.0, step=t), 1.0)
+        assert before.rate < now.rate <= law.margin * (t + 1)
+    assert now.rate > law.margin * 15
 
 
-def test_no_slope_left_lowers_the_rate() -> None:
-    after = Law(average=0.0).follow(NOW, probe(-1.0, -2.0), 1.0)
-    assert after.rate == pytest.approx(NOW.rate / Law().fall)
+def test_steps_that_climb_lower_the_rate() -> None:
+    """At most by `fall`, and the less the less the probes agree."""
+    law = Law(average=0.5)
+    sure = unsure = NOW
+    for _ in range(10):
+        last, sure = sure, law.follow(sure, probe(1.0, -9.0), 1.0)
+        assert last.rate / law.fall <= sure.rate < last.rate
+    for e0 in (12.0, -10.0) * 5:
+        unsure = law.follow(unsure, probe(e0, e0 - 3.0), 1.0)
+    assert sure.rate < unsure.rate
+
+
+def test_between_the_bounds_the_rate_is_held() -> None:
+    law, now = Law(sigma=1.0, limit=2.0), NOW
+    for _ in range(20):
+        now = law.follow(now, probe(1.0, -0.5), 1.0)
+    assert now.rate == NOW.rate
+
+
+def test_a_warmup_has_values_of_its_own() -> None:
+    law = Law(margin=0.1, warmup_margin=0.3, sigma=0.5, warmup_sigma=1.5)
+    plain, warm = law.start(2.0), law.start(2.0, schedule=0.1)
+    assert (plain.rate, warm.rate) == pytest.approx((0.2, 0.6))
+    at = probe(1.0, 0.0)
+    assert law.follow(NOW, at, 1.0).rate == NOW.rate
+    assert law.follow(NOW._replace(warmup=True), at, 1.0).rate > NOW.rate
 
 
 def test_the_rate_stays_where_the_schedule_has_fallen() -> None:
     law = Law(hold=0.5)
-    assert law.follow(NOW, probe(1.0, -3.0), 0.6).rate < NOW.rate
-    assert law.follow(NOW, probe(1.0, -3.0), 0.4).rate == NOW.rate
+    assert law.follow(NOW, probe(1.0, -9.0), 0.6).rate < NOW.rate
+    assert law.follow(NOW, probe(1.0, -9.0), 0.4).rate == NOW.rate
 
 
 def test_gaps_grow_to_every() -> None:
@@ -476,7 +512,8 @@ def test_a_base_that_averages_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"sigma": 2.5}, {"sigma": math.nan}, {"average": -1}, {"climb": math.inf}]
+    "options",
+    [{"sigma": 2.5}, {"sigma": math.nan}, {"average": -1}, {"climb": math.inf}, {"limit": 0.5}],
 )
 def test_bad_laws(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
