@@ -133,6 +133,20 @@ def test_the_start_is_a_part_of_the_first_bound() -> None:
     assert optimizer.rate == pytest.approx(0.25 / 7.0, rel=0.3)
 
 
+def test_the_start_is_for_a_momentum_that_has_built_up() -> None:
+    p = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    optimizer = Secant(torch.optim.SGD([p], lr=1.0, momentum=0.9), law=Law(margin=0.25))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = 3.5 * p.square().sum()
+        loss.backward()
+        return loss.detach()
+
+    optimizer.step(closure)
+    assert optimizer.rate == pytest.approx(0.25 / 7.0 * (1 - 0.9), rel=0.4)
+
+
 @pytest.mark.parametrize(("scale", "stretch"), [(2.0**20, 1.0), (2.0**-20, 1.0), (1.0, 2.0**10)])
 def test_scale_invariance(scale: float, stretch: float) -> None:
     """The rate has the unit of parameters² over loss, and what is found is the same point."""
