@@ -125,7 +125,16 @@ class Law:
         sums = [self.average * old + new for old, new in zip(now[1:7], news, strict=True)]
         if not all(map(math.isfinite, sums)):
             return now
-        after = Rate(now.rate, *sums, probe.step + 1, now.peak, now.warmup)
+        weight, slope, curvature, slope_square, product, curvature_square = sums
+        after = now._replace(
+            weight=weight,
+            slope=slope,
+            curvature=curvature,
+            slope_square=slope_square,
+            product=product,
+            curvature_square=curvature_square,
+            step=probe.step + 1,
+        )
         if schedule < self.hold * now.peak:
             return after
         most = self.climb * math.log(max(after.step / now.step, 1.0))

@@ -325,14 +325,17 @@ class Secant(Optimizer):
             norm = self._slope(params, params)[1].sqrt()
             # At rate 1, and not at a small one: in p - a·u little would be left of a small a·u.
             before = [p.clone() for p in params]
-            # The step that this gradient leads to once momentum has built up.
-            with self._base_unchanged():
-                for _ in range(_SETTLING):
-                    _restore(params, before)
-                    self._base_step(1.0, scheduled=False)
-            steps = [q - p for p, q in zip(params, before, strict=True)]
-            _restore(params, before)
-            bound = self._bound(closure, params, before, steps)
+            try:
+                # The step that this gradient leads to once momentum has built up.
+                with self._base_unchanged():
+                    for _ in range(_SETTLING):
+                        _restore(params, before)
+                        self._base_step(1.0, scheduled=False)
+                steps = [q - p for p, q in zip(params, before, strict=True)]
+                _restore(params, before)
+                bound = self._bound(closure, params, before, steps)
+            finally:
+                _restore(params, before)
         loss = _call(closure)
         _check_same("loss", expected, float(loss))
         _check_same("gradient norm", float(norm), float(self._slope(params, params)[1].sqrt()))
