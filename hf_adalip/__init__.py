@@ -2,7 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .optim import AdaLip, AdaLipU, AdamLip, AdamLipU, Lipschitz, RMSLip, RMSLipU, release_gradients
+from .optim import (
+    AdaLip,
+    AdaLipU,
+    AdamLip,
+    AdamLipU,
+    Lipschitz,
+    RMSLip,
+    RMSLipU,
+    Secant,
+    release_gradients,
+)
 from .registry import (
     OptimizerInfo,
     create_optimizer,
@@ -24,6 +34,7 @@ __all__ = [
     "OptimizerInfo",
     "RMSLip",
     "RMSLipU",
+    "Secant",
     "__version__",
     "attach",
     "create_optimizer",

@@ -3,6 +3,7 @@
 from .estimator import Estimator
 from .optimizer import LipOptimizer
 from .release import GradientRelease, release_gradients
+from .secant import Secant
 from .step import LayerRate, LayerwiseOptimizer
 from .variants import AdaLip, AdaLipU, AdamLip, AdamLipU, RMSLip, RMSLipU
 from .wrapper import Lipschitz
@@ -20,5 +21,6 @@ __all__ = [
     "Lipschitz",
     "RMSLip",
     "RMSLipU",
+    "Secant",
     "release_gradients",
 ]

@@ -1,0 +1,490 @@
+"""`Secant`: any optimizer, at a learning rate that it finds itself."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import ASGD, LBFGS, Optimizer, Rprop
+
+from ..estimator import is_number
+from ..step import LayerwiseOptimizer
+from .law import Law, Rate, next_probe
+from .probe import Probe, measured, slope
+
+_KEY = "secant_"
+"""Marks what is ours in a state_dict."""
+
+_PREVIOUS = _KEY + "previous"
+
+_STARTING_STEP = 1e-3
+"""The first trial step, as a part of the norm of the parameters."""
+
+_SETTLING = 20
+"""Steps of the base with the first gradient; then a momentum of 0.9 has 0.88 of its full size."""
+
+_TRIALS = 20
+"""Trial steps at most: from 1e-3 of the parameters' norm ten orders down, and back by half."""
+
+_SETTLED = math.log(1.3)
+"""A trial that moves the bound by less is the last."""
+
+
+class Secant(Optimizer):
+    """Any torch.optim.Optimizer at a learning rate that it finds itself. Experimental.
+
+    The base optimizer says where to go and this one how far: once every `every` steps the slope
+    of one batch's loss is measured at both ends of the step before, which was made from another
+    batch, and the rate follows (see `Law`).
+
+        optimizer = Secant(torch.optim.AdamW(model.parameters()), model=model)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_function(model(inputs), targets)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    The closure is called once in a step, and once more where the step before is measured; in the
+    first step, which finds a rate to start from, some ten times. All calls of a step see the same
+    random numbers, and every call but the last leaves no trace in parameters, in the model's
+    buffers, in the base's state or in the generators.
+
+    `group["lr"]` is only what a schedule multiplies: a step is taken with `rate`·s, s being `lr`
+    over what it was when this optimizer was made. With several groups, the learning rates that
+    they were made with give the proportions between them. `group["effective_lr"]` is what the
+    last step was taken with.
+
+    It is a torch.optim.Optimizer itself, with the base's param_groups and state. Between a step
+    that is to be measured and the next it keeps one copy of the parameters, else nothing.
+
+    Args:
+        optimizer: the base optimizer; step it only through this one.
+        every: steps between two measurements. Early in training the gaps are a quarter of the
+            steps that were taken, if that is less.
+        model: the module that is trained, whose buffers (the running statistics of BatchNorm)
+            are put back after a measurement. Without it they take part in it.
+        law: how the rate follows the measurements.
+
+    Raises:
+        TypeError: if `optimizer` is not a torch.optim.Optimizer, or `model` not a module.
+        ValueError: for a bad `every`; for an optimizer that sets its own rate (those with an S
+            per layer, Rprop), for LBFGS, for one that averages iterates (ASGD, schedule-free
+            ones, which have train() and eval()), and for a group without a positive lr.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        every: int = 20,
+        *,
+        model: nn.Module | None = None,
+        law: Law | None = None,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer instance, got {optimizer!r}"
+            )
+        name = type(optimizer).__name__
+        if isinstance(optimizer, (LayerwiseOptimizer, Secant, Rprop)):
+            raise ValueError(f"{name} has rates of its own; choose another base")
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                "LBFGS evaluates several gradients in a step, while Secant measures steps that "
+                "are made from one; choose another base"
+            )
+        if isinstance(optimizer, ASGD) or all(hasattr(optimizer, x) for x in ("train", "eval")):
+            raise ValueError(
+                f"{name} keeps iterates of its own beside the parameters, which the rate would "
+                "not reach; choose another base"
+            )
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be an integer of at least 1, got {every!r}")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
+        for group in optimizer.param_groups:
+            _check_lr(group.get("lr"), name)
+        for group in optimizer.param_groups:
+            _refer(group)
+        self.optimizer = optimizer
+        self.every = every
+        self.law = Law() if law is None else law
+        self.probes: list[Probe] = []
+        self._model = model
+        self._now = Rate()
+        self._step = 0  # steps taken
+        self._measured = 0  # the step that is measured next, or was just taken to be measured
+        self._schedule = 0.0  # s of the last step
+        self._previous: dict[Tensor, Tensor] = {}
+        # What torch does to make an optimizer of a dict: hooks, and the profiled step.
+        self.__setstate__({})
+
+    # As the base's
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key in _OWN}
+
+    def __repr__(self) -> str:
+        return f"Secant(every={self.every}, rate={self.rate:.3g}, {self.optimizer!r})"
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base's."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the base's. Its rate is to that of the first group as their learning rates are."""
+        first = self.param_groups[0]
+        lr = param_group.get("lr", first["reference_lr"])
+        _check_lr(lr, type(self.optimizer).__name__)
+        self.optimizer.add_param_group({**param_group, "lr": lr})
+        _refer(self.param_groups[-1])
+
+    # What it says
+
+    @property
+    def rate(self) -> float:
+        """The rate that was found, which the schedule multiplies; 0 before the first step."""
+        return self._now.rate
+
+    # Its state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state_dict; beside it the rate, what it follows from, and the parameters
+        before a step that is to be measured."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        packed = self.optimizer.state_dict()
+        numbers = {
+            **self._now._asdict(),
+            "taken": self._step,
+            "measured": self._measured,
+            "schedule": self._schedule,
+        }
+        own = {_KEY + key: value for key, value in numbers.items()}
+        packed["param_groups"] = [{**group, **own} for group in packed["param_groups"]]
+        packed["state"] = dict(packed["state"])
+        for key, param in zip(_ids(packed), self._parameters(), strict=True):
+            if param in self._previous:
+                kept = {_PREVIOUS: self._previous[param]}
+                packed["state"][key] = {**packed["state"].get(key, {}), **kept}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            packed = after(self, packed) or packed
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave; training goes on bit for bit."""
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        wanted = [_KEY + key for key in (*Rate._fields, "taken", "measured", "schedule")]
+        if missing := [key for key in (*wanted, "reference_lr") if key not in groups[0]]:
+            raise ValueError(f"state_dict is not of Secant: its groups have no {missing[0]!r}")
+        numbers = [groups[0][key] for key in wanted]
+        for group, key in itertools.product(groups, wanted):
+            del group[key]
+        state, previous = {}, {}
+        for key, saved in state_dict["state"].items():
+            if isinstance(saved, dict) and _PREVIOUS in saved:
+                saved = dict(saved)
+                previous[key] = saved.pop(_PREVIOUS)
+                if not saved:
+                    continue
+            state[key] = saved
+        self.optimizer.load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        *rate, self._step, self._measured, self._schedule = numbers
+        self._now = Rate(*rate)
+        self._previous = {
+            param: previous[key].to(param.device, param.dtype, copy=True)
+            for key, param in zip(_ids(state_dict), self._parameters(), strict=True)
+            if key in previous
+        }
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    # A step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes a step of the base optimizer at the rate found.
+
+        Args:
+            closure: zeroes the gradients, computes loss and gradients of this step's batch, and
+                returns the loss. It must do the same when it is called again. Needed in the first
+                step and in those that follow a step that is to be measured.
+
+        Returns:
+            the closure's loss, or None.
+
+        Raises:
+            RuntimeError: without a closure where one is needed; in the first step, if the
+                closure's loss or gradient is another when it is called again at the same
+                parameters, or no rate can be found from it; for sparse gradients. Parameters and
+                the base's state are as before then.
+        """
+        loss = None
+        if not self.rate or self._previous:
+            if closure is None:
+                raise RuntimeError(
+                    f"step {self._step + 1} measures how far to go and needs a closure; "
+                    "call optimizer.step(closure)"
+                )
+            loss = self._probe(closure) if self._previous else self._start(closure)
+        elif closure is not None:
+            loss = _call(closure)
+        if not self._measured:
+            self._measured = self._step + 1
+        if self._step + 1 == self._measured:
+            self._previous = {p: p.clone() for p in self._parameters() if p.requires_grad}
+        try:
+            self._base_step(self.rate)
+        except BaseException:
+            self._previous = {}
+            raise
+        self._step += 1
+        return loss
+
+    def _base_step(self, rate: float, scheduled: bool = True) -> None:
+        """Steps the base with a rate; the groups' lr are as before then."""
+        first = self.param_groups[0]["reference_lr"]
+        given = [group["lr"] for group in self.param_groups]
+        values = [lr.clone() if isinstance(lr, Tensor) else lr for lr in given]
+        for group, lr in zip(self.param_groups, given, strict=True):
+            own = group["reference_lr"]
+            here = rate * (own / first)
+            if isinstance(lr, Tensor):  # in place, for those who have compiled or captured it
+                lr.div_(own).mul_(here) if scheduled else lr.fill_(here)
+                group["effective_lr"] = lr.clone()
+            else:
+                group["lr"] = group["effective_lr"] = here * (lr / own if scheduled else 1.0)
+        try:
+            self.optimizer.step()
+        finally:
+            for group, lr, value in zip(self.param_groups, given, values, strict=True):
+                group["lr"] = lr.copy_(value) if isinstance(lr, Tensor) else value
+        if scheduled:
+            self._schedule = float(values[0]) / first if self._previous else 0.0
+
+    def _probe(self, closure: Callable[[], Any]) -> Any:
+        """Measures the last step on this step's batch, and lets the rate follow.
+
+        Returns:
+            the loss where the parameters are; the gradients are of there, too.
+        """
+        params = list(self._previous)
+        olds = list(self._previous.values())
+        with self._unseen():
+            _swap(params, olds)
+            try:
+                _call(closure)
+                before = self._slope(params, [p - q for p, q in zip(params, olds, strict=True)])
+            finally:
+                _swap(params, olds)
+        loss = _call(closure)
+        after = self._slope(params, [q - p for p, q in zip(params, olds, strict=True)])
+        self._previous = {}
+        rate = self.rate * self._schedule
+        if rate > 0.0:  # else no step was taken
+            probe = measured(self._step, rate, before, after, self._sign)
+            self._now = self.law.follow(self._now, probe, self._schedule)
+            self.probes.append(probe)
+        self._measured = next_probe(self._step, self.every)
+        return loss
+
+    def _start(self, closure: Callable[[], Any]) -> Any:
+        """Finds a rate to start with: where the slope of this batch vanishes along its own step.
+
+        Returns:
+            the loss; the gradients are of this batch.
+        """
+        params = [p for p in self._parameters() if p.requires_grad]
+        with self._unseen():
+            expected = _loss(closure)
+            if all(p.grad is None for p in params):
+                raise RuntimeError("the closure left no gradients: it must call loss.backward()")
+            norm = self._slope(params, params)[1].sqrt()
+            # At rate 1, and not at a small one: in p - a·u little would be left of a small a·u.
+            before = [p.clone() for p in params]
+            try:
+                # The step that this gradient leads to once momentum has built up.
+                with self._base_unchanged():
+                    for _ in range(_SETTLING):
+                        _restore(params, before)
+                        self._base_step(1.0, scheduled=False)
+                steps = [q - p for p, q in zip(params, before, strict=True)]
+                _restore(params, before)
+                bound = self._bound(closure, params, before, steps)
+            finally:
+                _restore(params, before)
+        loss = _call(closure)
+        _check_same("loss", expected, float(loss))
+        _check_same("gradient norm", float(norm), float(self._slope(params, params)[1].sqrt()))
+        first = self.param_groups[0]
+        self._now = self.law.start(bound, float(first["lr"]) / first["reference_lr"])
+        return loss
+
+    def _bound(
+        self, closure: Callable[[], Any], params: list[Tensor], before: list[Tensor],
+        steps: list[Tensor],
+    ) -> float:  # fmt: skip
+        """The rate a at which <g(p - a·u), u> vanishes."""
+        sizes = [math.sqrt(float(self._slope([], x)[2])) for x in (before, steps)]
+        start = self._slope(params, steps)
+        if not sizes[1] or not torch.isfinite(start).all() or not start[0] * self._sign > 0:
+            raise RuntimeError(
+                "no rate can be found from the first batch: its gradient is zero or not finite, "
+                "or the base optimizer does not go down along it"
+            )
+        a = _STARTING_STEP * (sizes[0] or 1.0) / sizes[1]
+        for _ in range(_TRIALS):
+            torch._foreach_sub_(params, steps, alpha=a)
+            with self._unseen():
+                _call(closure)
+            end = self._slope(params, steps)
+            _restore(params, before)
+            probe = measured(0, 1.0, start, end, self._sign)
+            factor = 0.1
+            if probe.finite:
+                factor = 10.0 if probe.r >= 0.9 else max(0.1, 1.0 / (1.0 - probe.r))
+            a *= factor
+            if abs(math.log(factor)) < _SETTLED:
+                break
+        return a
+
+    def _slope(self, params: list[Tensor], steps: list[Tensor]) -> Tensor:
+        grads = [p.grad for p in params] or [None] * len(steps)
+        if any(grad is not None and grad.is_sparse for grad in grads):
+            raise RuntimeError("Secant takes no sparse gradients; use sparse=False")
+        return slope(grads, steps)
+
+    @property
+    def _sign(self) -> float:
+        return -1.0 if self.param_groups[0].get("maximize") else 1.0
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+
+    @contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Puts the model's buffers and the generators back in the end."""
+        buffers = [] if self._model is None else list(self._model.buffers())
+        copies = [x.clone() for x in buffers]
+        devices = {p.device for p in self._parameters()} - {torch.device("cpu")}
+        modules = [(torch.get_device_module(device), device) for device in devices]
+        states = [(m, device, m.get_rng_state(device)) for m, device in modules]
+        cpu = torch.get_rng_state()
+        try:
+            yield
+        finally:
+            torch.set_rng_state(cpu)
+            for module, device, state in states:
+                module.set_rng_state(state, device)
+            _restore(buffers, copies)
+
+    @contextmanager
+    def _base_unchanged(self) -> Iterator[None]:
+        """Puts the base's state back in the end, and what it keeps in its groups."""
+        base = self.optimizer
+        state = {p: copy.deepcopy(own) for p, own in base.state.items()}
+        groups = [{k: copy.deepcopy(v) for k, v in g.items() if k not in ("params", "lr")}
+                  for g in base.param_groups]  # fmt: skip
+        try:
+            yield
+        finally:
+            base.state.clear()
+            base.state.update(state)
+            for group, own in zip(base.param_groups, groups, strict=True):
+                for key in set(group) - set(own) - {"params", "lr"}:
+                    del group[key]
+                group.update(own)
+
+
+_OWN = (
+    "optimizer",
+    "every",
+    "law",
+    "probes",
+    "_model",
+    "_now",
+    "_step",
+    "_measured",
+    "_schedule",
+    "_previous",
+)
+
+
+def _check_lr(lr: Any, name: str) -> None:
+    if not isinstance(lr, Tensor) and not is_number(lr):
+        raise ValueError(
+            f"{name} has a group with lr={lr!r}, and Secant finds a learning rate: give it a number"
+        )
+    if not float(lr) > 0.0 or not math.isfinite(lr):
+        raise ValueError(
+            f"{name} has a group with lr={lr!r}, and a schedule is measured against it: give it "
+            "any positive number"
+        )
+
+
+def _refer(group: dict[str, Any]) -> None:
+    group["reference_lr"] = float(group["lr"])
+    group["effective_lr"] = 0.0
+
+
+def _call(closure: Callable[[], Any]) -> Any:
+    with torch.enable_grad():
+        return closure()
+
+
+def _loss(closure: Callable[[], Any]) -> float:
+    loss = _call(closure)
+    if loss is None:
+        raise RuntimeError("the closure must return the loss, got None")
+    return float(loss)
+
+
+def _check_same(what: str, expected: float, got: float) -> None:
+    """Whether the closure is a function of the parameters; up to what kernels do in any order."""
+    if abs(got - expected) > 1e-2 * abs(expected):
+        raise RuntimeError(
+            f"the closure's {what} is {expected:.6g} and, called again at the same parameters, "
+            f"{got:.6g}: in every call of a step it must zero the gradients and see the same batch "
+            "and the same random numbers (take the batch before step(closure), draw with torch's "
+            "generators)"
+        )
+
+
+def _swap(params: list[Tensor], others: list[Tensor]) -> None:
+    for param, other in zip(params, others, strict=True):
+        kept = param.clone()
+        param.copy_(other)
+        other.copy_(kept)
+
+
+def _restore(tensors: list[Tensor], copies: list[Tensor]) -> None:
+    for tensor, copied in zip(tensors, copies, strict=True):
+        tensor.copy_(copied)
+
+
+def _ids(state_dict: dict[str, Any]) -> Iterator[Any]:
+    """What a state_dict calls the parameters, in the order of the groups."""
+    return itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])

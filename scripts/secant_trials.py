@@ -1,0 +1,477 @@
+"""Trials of `Secant` on small tasks, beside tuned AdamW, Prodigy and schedule-free AdamW.
+
+    python scripts/secant_trials.py trials.jsonl --text input.txt --mnist ylecun/mnist
+        --cifar uoft-cs/cifar10 --reviews cornell-movie-review-data/rotten_tomatoes
+        --encoder sentence-transformers/all-MiniLM-L6-v2
+    python scripts/secant_trials.py trials.jsonl --report
+
+Every line of the file is one run; what is in it already is not run again. A task runs on one
+thread in seconds, and only those whose data is given. The gain of a run is how far its validation
+loss is below chance, the logarithm of the number of classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from hf_adalip.optim.secant import Law, Secant
+
+GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+SCHEDULES = ("constant", "linear")
+Batch = tuple[Tensor, Tensor]
+
+
+# The tasks
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and validation examples, in memory."""
+
+    inputs: Tensor
+    labels: Tensor
+    val_inputs: Tensor
+    val_labels: Tensor
+
+    def batches(self, size: int, seed: int) -> Iterator[Batch]:
+        """Without end, shuffled anew in every epoch."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self.labels), generator=generator)
+            for index in order[: len(order) // size * size].view(-1, size):
+                yield self.inputs[index], self.labels[index]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: `data` names the argument that its data comes from."""
+
+    data: str
+    load: Callable[[argparse.Namespace], Data]
+    model: Callable[[argparse.Namespace], nn.Module]
+    batch: int
+    steps: int
+    classes: int
+
+
+@cache
+def _text(path: str, length: int) -> Data:
+    text = Path(path).read_text(encoding="utf-8")
+    letters = {letter: i for i, letter in enumerate(sorted(set(text)))}
+    codes = torch.tensor([letters[letter] for letter in text])
+    cut = int(0.9 * len(codes))
+    parts = []
+    for part in (codes[:cut], codes[cut:]):
+        rows = part[: (len(part) - 1) // length * length].view(-1, length)
+        ahead = part[1 : rows.numel() + 1].view(-1, length)
+        parts += [rows, ahead]
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(parts[2]), generator=generator)[:128]
+    return Data(parts[0], parts[1], parts[2][chosen], parts[3][chosen])
+
+
+@cache
+def _images(path: str, image: str, train: int, val: int) -> Data:
+    import datasets
+    import numpy as np
+
+    splits = datasets.load_dataset(path)
+    parts: list[Tensor] = []
+    for split, count in (("train", train), ("test", val)):
+        rows = splits[split].shuffle(seed=0).select(range(count))
+        pixels = torch.from_numpy(np.stack([np.asarray(x) for x in rows[image]])).float() / 255
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        parts += [((pixels - 0.5) / 0.25).contiguous(), torch.tensor(rows["label"])]
+    return Data(*parts)
+
+
+@cache
+def _digits() -> Data:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    inputs = torch.tensor(digits.data, dtype=torch.float32) / 8 - 1
+    labels = torch.tensor(digits.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, val = order[:1347], order[1347:]
+    return Data(inputs[train], labels[train], inputs[val], labels[val])
+
+
+@cache
+def _reviews(path: str, encoder: str, length: int) -> tuple[Data, Tensor]:
+    import datasets
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    splits = datasets.load_dataset(path)
+    parts: list[Tensor] = []
+    for split, count in (("train", 4000), ("validation", 300)):
+        rows = splits[split].shuffle(seed=0).select(range(count))
+        codes = tokenizer(
+            list(rows["text"]),
+            truncation=True,
+            max_length=length,
+            padding="max_length",
+            return_tensors="pt",
+        )
+        parts += [codes["input_ids"], torch.tensor(rows["label"])]
+    # Only the tokens that occur: the others have no gradient.
+    used = torch.cat([parts[0], parts[2]]).unique()
+    assert used[0] == 0, "the padding"
+    for i in (0, 2):
+        parts[i] = torch.searchsorted(used, parts[i])
+    return Data(*parts), used
+
+
+class GPT(nn.Module):
+    def __init__(self, letters: int = 65, length: int = 64, width: int = 64, depth: int = 2):
+        super().__init__()
+        self.embed = nn.Embedding(letters, width)
+        self.place = nn.Parameter(torch.randn(length, width) * 0.02)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width,
+                4,
+                4 * width,
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, letters, bias=False)
+        mask = nn.Transformer.generate_square_subsequent_mask(length)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.embed(codes) + self.place
+        for block in self.blocks:
+            x = block(x, src_mask=self.mask, is_causal=True)
+        return self.head(self.norm(x))
+
+
+class LSTM(nn.Module):
+    def __init__(self, letters: int = 65, width: int = 96):
+        super().__init__()
+        self.embed = nn.Embedding(letters, 64)
+        self.lstm = nn.LSTM(64, width, batch_first=True)
+        self.head = nn.Linear(width, letters)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(codes))[0])
+
+
+def convnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(16 * 49, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+class Residual(nn.Module):
+    def __init__(self, into: int, out: int, stride: int):
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
+            nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        self.skip = nn.Sequential(nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.main(x) + self.skip(x))
+
+
+def resnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        Residual(8, 8, 1), Residual(8, 16, 2), Residual(16, 32, 2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
+
+
+class GRU(nn.Module):
+    """Reads an image of a digit row by row."""
+
+    def __init__(self, width: int = 48):
+        super().__init__()
+        self.gru = nn.GRU(8, width, batch_first=True)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(x.view(-1, 8, 8))[0][:, -1])
+
+
+def dropout_mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.3),
+        nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+class Encoder(nn.Module):
+    """The first two layers of a pretrained encoder, its mean token and a new head."""
+
+    def __init__(self, path: str, tokens: Tensor):
+        super().__init__()
+        from transformers import AutoModel
+
+        self.body = AutoModel.from_pretrained(path, num_hidden_layers=2, add_pooling_layer=False)
+        words = self.body.get_input_embeddings().weight.detach()[tokens]
+        self.body.set_input_embeddings(nn.Embedding.from_pretrained(words, False, padding_idx=0))
+        self.head = nn.Linear(self.body.config.hidden_size, 2)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        seen = codes != 0
+        out = self.body(codes, attention_mask=seen.long()).last_hidden_state
+        mean = (out * seen[..., None]).sum(1) / seen.sum(1, keepdim=True)
+        return self.head(mean)
+
+
+TASKS = {
+    "gpt": Task("text", lambda a: _text(a.text, 64), lambda a: GPT(), 8, 300, 65),
+    "encoder": Task(
+        "encoder",
+        lambda a: _reviews(a.reviews, a.encoder, 24)[0],
+        lambda a: Encoder(a.encoder, _reviews(a.reviews, a.encoder, 24)[1]),
+        8,
+        80,
+        2,
+    ),
+    "mlp": Task("", lambda a: _digits(), lambda a: mlp(), 32, 400, 10),
+    "convnet": Task(
+        "mnist", lambda a: _images(a.mnist, "image", 10000, 2000), lambda a: convnet(), 32, 300, 10
+    ),
+    "resnet": Task(
+        "cifar", lambda a: _images(a.cifar, "img", 10000, 2000), lambda a: resnet(), 32, 300, 10
+    ),
+    "lstm": Task("text", lambda a: _text(a.text, 64), lambda a: LSTM(), 8, 250, 65),
+    "gru": Task("", lambda a: _digits(), lambda a: GRU(), 32, 300, 10),
+    "dropout": Task(
+        "mnist",
+        lambda a: _images(a.mnist, "image", 10000, 2000),
+        lambda a: dropout_mlp(),
+        32,
+        300,
+        10,
+    ),
+}
+
+
+# One run
+
+
+def schedule(name: str, steps: int) -> Callable[[int], float]:
+    """Constant, or a warm-up over a tenth of the steps and a linear decay to nothing."""
+    if name == "constant":
+        return lambda t: 1.0
+    rise = max(1, steps // 10)
+    return lambda t: min((t + 1) / rise, (steps - t) / (steps - rise))
+
+
+@torch.no_grad()
+def validate(model: nn.Module, data: Data) -> tuple[float, float]:
+    """The loss and the accuracy."""
+    model.eval()
+    losses, right = [], []
+    for x, y in zip(data.val_inputs.split(250), data.val_labels.split(250), strict=True):
+        scores = model(x).flatten(0, -2)
+        losses.append(F.cross_entropy(scores, y.flatten(), reduction="none"))
+        right.append(scores.argmax(-1) == y.flatten())
+    model.train()
+    return float(torch.cat(losses).mean()), float(torch.cat(right).float().mean())
+
+
+def run(
+    task: Task,
+    args: argparse.Namespace,
+    make: Callable[[nn.Module, int], Optimizer],
+    schedule_name: str,
+    seed: int,
+    batch: int,
+) -> dict[str, Any]:
+    """Trains once, and returns what is worth a line."""
+    data = task.load(args)
+    torch.manual_seed(seed)
+    model = task.model(args).train()
+    optimizer = make(model, task.steps)
+    scheduler = LambdaLR(optimizer, schedule(schedule_name, task.steps))
+    two_modes = hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+    if two_modes:
+        optimizer.train()
+    start, losses = time.process_time(), []
+    batches = data.batches(batch, seed)
+    for _ in range(task.steps):
+        x, y = next(batches)
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+            loss.backward()
+            return loss.detach()
+
+        losses.append(float(optimizer.step(closure)))
+        scheduler.step()
+        if not math.isfinite(losses[-1]):
+            break
+    seconds = time.process_time() - start
+    if two_modes:
+        optimizer.eval()
+        if any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.modules()):
+            with torch.no_grad():  # the statistics at the average, as its authors ask for
+                for _ in range(50):
+                    model(next(batches)[0])
+    val_loss, accuracy = validate(model, data)
+    tail = losses[-max(1, task.steps // 10) :]
+    result = {
+        "val_loss": val_loss if math.isfinite(val_loss) else None,
+        "accuracy": accuracy,
+        "train_loss": sum(tail) / len(tail) if math.isfinite(sum(tail)) else None,
+        "seconds": round(seconds, 2),
+    }
+    if probes := getattr(optimizer, "probes", None):
+        result["probes"] = [[p.step, float(f"{p.rate:.3g}"), round(p.r, 3)] for p in probes]
+    return result
+
+
+def optimizers(laws: list[str]) -> dict[str, Callable[[nn.Module, int], Optimizer]]:
+    """The optimizers by name."""
+
+    def secant(law: str) -> Callable[[nn.Module, int], Optimizer]:
+        options = {key: float(value) for key, value in (x.split("=") for x in law.split())}
+        every = int(options.pop("every", 20))
+        lr = options.pop("lr", 1e-3)
+
+        def make(model: nn.Module, steps: int) -> Optimizer:
+            base = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+            return Secant(base, every, model=model, law=Law(**options))
+
+        return make
+
+    def adamw(lr: float) -> Callable[[nn.Module, int], Optimizer]:
+        return lambda model, steps: torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+
+    def prodigy(model: nn.Module, steps: int) -> Optimizer:
+        from prodigyopt import Prodigy
+
+        return Prodigy(model.parameters())
+
+    def schedule_free(model: nn.Module, steps: int) -> Optimizer:
+        from schedulefree import AdamWScheduleFree
+
+        return AdamWScheduleFree(model.parameters())
+
+    return {
+        **{f"adamw {lr:g}": adamw(lr) for lr in GRID},
+        "prodigy": prodigy,
+        "schedulefree": schedule_free,
+        **{f"secant {law}".strip(): secant(law) for law in laws},
+    }
+
+
+def report(file: Path) -> None:
+    """Prints gains in parts of that of the best AdamW of the grid, means over seeds."""
+    gains: dict[tuple[str, int, str], dict[str, list[float]]] = {}
+    for line in map(json.loads, file.read_text().splitlines()):
+        loss = line["val_loss"]
+        chance = math.log(TASKS[line["task"]].classes)
+        gain = 0.0 if loss is None else max(chance - loss, 0.0)
+        kind = line["task"], line["batch"], line["schedule"]
+        gains.setdefault(kind, {}).setdefault(line["optimizer"], []).append(gain)
+    names = sorted({x for row in gains.values() for x in row if not x.startswith("adamw")})
+    head = ["task, batch, schedule", "best AdamW", "lr", "its neighbours", *names, "seeds"]
+    print("|", " | ".join(head), "|")
+    print("|---" * len(head) + "|")
+    for kind, row in sorted(gains.items()):
+        means = {name: sum(x) / len(x) for name, x in row.items()}
+        grid = [name for name in (f"adamw {lr:g}" for lr in GRID) if name in means]
+        if not grid:
+            continue
+        best = max(grid, key=means.__getitem__)
+        at = grid.index(best)
+        near = " ".join(
+            f"{means[grid[i]] / means[best]:.3f}" if 0 <= i < len(grid) else "–"
+            for i in (at - 1, at + 1)
+        )
+        cells = [
+            f"{means[name] / means[best]:.3f} ({min(row[name]) / means[best]:.2f})"
+            if name in means
+            else ""
+            for name in names
+        ]
+        print(
+            f"| {kind[0]}, {kind[1]}, {kind[2]} | {means[best]:.3f} | {best[6:]} | {near} |",
+            " | ".join(cells),
+            f"| {len(row[best])} |",
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="JSON lines, which new runs are appended to")
+    for name in ("text", "mnist", "cifar", "reviews", "encoder"):
+        parser.add_argument(f"--{name}", help="path or Hub id")
+    parser.add_argument("--only", nargs="*", default=["*"], help="patterns of optimizers")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--schedules", nargs="*", default=SCHEDULES, choices=SCHEDULES)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--laws", nargs="*", default=[""], help='such as "sigma=1.8 every=10"')
+    parser.add_argument("--batch", type=float, default=1.0, help="times the task's batch size")
+    parser.add_argument("--report", action="store_true", help="print the table of the file")
+    args = parser.parse_args()
+    if args.report:
+        report(args.file)
+        return
+    torch.set_num_threads(1)
+    done = set()
+    if args.file.exists():
+        done = {json.loads(line)["key"] for line in args.file.read_text().splitlines()}
+    for seed in args.seeds:
+        for name in args.tasks:
+            task = TASKS[name]
+            if task.data and not getattr(args, task.data):
+                continue
+            for kind in args.schedules:
+                for label, make in optimizers(args.laws).items():
+                    if not any(fnmatchcase(label, pattern) for pattern in args.only):
+                        continue
+                    if label == "schedulefree" and kind != "constant":
+                        continue
+                    batch = int(task.batch * args.batch)
+                    key = f"{name} {batch} {kind} {label} {seed}"
+                    if key in done:
+                        continue
+                    result = run(task, args, make, kind, seed, batch)
+                    line = {"key": key, "task": name, "batch": batch, "schedule": kind}
+                    line |= {"optimizer": label, "seed": seed, **result}
+                    with args.file.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    print(key, {k: v for k, v in result.items() if k != "probes"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
