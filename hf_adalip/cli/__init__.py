@@ -10,6 +10,7 @@ from . import doctor, optimizers, plot, publish
 
 
 def main() -> None:
+    """The command `hf-adalip`."""
     parser = argparse.ArgumentParser(prog="hf-adalip", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -7,6 +7,7 @@ from typing import Any
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command and its options."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "doctor",
         help="run a training script for a few steps, and say what is wrong",
@@ -25,6 +26,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the script; 1 if something is wrong, 2 if nothing could be seen."""
     return doctor(args.script, args.arguments)
 
 

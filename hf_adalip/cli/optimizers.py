@@ -10,6 +10,7 @@ from ..registry import list_optimizers
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command and its options."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "optimizers", help="list the optimizers by name"
     )

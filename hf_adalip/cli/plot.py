@@ -9,6 +9,7 @@ from typing import Any
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command and its options."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "plot",
         help="draw the losses and learning rates of runs",

@@ -11,6 +11,7 @@ from ..errors import PublishError
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command and its options."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "publish",
         help="upload a recipe's run to the Hub",

@@ -65,6 +65,9 @@ def examine_run(
     """What is wrong with the optimizer and the schedule of a Trainer, once they have been made.
 
     Args:
+        trainer: as it is when training begins.
+        optimizer: of it, without what accelerate wraps around it.
+        scheduler: of its learning rate.
         steps: of the whole training.
     """
     found = (

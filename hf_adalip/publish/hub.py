@@ -234,7 +234,8 @@ def publish(
         folder: a run's OUTPUT_DIR.
         repo_id: USER/NAME; made if it is not there.
         private: for those with access only.
-        exclude, include: as in `prepare`.
+        exclude: as in `prepare`.
+        include: as in `prepare`.
 
     Raises:
         PublishError: as `prepare`; if there is no token; or if the Hub refuses or is not reached.
