@@ -1,4 +1,4 @@
-"""Saves training states on some ranks, or goes on from them; run by torchrun.
+"""Saves training states on some ranks, or goes on from them; run on ranks from the tests.
 
     torchrun --nproc-per-node 2 -m tests.distributed.resharding save FOLDER
     torchrun --nproc-per-node 4 -m tests.distributed.resharding load FOLDER

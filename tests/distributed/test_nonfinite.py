@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.distributed.test_engines import torchrun
+from tests.distributed.ranks import run
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +17,7 @@ def test_one_ranks_inf_is_everyones(tmp_path):
     Whatever is said not to change or to go on as if nothing had been is so bit for bit.
     """
     path = tmp_path / "found.json"
-    torchrun(2, "nonfinite", str(path), "ddp", "fsdp2")
+    run(2, "nonfinite", str(path), "ddp", "fsdp2")
     found = json.loads(path.read_text())
     assert len(found) == 2 * (8 * 3 + 4 + 2)
     wrong = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.test_engines import launch
+from tests.distributed.test_engines import launch, torchrun
 
 pytest.importorskip("deepspeed", reason='needs DeepSpeed: pip install "hf-adalip[deepspeed]"')
 
@@ -27,7 +27,7 @@ REFUSED = {
 
 
 def test_training_is_that_of_one_process_or_refused(tmp_path):
-    found = launch(tmp_path / "found.json", 2, [*EXACT, *BF16, *REFUSED], "zero")
+    found = launch(tmp_path / "found.json", 2, [*EXACT, *BF16, *REFUSED], "zero", torchrun)
     for case in EXACT:
         for what in ("S", "parameters", "losses", "norms"):
             assert found[case][what] < 1e-6, (case, what)

@@ -95,7 +95,7 @@ def case(engine, *optimizer_options):
     alone = engines.train_alone(like(engine), *optimizer_options)
     if None in found.norms:  # stage 0 clips, but does not tell the norm
         found = found._replace(norms=alone.norms)
-    return engines.differences(found, alone)
+    return engines.differences(found, lambda: alone)
 
 
 def main():

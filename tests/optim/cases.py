@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -130,3 +130,16 @@ def wrap(
     signal = "update" if name.endswith("u") else "gradient"
     inner = kind[name.removesuffix("u")](params, lr=lr, foreach=foreach, **base)
     return Lipschitz(inner, signal=signal, **lipschitz)
+
+
+def bare_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """The step without torch's wrappers."""
+    function = type(optimizer).step
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+
+    def step() -> None:
+        with torch.no_grad():
+            function(optimizer)
+
+    return step

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from hf_adalip import AdamLip, Lipschitz, create_optimizer
-from tests.optim.cases import CLASSES, assert_same, forms
+from tests.optim.cases import CLASSES, assert_same, bare_step, forms
 
 Step = Callable[[], Any]
 
@@ -28,19 +28,6 @@ def _nothing_compiled() -> Iterator[None]:
     torch._dynamo.eval_frame.TorchPatcher.patch()  # gives all optimizers' steps the same wrappers
     yield
     torch._dynamo.reset()
-
-
-def bare_step(optimizer: torch.optim.Optimizer) -> Step:
-    """The step without torch's wrappers."""
-    function = type(optimizer).step
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-
-    def step() -> None:
-        with torch.no_grad():
-            function(optimizer)
-
-    return step
 
 
 def train(

@@ -1,0 +1,86 @@
+"""The processes of a group, forked from one that has imported what they need.
+
+torch with its compiler takes seconds to import, which torchrun and each of its processes would do
+for every launch; the tests of recipes and launchers use torchrun itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import sys
+import time
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[2]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.distributed.engines", "tests.distributed.resharding"])
+
+
+def run(ranks, module, *arguments, timeout=600):
+    """`main` of tests.distributed.MODULE with these arguments, on each rank; fails if one fails."""
+    # As torchrun keeps it: a port that nobody else can take before rank 0 does.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])]),
+    }
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        for key in ("OMP_NUM_THREADS", "PYTHONPATH"):
+            patch.setenv(key, environment[key])
+        forkserver.ensure_running()
+        processes, logs = [], []
+        for rank in range(ranks):
+            logs.append(Path(folder, f"rank{rank}"))
+            variables = environment | {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": "0",
+            }
+            processes.append(
+                SERVER.Process(target=_main, args=(module, arguments, variables, logs[-1]))
+            )
+            processes[-1].start()
+        _wait(processes, timeout)
+        said = [
+            f"rank {rank} ended with {process.exitcode}: {log.read_text()[-4000:]}"
+            for rank, (process, log) in enumerate(zip(processes, logs, strict=True))
+            if process.exitcode
+        ]
+    assert not said, "\n".join(said)
+
+
+def _wait(processes, timeout):
+    """Until all have ended; when one has failed or time is up, the others are killed."""
+    deadline = time.monotonic() + timeout
+    try:
+        while running := [process for process in processes if process.exitcode is None]:
+            left = deadline - time.monotonic()
+            if left <= 0 or any(process.exitcode for process in processes):
+                break
+            connection.wait([process.sentinel for process in running], left)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _main(module, arguments, variables, log):
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = [module, *arguments]
+    importlib.import_module(f"tests.distributed.{module}").main()
