@@ -47,7 +47,8 @@ def _no_room(error: BaseException) -> str | None:
     if number in _NO_ROOM:
         return os.strerror(number) + (" for ulimit -f" if number == errno.EFBIG else "")
     if isinstance(error, RuntimeError) and re.search(
-        r"enforce fail at inline_container|PytorchStreamWriter failed writing", str(error)
+        r"enforce fail at inline_container|PytorchStreamWriter failed writing|iostream error",
+        str(error),
     ):  # torch does not say why
         return "no space left on device, or file too large for ulimit -f"
     return None
