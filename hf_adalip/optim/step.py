@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from operator import attrgetter, mul
+from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -37,9 +37,6 @@ from .state import State, StateKeys, unpacked
 
 if TYPE_CHECKING:
     from .release import GradientRelease
-
-
-_grad = attrgetter("grad")
 
 
 class Form(Protocol):
@@ -157,7 +154,8 @@ class LayerwiseOptimizer(Optimizer):
             params = [p.param for p in local_params]
             states = [p.stored if p.part is None else p.state for p in local_params]
             given: Any = (params if bucket.is_plain else local_params) if bucket.form else ()
-            grads = [grad for grad in map(_grad, given) if grad is not None]
+            found = [x.grad for x in given]
+            grads = [grad for grad in found if grad is not None]
             if not bucket.is_plain:
                 shards = [p.shard for p in local_params]
                 if bucket.form:
