@@ -112,7 +112,7 @@ def compared() -> Iterator[None]:
         fused.advance(copy, rates, history_rates, active)
         for i in range(len(batch.params)):
             close(copy.params[i], batch.params[i].detach())
-            for name in (*batch.moments, *batch.history):
+            for name in (*batch.moment_keys, *batch.history_keys):
                 close(copy.states[i][name], batch.states[i][name])
 
     with mock.patch.multiple(loop, measure=measure, advance=advance):

@@ -203,7 +203,7 @@ def work(
     for i, state in enumerate(states):
         state["prev_lr"] = torch.tensor(0.0 if i == 1 else 0.07, dtype=steps.dtype)
     lr = 0.05
-    keys = rule.state_keys(group), signal.history(rule, group)
+    keys = rule.state_keys(group), signal.history_keys(rule, group)
     batch = Batch(rule, signal, group, [], draw(), draw(), states, steps, lr, *keys)
     wide = opmath_dtype(dtype)
     rates = torch.rand(len(sizes), generator=generator).to(wide)
