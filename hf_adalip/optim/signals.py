@@ -156,20 +156,6 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([norm(x) if cpu and x.numel() > _ROW else next(found) for x in tensors])
 
 
-def mixed_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """‖x‖ of each tensor, of any devices and dtypes, as a vector on `device`."""
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, x in enumerate(tensors):
-        alike.setdefault((x.device, x.dtype), []).append(i)
-    found: dict[int, Tensor] = {}
-    for indices in alike.values():
-        values = norms([tensors[i] for i in indices]).to(device)
-        found.update(zip(indices, values.unbind(), strict=True))
-    if not tensors:
-        return torch.zeros(0, device=device)
-    return torch.stack([found[i] for i in range(len(tensors))])
-
-
 def layer_norms(tensor_norms: Tensor, layer_of: tuple[int, ...], layers: int) -> Tensor:
     """Norms of layers from the norms of their tensors: the root of the sum of squares.
 

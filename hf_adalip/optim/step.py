@@ -353,11 +353,10 @@ def step_layers(optimizer: LayerwiseOptimizer, plan: StepPlan) -> Tensor:
     if not plan.is_in_state:
         plan.put_in_state(optimizer)
     everyone = slice(0, len(plan.params))
-    for name, values in {
-        "lipschitz_scale": torch.cat([x[0].scale for x in followed]),
-        "prev_norm": torch.cat([x[0].prev_norm for x in followed]),
-    }.items():
-        plan.write(name, plan.spread(values), everyone)
+    scale = torch.cat([state.scale for state, _, _ in followed])
+    prev_norm = torch.cat([state.prev_norm for state, _, _ in followed])
+    plan.write("lipschitz_scale", plan.spread(scale), everyone)
+    plan.write("prev_norm", plan.spread(prev_norm), everyone)
     for (_, here), (state, _, _) in zip(plan.kinds, followed, strict=True):
         if state.c is not None:
             plan.write_layers("lipschitz_c", state.c, here)
