@@ -23,6 +23,7 @@ from .optim import (
     AdamLip,
     AdamLipU,
     LayerwiseOptimizer,
+    LionLip,
     Lipschitz,
     RMSLip,
     RMSLipU,
@@ -331,5 +332,12 @@ for _info in (
     OptimizerInfo("adalipu", AdaLipU, _SGD, "update", "Algorithm 5"),
     OptimizerInfo("rmslipu", RMSLipU, _RMSPROP, "update", "Appendix C"),
     OptimizerInfo("adamlipu", AdamLipU, _ADAM, "update", "Appendix C"),
+    OptimizerInfo(
+        "lionlip",
+        LionLip,
+        signal="gradient",
+        reference="Eqs. 6-9",
+        description="Lion with a learning rate per layer, from its gradients",
+    ),
 ):
     register_optimizer(_info)

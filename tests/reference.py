@@ -25,7 +25,7 @@ class Reference:
     """One of the six optimizers over named float64 arrays.
 
     Args:
-        base: "sgd" (Algorithms 2 and 5), "rmsprop" (3) or "adam" (4).
+        base: "sgd" (Algorithms 2 and 5), "rmsprop" (3), "adam" (4) or "lion".
         signal: "gradient", or "update" for the -U forms.
         previous: u_{t-1} "applied" (Algorithm 5) or "proposed" (Eqs. C4-C5).
         c: a number, or "theoretical" for Eq. A.3.
@@ -171,6 +171,12 @@ class Reference:
             # Algorithm 3, line 6; its β_2 is called alpha here
             self.v[name] = self.alpha * self.v.get(name, 0) + (1 - self.alpha) * g**2
             return g / self._root(self.v[name])
+        if self.base == "lion":
+            # Chen et al. 2023, Algorithm 2
+            beta_1, beta_2 = self.betas
+            m = self.m.get(name, 0)
+            self.m[name] = beta_2 * m + (1 - beta_2) * g
+            return np.sign(beta_1 * m + (1 - beta_1) * g)
         # Algorithm 4, lines 6-9
         beta_1, beta_2 = self.betas
         self.m[name] = beta_1 * self.m.get(name, 0) + (1 - beta_1) * g

@@ -5,7 +5,7 @@ from .optimizer import LipOptimizer
 from .release import GradientRelease, release_gradients
 from .secant import Secant
 from .step import LayerRate, LayerwiseOptimizer
-from .variants import AdaLip, AdaLipU, AdamLip, AdamLipU, RMSLip, RMSLipU
+from .variants import AdaLip, AdaLipU, AdamLip, AdamLipU, LionLip, RMSLip, RMSLipU
 from .wrapper import Lipschitz
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "GradientRelease",
     "LayerRate",
     "LayerwiseOptimizer",
+    "LionLip",
     "LipOptimizer",
     "Lipschitz",
     "RMSLip",

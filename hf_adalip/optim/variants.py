@@ -1,4 +1,4 @@
-"""The six optimizers: a signature, a rule and a signal each.
+"""The paper's six optimizers and LionLip: a signature, a rule and a signal each.
 
 Each constructor hands its arguments to `LipOptimizer`, which documents in full what they share.
 """
@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from .groups import Layers
 from .history import DEFAULT_SKETCH_SIZE
 from .optimizer import LipOptimizer
-from .rules import SGD, Adam, RMSprop, Rule
+from .rules import SGD, Adam, Lion, RMSprop, Rule
 from .signals import Gradients, Signal, Updates
 
 
@@ -568,5 +568,93 @@ class AdamLipU(AdamLip):
         capturable: bool = False,
         differentiable: bool = False,
         previous: Literal["applied", "proposed"] = "applied",
+    ) -> None:
+        LipOptimizer.__init__(self, locals())
+
+
+class LionLip(LipOptimizer):
+    """LionLip: Lion with a Lipschitz-adaptive learning rate per layer; not in the paper.
+
+        m_t = β_2·m_{t-1} + (1-β_2)·g_t
+        S_t = γ·S_{t-1} + (1-γ)·‖g_{t-1}‖/(‖g_t - g_{t-1}‖ + c)
+        p_t = p_{t-1} - α_t·S_t·sign(β_1·m_{t-1} + (1-β_1)·g_t)
+
+    for each layer, with S_0 = 1 (Eqs. 6-9). The layer's first step is taken with α_t alone. Every
+    element moves by α_t·S_t: lr is to be a third to a tenth of Adam's, and weight_decay three to
+    ten times Adam's.
+
+    Args:
+        params: parameters, named parameters, or groups of either.
+        lr: α_t, the learning rate before S, >= 0; a float or a one-element tensor.
+        betas: β_1 of the update and β_2 of the running average of the gradient, in [0, 1).
+        weight_decay: λ >= 0, decoupled unless `decoupled_weight_decay=False`.
+        gamma: γ, coefficient of the moving average, in (0, 1).
+        c: positive constant in the denominator, or "theoretical" (Eq. A.3).
+        layers: what shares one S: "tensor", "module" (needs named parameters), or a function from
+            a parameter's name to its layer's name.
+        scale_bounds: (low, high) that S is kept in, 0 < low <= high; None for the paper's unbounded
+            S.
+        nonfinite: what a layer does whose gradient is not finite: "skip" the step, "raise" before
+            anything has changed, or "propagate".
+        decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p; False adds λp to g_t.
+        history: how g_{t-1} is kept: "exact", a floating-point dtype, or "sketch".
+        sketch_size: how many numbers a sketch has; a power of two, at least 32.
+        foreach: use the multi-tensor form; None chooses.
+        fused: use the compiled form; None chooses.
+        maximize: ascend instead of descend.
+        capturable: safe to capture in a CUDA graph.
+        differentiable: autograd runs through the step.
+
+    State:
+        exp_avg: m_t, the parameter's shape and dtype.
+        prev_grad: g_{t-1}, the parameter's shape and dtype (see `history`).
+        step: t, a number.
+        lipschitz_scale, prev_norm, layer_lr, nonfinite_steps: of its layer, S_t, ‖g_t‖, A_t and the
+            count of skipped steps; numbers.
+        lipschitz_c: with c="theoretical", c_t of its layer; a number.
+
+    Raises:
+        ValueError: for a bad value, naming the argument and the value.
+
+    Reference:
+        S: doi:10.1007/s11063-022-11140-w. Lion: Chen et al., Symbolic Discovery of Optimization
+        Algorithms, 2023. doi:10.48550/arXiv.2302.06675
+
+    Examples:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> optimizer = LionLip(model.named_parameters(), lr=0.05)
+        >>> for x in ([1.0, 2.0], [2.0, 1.0]):
+        ...     loss = model(torch.tensor(x)).square().sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> round(optimizer.layer_learning_rates()["weight"].scale, 3)
+        0.963
+    """
+
+    rule: Rule = Lion()
+    signal: Signal = Gradients()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        gamma: float = 0.8,
+        c: float | Literal["theoretical"] = 1e-8,
+        layers: Layers = "tensor",
+        *,
+        scale_bounds: tuple[float, float] | None = (0.1, 10.0),
+        nonfinite: Literal["skip", "raise", "propagate"] = "skip",
+        decoupled_weight_decay: bool = True,
+        history: str | torch.dtype = "exact",
+        sketch_size: int = DEFAULT_SKETCH_SIZE,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
         LipOptimizer.__init__(self, locals())

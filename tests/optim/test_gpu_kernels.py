@@ -25,7 +25,7 @@ from hf_adalip.optim import signals
 from hf_adalip.optim import step as loop
 from hf_adalip.optim.forms.kernels import Constants, Spec, Tensors, gpu, tables
 from hf_adalip.optim.plan import Batch
-from hf_adalip.optim.rules import SGD, Adam, RMSprop, Rule
+from hf_adalip.optim.rules import SGD, Adam, Lion, RMSprop, Rule
 from hf_adalip.optim.signals import opmath_dtype
 
 needs_triton = pytest.mark.skipif(
@@ -125,6 +125,7 @@ CASES = [
         _case("momentum gone", SGD(), updates, momentum=0.0, nesterov=True),
         _case("RMSprop", RMSprop(), updates, alpha=0.99, eps=1e-8, eps_in_sqrt=False),
         _case("Adam", Adam(), updates, betas=(0.9, 0.999), eps=1e-8, eps_in_sqrt=False),
+        _case("Lion", Lion(), updates, betas=(0.9, 0.99)),
     )
 ]
 cases = pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Rule(ABC):
 
     @abstractmethod
     def uses(self, group: Group) -> tuple[str, ...]:
-        """What `direction` reads of the moments. All but "grad" is kept in the state."""
+        """What `direction` reads of the moments."""
 
     @abstractmethod
     def moments(self, grad: Tensor, old: Moments, group: Group) -> Moments:
@@ -77,7 +77,8 @@ class Rule(ABC):
         return torch.ones_like(step)
 
     def state_keys(self, group: Group) -> tuple[str, ...]:
-        """State keys, each a tensor of the parameter's shape that starts at zero."""
+        """State keys, each a tensor of the parameter's shape that starts at zero: what is used of
+        the moments, but for the gradient itself."""
         return tuple(key for key in self.uses(group) if key != "grad")
 
     def can_recompute(self, group: Group) -> bool:

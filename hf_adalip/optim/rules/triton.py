@@ -40,6 +40,9 @@ def follow(grad, first, second, constants, RULE: tl.constexpr):
         second = tl.load(constants + BETA2) * second + tl.load(constants + TAKE2) * grad * grad
     elif RULE == "RMSprop":
         first = tl.load(constants + BETA1) * first + tl.load(constants + TAKE1) * grad * grad
+    elif RULE == "Lion":
+        second = tl.load(constants + BETA1) * first + tl.load(constants + TAKE1) * grad
+        first = tl.load(constants + BETA2) * first + tl.load(constants + TAKE2) * grad
     elif RULE != "plain":
         first = first * tl.load(constants + MOMENTUM) + grad
     return first, second
@@ -55,6 +58,8 @@ def direction(grad, first, second, constants, corrections, RULE: tl.constexpr):
             square = second * _divide(1.0, tl.load(corrections + 1))
         square = root(square + tl.load(constants + EPS_INSIDE))
         d = _divide(d, square + tl.load(constants + EPS_OUTSIDE))
+    elif RULE == "Lion":
+        d = (second > 0).to(grad.dtype) - (second < 0).to(grad.dtype)
     elif RULE == "momentum":
         d = first
     elif RULE == "nesterov":
