@@ -20,11 +20,11 @@ ALONE = {
 }
 """What `import hf_adalip` imports of ours: these, and what is in optim."""
 
-KIT = (
-    *("augment", "checkpoints", "data", "engines", "loop", "metrics", "models", "options"),
-    *("runs", "training", "integrations.recipes"),
-)
-"""The modules of the recipe kit."""
+DEPRECATED = {
+    "hub": "publish",
+    "doctor": "diagnose",
+}
+"""Modules that have moved, and where to."""
 
 LOW = {"errors", "files", "version", "as_main"}
 """Modules that import none of ours, or one another."""
@@ -44,8 +44,7 @@ MAY_IMPORT = {
     "timm": {"integrations"},
     "cli": {"registry", *LOW},
     "": {"optim", "registry", "version"},  # hf_adalip/__init__.py
-    "hub": {"publish"},  # deprecated
-    "doctor": {"diagnose"},
+    **{old: {new.partition(".")[0], *LOW} for old, new in DEPRECATED.items()},
 }
 """What a part of the package may import of the others when it is imported."""
 
@@ -94,9 +93,7 @@ def imports(module: str, types: bool = False) -> set[str]:
 
 def part(module: str) -> str:
     name = module.partition(".")[2]
-    if name.startswith("recipe.") or name in KIT:
-        return "recipe"
-    return name.partition(".")[0]
+    return name if name in DEPRECATED else name.partition(".")[0]
 
 
 def test_there_are_no_circles() -> None:
@@ -144,10 +141,10 @@ def test_what_is_for_trainer_is_there_when_it_is_asked_for() -> None:
         hf_adalip.atach  # noqa: B018
 
 
-@pytest.mark.parametrize(("old", "new"), [("hub", "publish"), ("doctor", "diagnose")])
+@pytest.mark.parametrize(("old", "new"), DEPRECATED.items())
 def test_a_deprecated_module_warns_and_has_what_it_had(old: str, new: str) -> None:
     sys.modules.pop(f"hf_adalip.{old}", None)
-    with pytest.warns(DeprecationWarning, match=f"import from hf_adalip.{new}"):
+    with pytest.warns(DeprecationWarning, match=f"import from hf_adalip.{new}$"):
         module = importlib.import_module(f"hf_adalip.{old}")
     found = importlib.import_module(f"hf_adalip.{new}")
     assert {name: getattr(found, name) for name in module.__all__} == {

@@ -16,7 +16,7 @@ try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError as error:
     raise ImportError(
-        "hf_adalip.models needs huggingface_hub: pip install 'hf-adalip[recipes]'"
+        "hf_adalip.recipe.image.models needs huggingface_hub: pip install 'hf-adalip[recipes]'"
     ) from error
 
 

@@ -34,24 +34,15 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
-from .checkpoints import (
-    check_contents,
-    put_in_place,
-    replacing,
-    write_manifest,
-)
-from .data import Batch, ImageData, ImageDataset, on_hub
-from .diagnose.checks import Finding, diverged
-from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
-from .errors import Interrupted, SaveError, UsageError
-from .files import PARTIAL, saving, whole
-from .monitor import LayerRateHistory, layerwise, summary
-from .options import Recipe, TrainingArguments, scheduler_factory
-from .publish.script import SCRIPT, running_script, versions
-from .registry import create_optimizer
-from .runs import (
-    RATES,
-    RECORDS,
+from ...diagnose.checks import Finding, diverged
+from ...errors import Interrupted, SaveError, UsageError
+from ...files import PARTIAL, saving, whole
+from ...monitor import RATES, RECORDS, LayerRateHistory, layerwise, summary
+from ...publish.script import SCRIPT, running_script, versions
+from ...registry import create_optimizer
+from ..checkpoints import check_contents, put_in_place, replacing, write_manifest
+from ..data import on_hub
+from ..run import (
     VERSIONS,
     any_asked_to_stop,
     asked_to_stop,
@@ -60,6 +51,9 @@ from .runs import (
     load_rates,
     write_results,
 )
+from .data import Batch, ImageData, ImageDataset
+from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
+from .options import Recipe, TrainingArguments, scheduler_factory
 
 
 class _OfMainProcess(MultiProcessAdapter):  # type: ignore[misc]

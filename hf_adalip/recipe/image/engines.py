@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .errors import UsageError
+from ...errors import UsageError
 from .options import TrainingArguments, trackers
 
 try:
@@ -20,7 +20,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "hf_adalip.engines needs accelerate: pip install 'hf-adalip[recipes]'"
+        "hf_adalip.recipe.image.engines needs accelerate: pip install 'hf-adalip[recipes]'"
     ) from error
 
 WHOLE_ON_EVERY_PROCESS = (

@@ -15,16 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import SaveError as SaveError
-from .errors import UsageError as UsageError
-from .files import MANIFEST as MANIFEST
-from .files import PARTIAL as PARTIAL
-from .files import RESULTS as RESULTS
-from .files import saving as saving
-from .files import whole as whole
+from ..errors import SaveError, UsageError
+from ..files import MANIFEST, PARTIAL, RESULTS, saving, whole
 
 if TYPE_CHECKING:
-    from .options import TrainingArguments
+    from .image.options import TrainingArguments
 
 _REPLACED = ".replaced.partial"
 STAGED = f"results{PARTIAL}"

@@ -15,7 +15,8 @@ try:
     import evaluate
 except ImportError as error:
     raise ImportError(
-        "hf_adalip.metrics needs evaluate and datasets: pip install 'hf-adalip[recipes]'"
+        "hf_adalip.recipe.image.metrics needs evaluate and datasets: "
+        "pip install 'hf-adalip[recipes]'"
     ) from error
 
 

@@ -19,14 +19,10 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import DivergedError as DivergedError
-from .errors import Interrupted as Interrupted
-from .errors import UsageError
-from .files import MANIFEST, PARTIAL, RESULTS, whole
-from .monitor import RATES as RATES
-from .monitor import RECORDS as RECORDS
-from .monitor import LayerRateHistory
-from .publish import hub
+from ..errors import UsageError
+from ..files import MANIFEST, PARTIAL, RESULTS, whole
+from ..monitor import RATES, LayerRateHistory
+from ..publish import hub
 
 VERSIONS = (
     *("accelerate", "datasets", "evaluate", "huggingface_hub", "matplotlib", "numpy", "pillow"),

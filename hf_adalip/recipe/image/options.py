@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from ...errors import UsageError
+from ...integrations.arguments import convert_arguments, parse_arguments
+from ...registry import get_optimizer_info
+from ..options import (
+    HIGHEST,
+    OneLineErrors,
+    check_bounds,
+    check_hub_options,
+    check_optimizer,
+    in_optim_args,
+    read_config,
+)
 from .augment import Augmentation
-from .errors import UsageError as UsageError
-from .integrations.arguments import convert_arguments, parse_arguments
-from .registry import create_optimizer, get_optimizer_info
 
 try:
-    import yaml  # type: ignore[import-untyped]
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 except ImportError as error:
     raise ImportError(
-        "hf_adalip.options needs accelerate and pyyaml: pip install 'hf-adalip[recipes]'"
+        "hf_adalip.recipe.image.options needs accelerate: pip install 'hf-adalip[recipes]'"
     ) from error
 
 SCHEDULERS = (
@@ -161,8 +167,6 @@ AT_LEAST = {
     "seed": 0,
 }
 
-_HIGHEST_SEED = 2**32 - 1  # that numpy takes
-_HIGHEST = 2**31 - 1  # of counts, which are multiplied and become torch's and C's integers
 
 OWN_OPTION = {"lr": "learning_rate"} | {
     name: name for name in ("weight_decay", "layers", "scale_bounds")
@@ -170,24 +174,8 @@ OWN_OPTION = {"lr": "learning_rate"} | {
 """Arguments of optimizers that have an option of their own."""
 
 
-class OneLineErrors:
-    """Of a parser: it raises UsageError, with what an unknown option may have been meant to be."""
-
-    _option_string_actions: dict[str, Any]  # argparse's, by option
-
-    def error(self, message: str) -> NoReturn:
-        unknown = message.partition("unrecognized arguments: ")[2]
-        name = unknown.split()[0].partition("=")[0] if unknown else ""
-        raise UsageError(message + (_near(name, self._option_string_actions) if name else ""))
-
-
 class _Parser(OneLineErrors, argparse.ArgumentParser):
     pass
-
-
-def _near(word: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse(recipe: Recipe, argv: Sequence[str]) -> TrainingArguments:
@@ -235,25 +223,6 @@ def expand_config(argv: Sequence[str], recipe: Recipe) -> list[str]:
     return [*(_config_options(found.config, recipe) if found.config else ()), *rest]
 
 
-def read_config(path: str, known: Collection[str]) -> dict[str, Any]:
-    """What a --config file says, by option.
-
-    Raises:
-        UsageError: if the file cannot be read, or has what is not among the known options.
-    """
-    try:
-        found = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"--config {path} must have lines of `option: value`")
-    for key in found:
-        if key not in known:
-            hint = _near(str(key), known)
-            raise UsageError(f"--config {path}: unknown option {key!r}{hint}")
-    return found
-
-
 def _config_options(path: str, recipe: Recipe) -> list[str]:
     """A YAML file as command-line options, so that both are read by the same rules."""
     kinds = {entry.name: entry.metadata["type"] for entry in dataclasses.fields(recipe.arguments)}
@@ -290,33 +259,13 @@ def _check_values(args: TrainingArguments) -> None:
     if args.lr_scheduler_type == "constant" and args.num_warmup_steps:
         raise UsageError("--num_warmup_steps needs an --lr_scheduler_type with a warm-up")
     every = args.checkpointing_steps
-    if every not in (None, "epoch") and not (every.isdecimal() and 0 < int(every[:11]) <= _HIGHEST):
+    if every not in (None, "epoch") and not (every.isdecimal() and 0 < int(every[:11]) <= HIGHEST):
         raise UsageError(f"--checkpointing_steps must be a number of steps or epoch, got {every!r}")
     if args.resume_from_checkpoint and args.overwrite_output_dir:
         raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
     if args.report_to is not None and not args.with_tracking:
         raise UsageError("--report_to needs --with_tracking")
     check_hub_options(args.push_to_hub, args.hub_model_id, args.hub_private_repo)
-
-
-def check_bounds(args: Any, at_least: Mapping[str, int]) -> None:
-    """Raises UsageError for a number that is too small or not finite, or too large for a seed or a
-    count."""
-    for name, least in at_least.items():
-        value = getattr(args, name, None)
-        if value is not None and not least <= value < math.inf:
-            raise UsageError(f"--{name} must be at least {least}, got {value}")
-        most = _HIGHEST_SEED if name.endswith("seed") else _HIGHEST
-        if isinstance(value, int) and value > most:
-            raise UsageError(f"--{name} must be at most {most}, got {value}")
-
-
-def check_hub_options(push: bool, model_id: str | None, private: bool) -> None:
-    """Raises UsageError if one of the options for publishing, of either loop, lacks another."""
-    if push and model_id is None:
-        raise UsageError("--push_to_hub needs --hub_model_id USER/NAME")
-    if not push and (model_id or private):
-        raise UsageError("--hub_model_id and --hub_private_repo need --push_to_hub")
 
 
 def trackers(args: TrainingArguments) -> list[str]:
@@ -374,40 +323,6 @@ def optimizer_arguments(args: TrainingArguments, recipe: Recipe) -> dict[str, An
         written["scale_bounds"] = f"--scale_bounds {args.scale_bounds}"
     check_optimizer(args.optim, arguments, written)
     return arguments
-
-
-def in_optim_args(given: Mapping[str, Any]) -> dict[str, str]:
-    """How `check_optimizer` is to call arguments that were in --optim_args."""
-    return {name: f"--optim_args {name}={value}" for name, value in given.items()}
-
-
-def check_optimizer(name: str, arguments: Mapping[str, Any], written: Mapping[str, str]) -> None:
-    """Raises UsageError if no such optimizer can be made, with the option whose value is why.
-
-    Args:
-        name: of the optimizer.
-        arguments: of the optimizer.
-        written: of those that the user gave, the option and the value.
-    """
-
-    def error_of(some: Mapping[str, Any]) -> Exception | None:
-        try:
-            create_optimizer(nn.Linear(2, 2, bias=False), name, **some)
-        except (ValueError, TypeError) as error:
-            return error
-        return None
-
-    error = error_of(arguments)
-    if error is None:
-        return
-    reason = str(error)
-    for key, text in written.items():
-        if error_of({k: v for k, v in arguments.items() if k != key}) is None:
-            if " not supported between " in reason:  # a word where a number is compared
-                reason = "it must be a number"
-            form = " (LOW:HIGH, as in 0.1:10, or none)" if key == "scale_bounds" else ""
-            raise UsageError(f"{text}{form}: {reason}") from error
-    raise UsageError(reason) from error
 
 
 def scheduler_factory() -> Any:

@@ -17,15 +17,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import (
-    find_checkpoint,
-    finish_replacing,
-    saved_in,
+from ...diagnose.checks import TRIAL
+from ...errors import DataError, Interrupted, PublishError, SaveError, UsageError
+from ...files import PARTIAL, RESULTS, saving
+from ...monitor import RATES
+from ...publish import hub
+from ...publish.script import SCRIPT
+from ..checkpoints import find_checkpoint, finish_replacing, saved_in
+from ..data import DIGITS
+from ..run import (
+    INTERRUPTED,
+    NOT_SAVED,
+    check_folder,
+    check_publishing,
+    default_folder,
+    make_folder,
 )
-from .data import DIGITS, ImageData, load_image_dataset
-from .diagnose.checks import TRIAL
-from .errors import DataError, Interrupted, PublishError, SaveError, UsageError
-from .files import PARTIAL, RESULTS, saving
+from .data import ImageData, load_image_dataset
 from .options import (
     Recipe,
     TrainingArguments,
@@ -35,17 +43,6 @@ from .options import (
     scheduler_factory,
     trackers,
 )
-from .publish import hub
-from .publish.script import SCRIPT
-from .runs import (
-    INTERRUPTED,
-    NOT_SAVED,
-    RATES,
-    check_folder,
-    check_publishing,
-    default_folder,
-    make_folder,
-)
 
 try:
     from accelerate.utils import broadcast_object_list, gather_object
@@ -54,7 +51,7 @@ try:
     from .loop import CONFIG, WEIGHTS, Training, logger
 except ImportError as error:
     raise ImportError(
-        "hf_adalip.training needs accelerate: pip install 'hf-adalip[recipes]'"
+        "hf_adalip.recipe.image.training needs accelerate: pip install 'hf-adalip[recipes]'"
     ) from error
 
 __all__ = ["Recipe", "Training", "TrainingArguments", "main", "output_dir", "train"]
