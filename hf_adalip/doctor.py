@@ -1,13 +1,8 @@
 """Deprecated: `hf_adalip.diagnose` has what was here."""
 
-import warnings
-
+from .deprecated import moved
 from .diagnose import Finding, WrongOptimizerError, examine, examine_run
 
 __all__ = ["Finding", "WrongOptimizerError", "examine", "examine_run"]
 
-warnings.warn(
-    "hf_adalip.doctor is deprecated: import from hf_adalip.diagnose",
-    DeprecationWarning,
-    stacklevel=2,
-)
+moved(__name__, "hf_adalip.diagnose")

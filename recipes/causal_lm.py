@@ -51,8 +51,8 @@ except ImportError as error:
     ) from error
 
 from hf_adalip import attach
-from hf_adalip.data import DataError
-from hf_adalip.integrations.recipes import (
+from hf_adalip.errors import DataError, UsageError
+from hf_adalip.recipe.trainer import (
     RecipeArguments,
     check_pretrained,
     exit_status,
@@ -60,7 +60,6 @@ from hf_adalip.integrations.recipes import (
     parse,
     run,
 )
-from hf_adalip.options import UsageError
 
 NAME = "causal_lm"
 

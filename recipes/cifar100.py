@@ -27,9 +27,9 @@ import sys
 import torch
 from torch import nn
 
-from hf_adalip.augment import RandomAffine
-from hf_adalip.models import CIFAR100Net
-from hf_adalip.training import Recipe, main
+from hf_adalip.recipe.image.augment import RandomAffine
+from hf_adalip.recipe.image.models import CIFAR100Net
+from hf_adalip.recipe.image.training import Recipe, main
 
 
 def build_model(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:

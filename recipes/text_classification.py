@@ -55,8 +55,9 @@ except ImportError as error:
     ) from error
 
 from hf_adalip import attach
-from hf_adalip.data import DataError, load_splits
-from hf_adalip.integrations.recipes import (
+from hf_adalip.errors import DataError, UsageError
+from hf_adalip.recipe.data import load_splits
+from hf_adalip.recipe.trainer import (
     RecipeArguments,
     check_pretrained,
     exit_status,
@@ -64,7 +65,6 @@ from hf_adalip.integrations.recipes import (
     parse,
     run,
 )
-from hf_adalip.options import UsageError
 
 NAME = "text_classification"
 

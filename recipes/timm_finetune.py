@@ -34,8 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_adalip.options import UsageError, option
-from hf_adalip.training import Recipe, TrainingArguments, main, output_dir
+from hf_adalip.errors import UsageError
+from hf_adalip.recipe.image.options import option
+from hf_adalip.recipe.image.training import Recipe, TrainingArguments, main, output_dir
 
 try:
     import timm

@@ -35,8 +35,8 @@ from measuring import at_least, markdown, record, spread, take_turns
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_adalip.augment import RandomAffine
-from hf_adalip.data import ImageDataset, load_image_dataset
+from hf_adalip.recipe.image.augment import RandomAffine
+from hf_adalip.recipe.image.data import ImageDataset, load_image_dataset
 
 PACKAGES = ["torch", "datasets", "numpy", "pillow"]
 BATCH = 128

@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
 from mnist import RECIPE
 
-from hf_adalip.data import DataError
-from hf_adalip.options import UsageError
+from hf_adalip.errors import DataError, UsageError
+from hf_adalip.recipe.image.training import train
 from hf_adalip.registry import get_optimizer_info
-from hf_adalip.training import train
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_adalip.augment import RandomAffine
-from hf_adalip.training import Recipe, main
+from hf_adalip.recipe.image.augment import RandomAffine
+from hf_adalip.recipe.image.training import Recipe, main
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from hf_adalip import checkpoints
-from hf_adalip.checkpoints import (
+from hf_adalip.errors import UsageError
+from hf_adalip.recipe import checkpoints
+from hf_adalip.recipe.checkpoints import (
     SaveError,
     check_contents,
     check_distributed,
@@ -29,7 +30,7 @@ from hf_adalip.checkpoints import (
     whole,
     write_manifest,
 )
-from hf_adalip.options import TrainingArguments, UsageError
+from hf_adalip.recipe.image.options import TrainingArguments
 
 LATEST = TrainingArguments(resume_from_checkpoint="latest")
 
@@ -277,7 +278,7 @@ sys.meta_path.insert(0, TorchAlone())
 
 def test_what_is_for_torch_alone_needs_nothing_more():
     """And what does need more says which extra has it."""
-    use = "from hf_adalip.checkpoints import check_distributed; check_distributed('nowhere')"
+    use = "from hf_adalip.recipe.checkpoints import check_distributed; check_distributed('nowhere')"
     publish = (
         "from hf_adalip.cli import main; sys.argv += 'publish . --repo_id a/b'.split(); main()"
     )

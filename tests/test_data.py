@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_adalip.data import DataError, ImageData, load_image_dataset, load_splits
+from hf_adalip.errors import DataError
+from hf_adalip.recipe.data import load_splits
+from hf_adalip.recipe.image.data import ImageData, load_image_dataset
 
 
 @pytest.fixture(autouse=True)

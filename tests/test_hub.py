@@ -32,10 +32,10 @@ from safetensors.torch import save_file
 from torch import tensor
 
 import hf_adalip
-from hf_adalip import training
 from hf_adalip.cli import main
 from hf_adalip.publish import PublishError, hub, prepare, publish, script
 from hf_adalip.publish.card import repeat_arguments
+from hf_adalip.recipe.image import training
 from hf_adalip.version import __version__
 
 from .hub import TOKEN, LoopbackHub

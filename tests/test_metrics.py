@@ -6,7 +6,7 @@ import sys
 import evaluate
 import pytest
 
-from hf_adalip.metrics import Accuracy
+from hf_adalip.recipe.image.metrics import Accuracy
 
 
 def test_accuracy_over_batches() -> None:

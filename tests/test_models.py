@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_adalip.models import CIFAR10Net, CIFAR100Net, MNISTNet
+from hf_adalip.recipe.image.models import CIFAR10Net, CIFAR100Net, MNISTNet
 
 from .hub import TOKEN
 

@@ -27,9 +27,9 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_adalip import runs
-from hf_adalip.checkpoints import MANIFEST, write_manifest
-from hf_adalip.integrations import recipes
+from hf_adalip.recipe import run as recipe_run
+from hf_adalip.recipe.checkpoints import MANIFEST, write_manifest
+from hf_adalip.recipe.trainer import training
 
 from .hub import LoopbackHub
 
@@ -76,7 +76,7 @@ SHORT = ["--max_steps=2", "--save_strategy=no", "--eval_strategy=no"]
 def recipe(argv: list[str]) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return recipes.exit_status("causal_lm", causal_lm.main, argv)
+    return training.exit_status("causal_lm", causal_lm.main, argv)
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +175,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    on_step_end = recipes._Run.on_step_end
+    on_step_end = training._Run.on_step_end
 
     def press(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step:
@@ -185,7 +185,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     folder = tmp_path / "out"
     run = options(text, folder, *RUN)
     with monkeypatch.context() as patched:
-        patched.setattr(recipes._Run, "on_step_end", press)
+        patched.setattr(training._Run, "on_step_end", press)
         assert recipe(run) == 130
     message = capsys.readouterr().err
     assert f"stopped at step {step} of 14" in message
@@ -206,7 +206,7 @@ def test_checkpoints_of_the_model_alone_are_no_run_to_go_on_with(
 ) -> None:
     more = ["--save_only_model", "--lr_scheduler_type=constant"]
     run = options(text, tmp_path / "out", *RUN, *more)
-    monkeypatch.setattr(recipes, "any_asked_to_stop", lambda *_: True)
+    monkeypatch.setattr(training, "any_asked_to_stop", lambda *_: True)
     assert recipe(run) == 130
     message = capsys.readouterr().err
     assert "checkpoint-1; with --save_only_model, no run can go on from there" in message
@@ -225,13 +225,13 @@ def test_the_weights_are_not_rounded_for_the_evaluation(text: Path, tmp_path: Pa
 
 DYING = """
 import importlib.util, os, signal, sys
-from hf_adalip.integrations import recipes
+from hf_adalip.recipe.trainer import training
 
 spec = importlib.util.spec_from_file_location("recipe_causal_lm", sys.argv[1])
 causal_lm = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = causal_lm
 spec.loader.exec_module(causal_lm)
-write_manifest = recipes.write_manifest
+write_manifest = training.write_manifest
 
 def dying(folder, step, settings):
     if step == 12:
@@ -240,7 +240,7 @@ def dying(folder, step, settings):
         os.kill(os.getpid(), signal.SIGKILL)
     write_manifest(folder, step, settings)
 
-recipes.write_manifest = dying
+training.write_manifest = dying
 causal_lm.main(sys.argv[2:])
 """
 
@@ -389,7 +389,7 @@ def test_without_a_folder_every_run_has_a_fresh_one(
     """Also two that start in the same second; `latest` goes on in the newest."""
     monkeypatch.chdir(tmp_path)
     run = [option for option in options(text, tmp_path, *SHORT) if "output_dir" not in option]
-    monkeypatch.setattr(runs.time, "strftime", lambda form: "20261129-213045")
+    monkeypatch.setattr(recipe_run.time, "strftime", lambda form: "20261129-213045")
     for seed in (0, 1):
         assert recipe([*run, f"--seed={seed}"]) == 0
     first = Path("outputs/causal_lm-adamlip-20261129-213045")

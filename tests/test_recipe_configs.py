@@ -27,9 +27,10 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from hf_adalip import engines
-from hf_adalip.data import load_image_dataset
-from hf_adalip.options import TrainingArguments, UsageError, parse
+from hf_adalip.errors import UsageError
+from hf_adalip.recipe.image import engines
+from hf_adalip.recipe.image.data import load_image_dataset
+from hf_adalip.recipe.image.options import TrainingArguments, parse
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "configs"

@@ -24,9 +24,10 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_adalip import runs, training
-from hf_adalip.checkpoints import MANIFEST, write_manifest
-from hf_adalip.training import main
+from hf_adalip.recipe import run as recipe_run
+from hf_adalip.recipe.checkpoints import MANIFEST, write_manifest
+from hf_adalip.recipe.image import training
+from hf_adalip.recipe.image.training import main
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "mnist.py"
@@ -494,7 +495,7 @@ def test_without_a_folder_every_run_has_a_fresh_one(
 ) -> None:
     """Also two that start in the same second; `latest` goes on in the newest."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs.time, "strftime", lambda form: "20261129-213045")
+    monkeypatch.setattr(recipe_run.time, "strftime", lambda form: "20261129-213045")
     saving = (*SHORT, "--checkpointing_steps=2")
     for seed in (0, 1):
         assert recipe(*saving, f"--seed={seed}") == 0
@@ -755,7 +756,7 @@ def test_offline_without_the_dataset(tmp_path: Path) -> None:
 TWO_RANKS = """
 import importlib.util, json, os, sys
 from hf_adalip.monitor import layerwise
-from hf_adalip.training import train
+from hf_adalip.recipe.image.training import train
 
 spec = importlib.util.spec_from_file_location("recipe_mnist", sys.argv[1])
 mnist = importlib.util.module_from_spec(spec)
@@ -856,7 +857,7 @@ import importlib.util, os, signal, sys
 from pathlib import Path
 
 import torch
-from hf_adalip import runs, training
+from hf_adalip.recipe.image import training
 
 spec = importlib.util.spec_from_file_location("recipe_mnist", sys.argv[1])
 mnist = importlib.util.module_from_spec(spec)

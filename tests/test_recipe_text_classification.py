@@ -33,10 +33,9 @@ from transformers import (
 )
 
 from hf_adalip import AdamLip
-from hf_adalip.data import DataError
-from hf_adalip.integrations import recipes
+from hf_adalip.errors import DataError, UsageError
 from hf_adalip.monitor import layerwise
-from hf_adalip.options import UsageError
+from hf_adalip.recipe.trainer import training
 
 pytestmark = pytest.mark.slow
 
@@ -105,7 +104,7 @@ def options(encoder: Path, data: Path, folder: Path, *more: str) -> list[str]:
 def recipe(argv: list[str]) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return recipes.exit_status("text_classification", recipe_module.main, argv)
+    return training.exit_status("text_classification", recipe_module.main, argv)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -124,7 +123,7 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def run(trainer: Any, settings: Any) -> Any:
         seen.append(trainer)
-        return recipes.run(trainer, settings)
+        return training.run(trainer, settings)
 
     monkeypatch.setattr(recipe_module, "run", run)
     return seen

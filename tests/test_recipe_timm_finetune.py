@@ -26,12 +26,14 @@ from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 from torch import nn
 
-from hf_adalip import AdamLip, loop, training
-from hf_adalip.checkpoints import MANIFEST, write_manifest
-from hf_adalip.data import DataError, load_image_dataset
-from hf_adalip.options import optimizer_arguments, parse
+from hf_adalip import AdamLip
+from hf_adalip.errors import DataError
+from hf_adalip.recipe.checkpoints import MANIFEST, write_manifest
+from hf_adalip.recipe.image import loop, training
+from hf_adalip.recipe.image.data import load_image_dataset
+from hf_adalip.recipe.image.options import optimizer_arguments, parse
+from hf_adalip.recipe.image.training import main
 from hf_adalip.registry import create_optimizer
-from hf_adalip.training import main
 
 pytestmark = pytest.mark.slow
 
@@ -177,7 +179,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(
 TWO_RANKS = """
 import importlib.util, os, sys
 from safetensors.torch import save_file
-from hf_adalip.training import train
+from hf_adalip.recipe.image.training import train
 
 spec = importlib.util.spec_from_file_location("recipe", sys.argv[1])
 finetune = importlib.util.module_from_spec(spec)

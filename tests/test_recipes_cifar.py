@@ -19,8 +19,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-from hf_adalip.models import CIFAR10Net, CIFAR100Net
-from hf_adalip.training import main
+from hf_adalip.recipe.image.models import CIFAR10Net, CIFAR100Net
+from hf_adalip.recipe.image.training import main
 
 pytestmark = pytest.mark.slow
 

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from hf_adalip import create_optimizer
-from hf_adalip.checkpoints import check_distributed
 from hf_adalip.optim.forms.kernels import cpu
+from hf_adalip.recipe.checkpoints import check_distributed
 from tests.distributed.engines import Net, batch
 from tests.distributed.ranks import run
 from tests.optim.cases import assert_same
