@@ -92,6 +92,11 @@ def _generator(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+def augmentation_draws(seed: int, epoch: int, images: int, draws: int) -> Tensor:
+    """What augmentation draws for each image in an epoch: [images, draws], uniform in [0, 1)."""
+    return torch.rand(images, draws, generator=_generator(f"augment {seed} {epoch}"))
+
+
 class EpochSampler(torch.utils.data.Sampler[int]):
     """A random order that is a function of (seed, epoch) alone."""
 
@@ -301,10 +306,10 @@ class Training:
         augment = self.recipe.augment
         if augment is None:
             return lambda batch: (batch["pixel_values"], batch["labels"])
-        generator = _generator(f"augment {self.args.seed} {self.progress.epoch}")
         # of all images, in the order of the dataset: whichever process an image is on, and
         # however many of them are left, it finds its own
-        table = torch.rand(len(self.data.train), augment.draws, generator=generator)
+        size = len(self.data.train), augment.draws
+        table = augmentation_draws(self.args.seed, self.progress.epoch, *size)
         table = table.to(self.accelerator.device)
         return lambda batch: augment(
             batch["pixel_values"], batch["labels"], table[batch["indices"]]

@@ -1,0 +1,1 @@
+"""Studies: many runs of a script, and what they come to."""
