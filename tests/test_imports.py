@@ -40,9 +40,10 @@ MAY_IMPORT = {
     "publish": {"registry", *LOW},
     "integrations": {"diagnose", "registry", "optim", "monitor", "plots", *LOW},
     "recipe": {"publish", "integrations", "diagnose", "registry", "monitor", *LOW},
+    "experiments": {"recipe", "registry", *LOW},
     "run": {"integrations", *LOW},
     "timm": {"integrations"},
-    "cli": {"registry", *LOW},
+    "cli": {"experiments", "registry", *LOW},
     "": {"optim", "registry", "version"},  # hf_adalip/__init__.py
     "hub": {"publish"},  # deprecated
     "doctor": {"diagnose"},
