@@ -52,9 +52,10 @@ MAY_IMPORT = {
     "publish": {"registry", *LOW},
     "integrations": {"diagnose", "registry", "optim", "monitor", "plots", *LOW},
     "recipe": {"publish", "integrations", "diagnose", "registry", "monitor", *LOW},
+    "experiments": {"recipe", "registry", *LOW},
     "run": {"integrations", *LOW},
     "timm": {"integrations"},
-    "cli": {"registry", *LOW},
+    "cli": {"experiments", "registry", *LOW},
     "": {"optim", "registry", "version"},  # hf_adalip/__init__.py
     **{old: {new.partition(".")[0], *LOW} for old, new in DEPRECATED.items()},
 }

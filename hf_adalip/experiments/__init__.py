@@ -1,1 +1,1 @@
-"""Studies: many runs of a script, and what they come to."""
+"""Many runs of a script: studies in YAML, and the sweep that makes their runs."""
