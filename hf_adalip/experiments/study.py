@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
@@ -464,7 +465,11 @@ def draw(tune: Mapping[str, Any], name: str) -> list[float]:
         raise UsageError(
             f"study {name}: tune must have low, high (learning rates) and trials, got {dict(tune)}"
         )
-    study = optuna.create_study(sampler=optuna.samplers.QMCSampler(scramble=True, seed=0))
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.QMCSampler(scramble=True, seed=0)
+    study = optuna.create_study(sampler=sampler)
     found = []
     for _ in range(int(trials) + 1):
         trial = study.ask()

@@ -1,0 +1,510 @@
+"""`hf-adalip sweep`, with a script that trains nothing; kills and stops are of real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hf_adalip.errors import UsageError
+from hf_adalip.experiments import storage, sweep
+from hf_adalip.experiments.study import Cell, load_study, shipped
+from hf_adalip.experiments.trial import without_places
+
+pytest.importorskip("optuna", reason="extra [experiments]")
+
+from hf_adalip.cli import main
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("script.py")
+TINY: dict[str, Any] = {
+    "script": str(SCRIPT),
+    "metric": "accuracy",
+    "seeds": 2,
+    "scale": {"epochs": "epochs"},
+    "control": True,
+    "pairs": [{"base": "adam", "form": "adamlip", "learning_rates": [0.1, 0.2]}],
+    "discard": ["*.safetensors"],
+}
+ONE: dict[str, Any] = {
+    **{key: TINY[key] for key in ("script", "metric")},
+    "seeds": 1,
+    "peers": [{"optimizer": "adam", "learning_rates": [0.1, 0.2, 0.3]}],
+}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sweep, "LOOK_AGAIN", 0.1)
+
+
+def write(study: dict[str, Any], name: str = "tiny") -> str:
+    Path(f"{name}.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return f"{name}.yaml"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["hf-adalip", "sweep", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(str(ended.value.code))
+
+
+def rows(folder: str = "studies/tiny") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(folder, "results.jsonl").read_text().splitlines()]
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "hf_adalip.cli", "sweep", *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def begun() -> list[tuple[str, int]]:
+    """The cells of the runs that were started, and their processes."""
+    path = Path("begun")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(name, int(pid)) for name, pid in map(str.split, lines)]
+
+
+def wait_for(what: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# --- studies --------------------------------------------------------------------------------------
+
+
+def test_the_protocol_of_the_paper_is_2320_runs() -> None:
+    counts = {name: len(load_study(f"paper_{name}").cells()) for name in ("mnist", "cifar10")}
+    assert counts == {"mnist": 900, "cifar10": 1100}
+    assert len(load_study("paper_cifar100").cells()) == 320
+
+
+def test_all_shipped_studies_can_be_read_with_all_their_extras() -> None:
+    assert {"compare", "char_lm", "finetune_text", "timm_transfer"} < set(shipped())
+    for name in shipped():
+        extras = ["control", *yaml.safe_load(shipped()[name].read_text()).get("extras", {})]
+        study = load_study(name, extras=extras)
+        keys = [cell.key for cell in study.cells()]
+        assert len(set(keys)) == len(keys) > 0
+        assert study.description
+
+
+def test_two_pairs_share_the_runs_of_their_base() -> None:
+    study = load_study("paper_mnist", {"seeds": 1}, extras=["update_forms"])
+    assert Counter(cell.role for cell in study.cells()) == {"base": 18, "form": 36}
+    assert {cell.pair for cell in study.cells() if cell.optimizer == "sgd"} == {"sgd/adalip"}
+
+
+def test_a_scale_is_in_the_name_and_in_the_arguments() -> None:
+    scale = {"seeds": 3, "epochs": 5, "images": 10000}
+    study = load_study("paper_mnist", scale)
+    assert study.full_name == "paper_mnist-10000images-5epochs-3seeds"
+    options = study.options(study.cells()[0], 0.1, "there")
+    assert {"--max_train_samples=10000", "--num_train_epochs=5"} <= set(options)
+    assert len(study.cells()) == 36 * 3
+    assert load_study("paper_mnist").full_name == "paper_mnist"
+
+
+def test_what_is_behind_the_dashes_comes_last_but_for_the_folder() -> None:
+    study = load_study("compare", rest=["--cpu", "--dataset_name", "digits"])
+    options = study.options(study.cells()[0], 0.1, "there")
+    assert options[-4:] == ["--cpu", "--dataset_name", "digits", "--output_dir=there"]
+
+
+def test_other_optimizers_learning_rates_and_seeds() -> None:
+    changes = {"optimizers": ["rmslip", "mine/yours", "lion"], "learning_rates": [0.5]}
+    study = load_study("compare", changes=changes | {"seeds": [7]})
+    assert [pair.name for pair in study.pairs] == ["rmsprop/rmslip", "mine/yours"]
+    assert [peer.optimizer for peer in study.peers][-1] == "lion"
+    assert {cell.seed for cell in study.cells()} == {7}
+    assert {pair.learning_rates for pair in study.pairs} == {(0.5,)}
+
+
+def test_tuning_draws_the_same_learning_rates_for_all() -> None:
+    name = write(
+        {**ONE, "tune": {"low": 1e-4, "high": 1.0, "trials": 8}, "peers": []}
+        | {"peers": [{"optimizer": "adam"}, {"optimizer": "sgd"}]}
+    )
+    study, again = load_study(name), load_study(name)
+    rates = study.peers[0].learning_rates
+    assert rates == study.peers[1].learning_rates == again.peers[0].learning_rates
+    assert len(rates) == 8
+    decades = Counter(int(f"{rate:e}".partition("e")[2]) for rate in rates)
+    assert decades == {-4: 2, -3: 2, -2: 2, -1: 2}  # evenly spread
+
+
+def test_a_record_is_of_the_runs_that_it_names() -> None:
+    wanted = {"optimizer": "adam", "learning_rate": 0.2, "seed": 0}
+    study = load_study(write({**ONE, "record": [{**wanted, "arguments": {"record": "norms"}}]}))
+    asked = [c for c in study.cells() if "--record=norms" in study.options(c, 0.1, "there")]
+    assert asked == [Cell("peer", "adam", None, "constant", 0.2, 0)]
+
+
+# --- what it writes -------------------------------------------------------------------------------
+
+
+def test_a_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    name = write(TINY)
+    assert call(monkeypatch, name, "--workers", "2", "--scale", "epochs=7") == 0
+    found = rows("studies/tiny-7epochs")
+    assert Counter(row["role"] for row in found) == {"base": 4, "form": 4, "control": 4}
+    assert {row["state"] for row in found} == {"complete"}
+    assert {row["scale"] for row in found} == {"7epochs"}
+    assert {row["study"] for row in found} == {"tiny"}
+    assert {row["pair"] for row in found} == {"adam/adamlip"}
+    # the medians of S are 2 for seed 0, and 2 for seed 1: of 2, 2 and 3
+    scales = {(row["role"], row["median_scale"]) for row in found}
+    assert scales == {("base", None), ("form", 2.0), ("control", 2.0)}
+    controls = {
+        r["learning_rate"]: r["results"]["learning_rate"] for r in found if r["role"] == "control"
+    }
+    assert controls == {0.1: 0.2, 0.2: 0.4}
+    assert {r["optimizer"] for r in found if r["role"] == "control"} == {"adam"}
+    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert {row["results"]["threads"] for row in found} == {share}
+    assert all("--epochs=7" in row["command"] for row in found)
+    run = Path("studies/tiny-7epochs/runs/adam-constant-0.1-0")
+    assert {path.name for path in run.iterdir()} == {"all_results.json", "log.txt"}
+    study = yaml.safe_load(Path("studies/tiny-7epochs/study.yaml").read_text())
+    assert study["name"] == "tiny"
+    assert study["scale"] == "7epochs"
+    assert study["seeds"] == [0, 1]
+    assert study["pairs"][0]["learning_rates"] == [0.1, 0.2]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 + 12 + 1
+    assert "[ 1/12] adam" in said[1]
+    assert "left; best 0.9 by" in said[1]
+
+
+def test_the_control_is_not_begun_before_its_form_is_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = write({**TINY, "arguments": {"begun": "begun", "sleep": 0.2}})
+    assert call(monkeypatch, name, "--workers", "3") == 0
+    order = [cell for cell, _ in begun()]
+    for rate in ("0.1", "0.2"):
+        control = min(
+            order.index(f"control-adam-adamlip-constant-{rate}-{seed}") for seed in (0, 1)
+        )
+        assert control > max(order.index(f"adamlip-constant-{rate}-{seed}") for seed in (0, 1))
+
+
+def test_nothing_of_this_machine_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Path.cwd().parent / "secret" / "mnist"
+    assert call(monkeypatch, write(ONE), "--", f"--mode={data}") == 0
+    for name in ("results.jsonl", "study.yaml"):
+        text = Path("studies/tiny", name).read_text()
+        assert "secret" not in text
+        assert str(Path.cwd()) not in text
+    assert rows()[0]["results"]["data"] == "mnist"
+    assert rows()[0]["command"].startswith("python ")
+    assert without_places(f"File {sys.executable}, {Path.cwd()}/a/b.py") == "File python, a/b.py"
+
+
+def test_a_diverged_run_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(monkeypatch, write({**ONE, "arguments": {"mode": "diverged"}})) == 0
+    assert {row["state"] for row in rows()} == {"complete"}
+    assert rows()[0]["error"] == "exit status 1"
+    assert rows()[0]["results"]["accuracy"] is None
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+def test_what_is_done_is_not_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = write({**ONE, "arguments": {"begun": "begun"}})
+    assert call(monkeypatch, name) == 0
+    assert call(monkeypatch, name) == 0
+    assert len(begun()) == 3
+    assert call(monkeypatch, name, "--seeds", "0", "1") == 0  # more of the same
+    assert Counter(row["seed"] for row in rows()) == {0: 3, 1: 3}
+    assert len(begun()) == 6
+
+
+def test_an_extra_that_was_begun_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = {"pairs": [{"base": "adam", "form": "nadamlip", "learning_rates": [0.1]}]}
+    name = write({**ONE, "extras": {"more": extra}})
+    assert call(monkeypatch, name, "--with", "more,control") == 0
+    assert call(monkeypatch, name) == 0
+    study = yaml.safe_load(Path("studies/tiny/study.yaml").read_text())
+    assert set(study["extras"]) == {"more", "control"}
+    assert study["pairs"][0]["form"] == "nadamlip"
+    assert len(rows()) == 3 + 1 + 1  # adam at 0.1 is a peer already
+
+
+def test_failures_are_recorded_and_retried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path("script.py")
+    script.write_text(SCRIPT.read_text())
+    name = write({**ONE, "script": "script.py", "arguments": {"die_at": 0.2, "begun": "begun"}})
+    assert call(monkeypatch, name) == 1
+    failed = [row for row in rows() if row["state"] == "failed"]
+    assert [row["learning_rate"] for row in failed] == [0.2]
+    assert failed[0]["error"] == "exit status 1\nValueError: it died"
+    assert failed[0]["results"] is None
+    assert "2 runs complete, 1 failed, the first of them adam lr 0.2" in capsys.readouterr().out
+    assert call(monkeypatch, name) == 1
+    assert len(begun()) == 3  # a failure is not run again by itself
+    script.write_text(SCRIPT.read_text().replace('sys.exit("ValueError: it died")', "pass"))
+    assert call(monkeypatch, name, "--retry_failed") == 0
+    assert len(begun()) == 4
+    assert Counter((row["learning_rate"], row["state"]) for row in rows()) == dict.fromkeys(
+        [(0.1, "complete"), (0.2, "complete"), (0.3, "complete")], 1
+    )
+
+
+def test_a_control_without_an_s_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = {"base": "adam", "form": "other", "learning_rates": [0.1]}
+    assert call(monkeypatch, write({**TINY, "pairs": [pair]})) == 1
+    failed = [row for row in rows() if row["state"] == "failed"]
+    assert {row["role"] for row in failed} == {"control"}
+    assert "no run of adam/other" in failed[0]["error"]
+
+
+def test_results_are_made_again_from_the_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = write(ONE)
+    assert call(monkeypatch, name) == 0
+    before = rows()
+    path = Path("studies/tiny/results.jsonl")
+    path.write_text(path.read_text()[:-40])  # as if killed in the middle of a line
+    assert call(monkeypatch, name) == 0
+    assert rows() == before
+    path.unlink()
+    assert call(monkeypatch, name) == 0
+    assert rows() == before
+
+
+def test_a_journal_with_half_a_line_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = write({**ONE, "arguments": {"begun": "begun"}})
+    assert call(monkeypatch, name) == 0
+    with Path("studies/tiny/journal.log").open("a") as file:
+        file.write('{"op_code": 5, "work')
+    assert call(monkeypatch, name, "--seeds", "0", "1") == 0
+    assert len(rows()) == len(begun()) == 6
+
+
+def test_a_storage_by_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = write({**ONE, "arguments": {"begun": "begun"}})
+    url = "sqlite:///trials.db"
+    assert call(monkeypatch, name, "--storage", url) == 0
+    assert not Path("studies/tiny/journal.log").exists()
+    assert call(monkeypatch, name, "--storage", url, "--output_dir", "there") == 0
+    assert len(begun()) == 3
+    assert rows("there") == rows()
+
+
+# --- several workers, and their ends --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["journal.log", "sqlite:///trials.db"])
+def test_a_cell_that_two_workers_enqueue_is_given_to_one(where: str) -> None:
+    study = load_study(write(ONE))
+    cells = study.cells()[:1]
+    one, other = storage.Storage(study, where), storage.Storage(study, where)
+    params = {"learning_rate": cells[0].learning_rate, "seed": 0}
+    for _ in range(2):  # as both do that look at the same moment
+        one.optuna.enqueue_trial(params, {storage.CELL: cells[0].key})
+    assert other.claim(cells) is not None
+    assert one.claim(cells) is None
+
+
+def test_a_trial_whose_worker_gives_no_sign_is_free_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = load_study(write(ONE))
+    elsewhere = {"machine": "elsewhere", "pid": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "_this_process", lambda: elsewhere)
+        theirs = storage.Storage(study, "journal.log")
+        claimed = theirs.claim(study.cells())
+    assert claimed is not None
+    trial, cell = claimed
+    mine = storage.Storage(study, "journal.log")
+    monkeypatch.setattr(storage, "GRACE", 0.2)
+    assert mine.free_dead() == 0
+    time.sleep(0.3)
+    theirs.alive(trial, 1)
+    assert mine.free_dead() == 0
+    time.sleep(0.3)
+    assert mine.free_dead() == 1
+    again = mine.claim(study.cells())
+    assert again is not None
+    assert again[1] == cell
+    # it was not dead: what it found comes too late
+    assert not theirs.finish(trial, {"state": "complete"}, 1.0)
+    assert mine.finish(again[0], {"state": "complete"}, 2.0)
+
+
+def test_two_sweeps_run_each_cell_once() -> None:
+    name = write({**TINY, "seeds": 4, "arguments": {"begun": "begun", "sleep": 0.05}})
+    sweeps = [start(name, "--workers", "2") for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in sweeps]
+    assert [process.returncode for process in sweeps] == [0, 0], said
+    assert Counter(cell for cell, _ in begun()).most_common(1)[0][1] == 1
+    assert len(rows()) == len(begun()) == 24
+
+
+def test_after_kill_9_the_runs_in_progress_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = write({**ONE, "seeds": 2, "arguments": {"begun": "begun", "sleep": 2.0}})
+    process = start(name, "--workers", "2")
+    wait_for(lambda: len(begun()) >= 4)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lost = begun()[2:]
+    finished = {row["command"] for row in rows()}
+    assert len(finished) == 2
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for _, pid in lost), 20)
+    assert call(monkeypatch, name, "--workers", "2") == 0
+    starts = Counter(cell for cell, _ in begun())
+    assert {cell for cell, count in starts.items() if count == 2} == {cell for cell, _ in lost}
+    assert sum(starts.values()) == 6 + len(lost)
+    assert len(rows()) == 6
+
+
+def test_ctrl_c_ends_the_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = write({**ONE, "arguments": {"begun": "begun", "sleep": 30.0}})
+    process = start(name)
+    wait_for(lambda: len(begun()) == 1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "stopped; the same command goes on" in said
+    assert "Traceback" not in said
+    wait_for(lambda: not Path(f"/proc/{begun()[0][1]}").exists(), 20)
+    assert rows() == []
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metric": None}, "study tiny: metric is missing"),
+        ({"scirpt": "x"}, "the file has an unknown key 'scirpt'; did you mean script?"),
+        ({"pairs": [{"base": "a", "form": "b"}]}, "b has no learning_rates; give a list of them"),
+        ({"peers": [{"optimizer": "a", "learning_rates": []}]}, "a has no learning_rates"),
+        ({"learning_rates": [-1], "peers": [{"optimizer": "a"}]}, "a must be positive numbers"),
+        ({"pairs": [], "peers": []}, "neither pairs nor peers"),
+        ({"seeds": [-1]}, "seeds must be a number of them, or a list"),
+        ({"peers": [{"optimizer": "a", "learning_rates": [1], "schedules": ["x"]}]}, "no schedule"),
+        ({"direction": "up"}, "direction must be maximize or minimize"),
+        ({"tune": {"low": 1, "high": 0.1, "trials": 3}}, "tune must have low, high"),
+        ({"pairs": "adam"}, "pairs must be a list"),
+    ],
+)
+def test_a_study_that_is_none_is_an_error_in_a_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as error:
+        load_study(write({**ONE, **change}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["papermnist"], "unknown study 'papermnist'; did you mean paper_mnist?"),
+        (["none.yaml"], "cannot read the study none.yaml"),
+        (["tiny.yaml", "--workers", "0"], "--workers must be at least 1, got 0"),
+        (["tiny.yaml", "--scale", "epochs"], "--scale must be KEY=N,KEY=N, got 'epochs'"),
+        (
+            ["tiny.yaml", "--scale", "images=3"],
+            "--scale: tiny has no 'images'; there are epochs, s",
+        ),
+        (["tiny.yaml", "--with", "more"], "there is no extra 'more'; there are control"),
+        (["tiny.yaml", "--script", "no.py"], "there is no script no.py"),
+        (["paper_mnist"], "there is no recipe recipes/mnist.py: recipes are not in the installed"),
+        (["tiny.yaml", "--storage", "oracle9://x"], "--storage cannot be used: "),
+        (["tiny.yaml", "--storage", "sqlite:////no/folder/db"], "--storage cannot be used: "),
+    ],
+)
+def test_a_bad_argument_is_an_error_in_a_line(
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(TINY)
+    assert call(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not Path("studies/tiny/runs").exists()
+
+
+def test_a_damaged_journal_is_an_error_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("studies/tiny").mkdir(parents=True)
+    Path("studies/tiny/journal.log").write_text("this is\nno journal\nof any kind\n")
+    assert call(monkeypatch, write(TINY)) == 2
+    said = capsys.readouterr().err
+    assert "studies/tiny/journal.log is damaged, and cannot be read" in said
+    assert said.count("\n") == 1
+
+
+def test_a_study_is_gone_on_with_as_it_was_begun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, write({**ONE, "arguments": {"mode": "/here/data"}})) == 0
+    assert call(monkeypatch, write({**ONE, "arguments": {"mode": "/there/data"}})) == 0
+    assert call(monkeypatch, write({**ONE, "arguments": {"mode": "/here/others"}})) == 2
+    assert "was begun with mode 'data', and is now to have 'others'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"arguments": {"mode": "silent"}},
+            "the script wrote no all_results.json into --output_dir",
+        ),
+        ({"metric": "f1"}, "all_results.json has no f1; its numbers are accuracy, learning_rate"),
+    ],
+)
+def test_a_script_that_does_not_write_what_is_needed(
+    change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(monkeypatch, write({**ONE, **change})) == 1
+    assert {row["state"] for row in rows()} == {"failed"}
+    assert rows()[0]["error"] == message
+
+
+# --- a real recipe --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_recipe_with_the_control(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = ["--recipes", str(ROOT / "recipes")]
+    options = ["--optim", "adalip", "--learning_rate", "0.1", "--seeds", "0"]
+    options += ["--scale", "images=300,epochs=1"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    study = yaml.safe_load(shipped()["compare"].read_text())
+    write({**study, "peers": [], "pairs": [{"base": "a", "form": "b"}]}, "compare")
+    words = ["compare.yaml", *options, *recipes, "--", "--dataset_name", "digits", "--cpu"]
+    assert call(monkeypatch, *words) == 0
+    found = {row["role"]: row for row in rows("studies/compare-300images-1epochs")}
+    assert set(found) == {"base", "form", "control"}
+    scale = found["form"]["median_scale"]
+    assert found["control"]["results"]["learning_rate"] == pytest.approx(0.1 * scale)
+    assert found["base"]["optimizer"] == "sgd"
+    assert {row["results"]["dataset_fingerprint"] for row in found.values()} == {
+        found["base"]["results"]["dataset_fingerprint"]
+    }
