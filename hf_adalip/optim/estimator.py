@@ -17,6 +17,7 @@ parameters nor optimizers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal, NamedTuple
@@ -106,7 +107,7 @@ class Estimator:
         if self.scale_bounds is not None:
             bounds = self.scale_bounds
             if (
-                not isinstance(bounds, (tuple, list))
+                not isinstance(bounds, Sequence)
                 or len(bounds) != 2
                 or not all(is_number(b) for b in bounds)
                 or not 0.0 < bounds[0] <= bounds[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -75,12 +76,13 @@ def validate(group: dict[str, Any]) -> None:  # noqa: C901 - one check after the
 
 
 def as_plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, which torch.load(weights_only=True) reads, and dtypes as text,
-    which every checkpoint format keeps."""
+    """NumPy's numbers as Python's and other sequences (OmegaConf's ListConfig) as tuples, which
+    torch.load(weights_only=True) reads, and dtypes as text, which every checkpoint format keeps."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if isinstance(value, (tuple, list)):
-        return type(value)(as_plain(item) for item in value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        kind = list if isinstance(value, list) else tuple
+        return kind(as_plain(item) for item in value)
     return float(value) if is_number(value) and type(value) not in (int, float) else value
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import re
+from collections import UserList
 from collections.abc import Callable
 from typing import Any
 
@@ -544,3 +546,22 @@ def test_a_tensor_parallelism_without_a_group_is_refused(name: str, mark: str) -
     with pytest.raises(NotImplementedError, match="its norm cannot be had"):
         optimizer.step()
     assert_same(list(params.values()), before)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, UserList])
+def test_sequences_of_any_kind_are_taken(kind: Callable[[Any], Any]) -> None:
+    """OmegaConf's ListConfig, for one, is no list."""
+    params = named_params()
+    options = {"betas": kind([0.8, 0.9]), "scale_bounds": kind([0.5, 2.0])}
+    optimizer = AdamLip(params.items(), **options)
+    same = AdamLip(named_params().items(), betas=(0.8, 0.9), scale_bounds=(0.5, 2.0))
+    for key in ("betas", "scale_bounds"):
+        assert type(optimizer.param_groups[0][key]) is (list if kind is list else tuple)
+        assert tuple(optimizer.param_groups[0][key]) == same.param_groups[0][key]
+    train(optimizer, params, [0])
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    wrapped = Lipschitz(torch.optim.SGD(params.values()), scale_bounds=kind([0.5, 2.0]))
+    assert wrapped.hyperparameters["scale_bounds"] == (0.5, 2.0)
