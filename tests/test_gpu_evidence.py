@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("yaml")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-import gpu_evidence  # noqa: E402
+import gpu_evidence
 
 
 def run(folder: Path, only: str, *options: str) -> int:
