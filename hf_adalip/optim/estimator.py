@@ -68,17 +68,18 @@ class Estimator:
 
         x_t                 x_{t-1}                  S_t               A_t/α_t   prev_norm
         ------------------  -----------------------  ----------------  --------  -------------------
-        finite              finite                   Eq. 8             S_t       ‖x_t‖
-        non-zero            none yet                 γ·S_{t-1}         1         ‖x_t‖
-        zero, or no         zero, or none yet        S_{t-1}           S_t       as it was
-        gradient
-        finite              lost (`FORGOTTEN`), or   S_{t-1}           S_t       ‖x_t‖
-                            overflowed when stored
+        layer not active    any                      S_{t-1}, no step            as it was
         not finite, "skip"  none yet                 S_{t-1}, no step            `NO_PREDECESSOR`
         not finite, "skip"  any other                S_{t-1}, no step            `FORGOTTEN`
-        layer not active    any                      S_{t-1}, no step            as it was
+        finite              lost (`FORGOTTEN`), or   S_{t-1}           S_t       ‖x_t‖
+                            ‖x_t - x_{t-1}‖ is inf
+        zero                zero, or none yet        S_{t-1}           S_t       as it was
+        non-zero            none yet                 γ·S_{t-1}         1         ‖x_t‖
+        finite              finite                   Eq. 8             S_t       ‖x_t‖
 
-    With nonfinite="propagate" a signal that is not finite is computed with as any other.
+    The first row that fits holds. By Eq. 8 S_t is kept in `scale_bounds`. A layer is active in a
+    step if one of its parameters has a gradient; x_t of the others is zero then. With
+    nonfinite="propagate" a signal that is not finite is computed with as any other.
 
     Args:
         gamma: coefficient of the moving average, in (0, 1) (§4.2).
@@ -172,7 +173,7 @@ class Estimator:
         if layer.c is not None and step is not None:
             needed = theoretical_c(layer.scale, before, change, layer.c, step, self.gamma)
             c = torch.where(signal, needed, layer.c)
-        observed = before / (change + c)  # Eq. 7 over α
+        observed = before / (change + c)  # Eq. 7
         scale = moving_average(layer.scale, observed, self.gamma)
         if self.scale_bounds is not None:
             scale = scale.clamp(*self.scale_bounds)
@@ -181,7 +182,7 @@ class Estimator:
         kept = norm * factor if applied else norm
         prev_norm = torch.where(signal | lost, kept, layer.prev_norm)
 
-        # The last rows of the table: layers that take no step keep S.
+        # The first rows of the table: layers that take no step keep S.
         steps = torch.ones_like(signal) if active is None else active
         old = layer.prev_norm
         if self.nonfinite == "skip" and finite is not None:

@@ -71,7 +71,7 @@ class LipOptimizer(LayerwiseOptimizer):
             ones, views with gaps) are stepped in the multi-tensor form. With foreach and fused
             both None, it is taken on a CPU with a C++ compiler from a million elements in all on,
             and otherwise the multi-tensor form where torch's own optimizers do, and on a CPU.
-            False for both is the loop.
+            foreach=False, without fused=True, is the loop.
         maximize: ascend instead of descend.
         capturable: safe to capture in a CUDA graph: excludes nonfinite="raise" and, for a lr
             that changes, needs a lr tensor on the parameters' device. State is always there.

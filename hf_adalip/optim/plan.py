@@ -46,7 +46,7 @@ class LocalParam:
     group: dict[str, Any]
     stored: State  # of `tensor`; not yet in the optimizer's state when it is new
     param: Tensor  # `tensor`, or a view of the part of it that is this parameter's
-    decays: bool  # whether the group's weight decay is for it
+    decays: bool  # whether the group's weight decay applies to it
     shard: Shard
     reduce_groups: ReduceGroups
     sketch: int = 0  # how many numbers are kept of x_{t-1}; 0 where it is kept as a tensor
@@ -161,7 +161,7 @@ class Batch:
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Tensor]]
-    steps: Tensor  # [tensors], t of each
+    steps: Tensor  # [tensors], t of each; of absent parameters, that of their last step
     lr: Tensor | float  # α_t
     moment_keys: tuple[str, ...]  # state keys of the parameter's shape
     history_keys: tuple[str, ...]  # the same, of x_{t-1}

@@ -44,11 +44,11 @@ class Form(Protocol):
 
     __name__: str
 
-    def measure(self, batch: Batch) -> Tensor: ...
+    def measure(self, batch: Batch) -> Tensor:
+        """As `measure` below. Of a batch that is not stoppable, it may write the history."""
 
-    def advance(
-        self, batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor
-    ) -> None: ...
+    def advance(self, batch: Batch, rates: Tensor, history_rates: Tensor, stepped: Tensor) -> None:
+        """As `advance` below."""
 
 
 class LayerRate(NamedTuple):
@@ -56,8 +56,11 @@ class LayerRate(NamedTuple):
 
     scale: float  # S_t
     lr: float  # A_t as applied: α_t·S_t, or α_t on the layer's first step
-    norm: float  # ‖g_t‖, 0 if it was left out; in -U, of the update that the next is compared with
-    nonfinite_steps: int  # steps that were left out because the gradient was not finite
+    norm: (
+        float  # ‖x_t‖, which the next step is compared with: of the gradient, or in the -U forms of
+    )
+    # the update; 0 after a step that was skipped
+    nonfinite_steps: int  # steps at which it was not finite, and which "skip" skipped
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -72,7 +75,7 @@ class LayerwiseOptimizer(Optimizer):
     _flat_tensors: FlatTensors
     _plan: StepPlan
     _release: GradientRelease | None = None  # steps parameters within backward
-    _c: float | str | None = None  # of an optimizer whose groups do not have their own
+    _c: float | str | None = None  # c where groups have none of their own
     _plan_options: tuple[str, ...] = ()
     """The options of a group that decide how its parameters are stepped together."""
 
@@ -100,7 +103,7 @@ class LayerwiseOptimizer(Optimizer):
 
         Raises:
             RuntimeError: for sparse gradients, and with nonfinite="raise" for a gradient norm
-                that is not finite; nothing has been changed then.
+                that is not finite. Parameters, moments and S are as they were then.
         """
         loss = None
         if closure is not None:
@@ -110,6 +113,7 @@ class LayerwiseOptimizer(Optimizer):
         return loss
 
     def _take_step(self) -> None:
+        """A step, with the plan of the step before if that still holds."""
         active = self._release.finish() if self._release else []
         kept: StepPlan | None = self.__dict__.get("_plan")
         is_new = torch.compiler.is_compiling() or kept is None or not kept.is_current(self)
@@ -138,7 +142,7 @@ class LayerwiseOptimizer(Optimizer):
         raise NotImplementedError
 
     def _buckets(self, plan: StepPlan) -> list[tuple[Form | None, list[tuple[int, LocalParam]]]]:
-        """The parameters of the plan's layers, sorted by what is stepped together."""
+        """The parameters of the plan's layers, grouped by what is stepped together."""
         raise NotImplementedError
 
     def _check(self, param: LocalParam) -> None:
@@ -180,8 +184,8 @@ class LayerwiseOptimizer(Optimizer):
                     moment_keys=bucket.moment_keys,
                     history_keys=bucket.history_keys,
                     sketch=bucket.sketch,
-                    stoppable=plan.raises or bool(plan.sharded),  # whose collective may fail
-                    memo=bucket.memo if bucket.is_plain else {},  # a shard may get other memory
+                    stoppable=plan.raises or bool(plan.sharded),  # a collective may fail
+                    memo=bucket.memo if bucket.is_plain else {},  # a shard's memory may move
                 )
             )
         return batches
@@ -190,7 +194,7 @@ class LayerwiseOptimizer(Optimizer):
         """Does what a form may fail in, before anything is changed."""
 
     def _measure(self, plan: StepPlan, batches: list[Batch]) -> list[Tensor]:
-        """`measure` of each batch. May change histories, of the last batches alone."""
+        """`measure` of each batch. The fused form, which comes last, may write histories in it."""
         for bucket, batch in zip(plan.buckets, batches, strict=True):
             if hasattr(bucket.form, "prepare"):
                 self._prepare(bucket, batch)
@@ -204,8 +208,8 @@ class LayerwiseOptimizer(Optimizer):
 
         Args:
             plan: of this step.
-            norms: of gradients and signals, shape [layers, columns]; not of ‖x_t - x_{t-1}‖, in
-                which a history may show that overflowed.
+            norms: of gradients and signals, shape [layers, columns]; not ‖x_t - x_{t-1}‖, which may
+                be infinite because x_{t-1} overflowed when it was stored.
 
         Raises:
             RuntimeError: with nonfinite="raise", naming the layers. Nothing has been changed.
@@ -220,36 +224,36 @@ class LayerwiseOptimizer(Optimizer):
         plan: StepPlan,
         batches: list[Batch],
         factor: Tensor,
-        active: Tensor,
+        stepped: Tensor,
         finite: Tensor,
     ) -> None:
-        """`advance` of each batch, and its numbers.
+        """`advance` of each batch, and the numbers of its state.
 
         Args:
             plan: of this step.
             batches: of the plan's buckets.
-            factor: A_t/α_t of each parameter.
-            active: which parameters take the step.
+            factor: A_t/α_t of each parameter: S_t, or 1 at a layer's first step.
+            stepped: which parameters take the step.
             finite: which layers have a finite gradient and signal.
         """
         for bucket, batch in zip(plan.buckets, batches, strict=True):
             here, device = bucket.where, batch.steps.device
-            stepped = active[here].to(device)
+            own = stepped[here].to(device)
             if bucket.form is None:
-                advance_absent(batch, stepped)
+                advance_absent(batch, own)
                 scalars = {"prev_lr": torch.zeros_like(batch.steps)} if bucket.recomputes else {}
             else:
                 dtype = batch.params[0].dtype
                 rates = batch.lr * factor[here].to(device, OPMATH.get(dtype, dtype))
-                applied = batch.group.get("previous", "applied") == "applied"
-                history_rates = rates if applied else torch.zeros_like(rates) + batch.lr
-                bucket.form.advance(batch, rates, history_rates, stepped)
+                proposed = batch.group.get("previous") == "proposed"
+                history_rates = torch.zeros_like(rates) + batch.lr if proposed else rates
+                bucket.form.advance(batch, rates, history_rates, own)
                 scalars = {"step": batch.steps, "layer_lr": rates}
                 if bucket.recomputes:
                     correction = self.rule.inverse_bias_correction(batch.steps, batch.group)
                     scalars["prev_lr"] = history_rates * correction
             for key, values in scalars.items():
-                plan.write(key, torch.where(stepped, values, plan.read(key, here, device)), here)
+                plan.write(key, torch.where(own, values, plan.read(key, here, device)), here)
 
     # Groups and state
 
@@ -286,8 +290,8 @@ class LayerwiseOptimizer(Optimizer):
 
         One device-to-host copy for each device that parameters are on; a step itself makes none.
         Layers are named by the names given with the parameters, else by group and position.
-        One with parameters in several groups shows the A_t of its first. Layers that have not
-        had a gradient yet are left out.
+        The A_t of a layer is that of its first parameter, at the last step for which that had a
+        gradient. Layers that have not had a gradient yet are left out.
         """
         keys = ("lipschitz_scale", "layer_lr", "prev_norm", "nonfinite_steps")
         rates: dict[str, LayerRate | None] = {}
@@ -371,16 +375,16 @@ def step_layers(optimizer: LayerwiseOptimizer, plan: StepPlan) -> Tensor:
 def measure(batch: Batch) -> Tensor:
     """‖g_t‖, ‖x_t‖ and ‖x_t - x_{t-1}‖ of each tensor, shape [tensors, 3].
 
-    Nothing is changed, but for the history of a batch that is not stoppable: a form may write it
-    as it reads it. With a sketch, the sketch of x_t follows in further columns, shape
-    [tensors, 3 + sketch], and the change, which can only be had of the whole parameter, is zero.
+    With a sketch, the sketch of x_t follows in further columns, shape [tensors, 3 + sketch], and
+    the change, known only for the whole parameter, is zero.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
-    keys = (*batch.moment_keys, *batch.history_keys)
-    corrections = _corrections(batch, batch.steps)
+    keys = batch.history_keys
+    corrections: list[Numbers] = []
     before: list[Any] = [None] * len(batch.params)
     if signal.of_updates:
-        before = _before(batch, batch.steps - 1)
+        keys = (*batch.moment_keys, *batch.history_keys)
+        corrections, before = _corrections(batch, batch.steps), _before(batch, batch.steps - 1)
     rows = []
     for i, (param, raw, state) in enumerate(
         zip(batch.params, batch.grads, batch.states, strict=True)
@@ -392,32 +396,33 @@ def measure(batch: Batch) -> Tensor:
             return -batch.lr * rule.direction(rule.moments(grad, old, group), corrections[i], group)
 
         x = signal.current(grad, proposed)
-        size = norm(grad)
-        own = norm(x) if signal.of_updates else size
+        grad_norm = norm(grad)
+        signal_norm = norm(x) if signal.of_updates else grad_norm
         if batch.sketch:
-            rows.append(sketched(x, size, own, batch.local_params[i].shard, batch.sketch))
+            shard = batch.local_params[i].shard
+            rows.append(sketched(x, grad_norm, signal_norm, shard, batch.sketch))
         else:
             change = x - signal.previous(old, partial(_previous_update, batch, old, before[i]))
-            rows += [size, own, norm(change)]
+            rows += [grad_norm, signal_norm, norm(change)]
     return torch.stack(rows) if batch.sketch else torch.stack(rows).view(-1, 3)
 
 
-def advance(batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor) -> None:
+def advance(batch: Batch, rates: Tensor, history_rates: Tensor, stepped: Tensor) -> None:
     """Takes the step: moments, history and parameters.
 
     Args:
         batch: what to step.
         rates: A_t of each tensor, shape [tensors].
-        history_rates: A_t or α_t of each tensor, whichever makes -rate·d_t the update that the next
-            one is compared with, shape [tensors].
-        active: shape [tensors]; where False, a tensor and its state stay as they are, but for the
-            history, which becomes zero: what it was is forgotten.
+        history_rates: α_t of each tensor with previous="proposed", else A_t, shape [tensors];
+            -history_rate·d_t is the update that the next one is compared with.
+        stepped: shape [tensors]; where False, a tensor and its state stay as they are, but for the
+            history, which becomes zero: a form may have overwritten it in `measure`.
     """
     rule, signal, group = batch.rule, batch.signal, batch.group
     corrections = _corrections(batch, batch.steps)
-    factors = zip(*(elements(x, group) for x in (rates, history_rates, active)), strict=True)
+    factors = zip(*(elements(x, group) for x in (rates, history_rates, stepped)), strict=True)
     tensors = zip(batch.params, batch.grads, batch.states, corrections, factors, strict=True)
-    for param, raw, state, correction, (rate, history_rate, is_active) in tensors:
+    for param, raw, state, correction, (rate, history_rate, is_stepped) in tensors:
         grad = _gradient(param, raw, group)
         old = {key: to_opmath(state[key], group) for key in batch.moment_keys}
         new = rule.moments(grad, old, group)
@@ -426,11 +431,11 @@ def advance(batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor) 
         if group["weight_decay"] and group["decoupled_weight_decay"]:
             value = value * (1 - batch.lr * group["weight_decay"])
         for key in batch.moment_keys:
-            _store(state[key], new[key], is_active)
+            _store(state[key], new[key], is_stepped)
         if batch.history_keys:
             for key, x in signal.new_history(grad, partial(mul, direction, -history_rate)).items():
-                _store(state[key], x, is_active, otherwise=0.0)
-        _store(param, value - rate * direction, is_active)
+                _store(state[key], x, is_stepped, otherwise=0.0)
+        _store(param, value - rate * direction, is_stepped)
 
 
 def _gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
@@ -444,20 +449,20 @@ def _gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:
 
 
 def to_opmath(x: Tensor, group: Group | None = None, like: torch.dtype | None = None) -> Tensor:
-    """x in its opmath dtype, or that of `like`; with a group, a copy where autograd runs through
-    the step, which overwrites the original. (Tensor.to takes a microsecond to find that there is
-    nothing to do, and there are hundreds of tensors.)"""
+    """x in its opmath dtype, or that of `like`. With a group, a copy if autograd runs through the
+    step, which overwrites x in place."""
     dtype = OPMATH.get(like or x.dtype, like or x.dtype)
+    # Tensor.to takes a microsecond to find that there is nothing to do.
     value = x if x.dtype == dtype else x.to(dtype)
     return value.clone() if group is not None and group["differentiable"] else value
 
 
-def _store(target: Tensor, value: Tensor, active: Any, otherwise: float | None = None) -> None:
-    """Makes the target the value where `active`, else `otherwise`: None for what it is."""
-    if isinstance(active, Tensor):
+def _store(target: Tensor, value: Tensor, where: Any, otherwise: float | None = None) -> None:
+    """Stores the value where `where` is True, else `otherwise`; None leaves the target there."""
+    if isinstance(where, Tensor):
         other = to_opmath(target) if otherwise is None else otherwise
-        target.copy_(torch.where(active, value, other))
-    elif active:
+        target.copy_(torch.where(where, value, other))
+    elif where:
         target.copy_(value)
     elif otherwise is not None:
         target.fill_(otherwise)
@@ -473,8 +478,8 @@ def _corrections(batch: Batch, steps: Tensor) -> list[Numbers]:
 
 
 def _before(batch: Batch, steps: Tensor) -> list[Any]:
-    """For each tensor the bias corrections and the rate of step t-1 (`steps`), with which u_{t-1}
-    is computed again; None where it is not."""
+    """For each tensor the bias corrections and the rate of step t-1 (`steps`), needed to compute
+    u_{t-1} again; None if it is kept."""
     rule, group = batch.rule, batch.group
     if not batch.signal.is_recomputed(rule, group):
         return [None] * len(batch.states)
@@ -491,11 +496,11 @@ def _previous_update(batch: Batch, old: Moments, before: tuple[Numbers, Tensor])
     return torch.where(rate == 0, torch.zeros_like(direction), -rate * direction)
 
 
-# Parameters without a gradient in a layer that has one: theirs is zero
+# Absent parameters: they have no gradient, which counts as zero, in a layer that has one
 
 
 def measure_absent(batch: Batch) -> Tensor:
-    """`measure` for them."""
+    """`measure` for absent parameters."""
     if batch.sketch:
         return batch.steps.new_zeros(len(batch.states), 3 + batch.sketch)
     rows: list[Tensor] = []
@@ -511,20 +516,20 @@ def measure_absent(batch: Batch) -> Tensor:
     return torch.stack(rows).view(-1, 3)
 
 
-def advance_absent(batch: Batch, active: Tensor) -> None:
-    """`advance` for them: their previous signal becomes zero."""
-    for state, is_active in zip(batch.states, elements(active, batch.group), strict=True):
+def advance_absent(batch: Batch, stepped: Tensor) -> None:
+    """`advance` for absent parameters: x_t is zero."""
+    for state, is_stepped in zip(batch.states, elements(stepped, batch.group), strict=True):
         for key in batch.history_keys:
-            _store(state[key], torch.zeros_like(to_opmath(state[key])), is_active)
+            _store(state[key], torch.zeros_like(to_opmath(state[key])), is_stepped)
 
 
 # Sketches
 
 
-def sketched(x: Tensor, grad_norm: Tensor, size: Tensor, shard: Shard, k: int) -> Tensor:
+def sketched(x: Tensor, grad_norm: Tensor, signal_norm: Tensor, shard: Shard, k: int) -> Tensor:
     """A row of `measure`, with the sketch of x."""
     shape, offset = shard.place
-    norms = torch.stack([grad_norm, size, torch.zeros_like(size)])
+    norms = torch.stack([grad_norm, signal_norm, torch.zeros_like(signal_norm)])
     return torch.cat([norms, sketch(x, k, shape=shape, offset=offset)])
 
 
@@ -551,7 +556,7 @@ def _sketches(plan: StepPlan, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """torch.cat, without a copy where there is one part beside the empty first."""
+    """torch.cat, without a copy where only one part follows the empty first."""
     return parts[1] if len(parts) == 2 else torch.cat(parts)
 
 

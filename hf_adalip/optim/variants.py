@@ -54,7 +54,7 @@ class AdaLip(LipOptimizer):
         prev_grad: g_{t-1}, the parameter's shape and dtype (see `history`).
         step: t, a number.
         lipschitz_scale, prev_norm, layer_lr, nonfinite_steps: of its layer, S_t, ‖g_t‖, A_t and the
-            count of skipped steps; numbers.
+            count of non-finite gradients; numbers.
         lipschitz_c: with c="theoretical", c_t of its layer; a number.
 
     Raises:
@@ -144,7 +144,7 @@ class RMSLip(LipOptimizer):
         prev_grad: g_{t-1}, the parameter's shape and dtype (see `history`).
         step: t, a number.
         lipschitz_scale, prev_norm, layer_lr, nonfinite_steps: of its layer, S_t, ‖g_t‖, A_t and the
-            count of skipped steps; numbers.
+            count of non-finite gradients; numbers.
         lipschitz_c: with c="theoretical", c_t of its layer; a number.
 
     Raises:
@@ -236,7 +236,7 @@ class AdamLip(LipOptimizer):
         prev_grad: g_{t-1}, the parameter's shape and dtype (see `history`).
         step: t, a number.
         lipschitz_scale, prev_norm, layer_lr, nonfinite_steps: of its layer, S_t, ‖g_t‖, A_t and the
-            count of skipped steps; numbers.
+            count of non-finite gradients; numbers.
         lipschitz_c: with c="theoretical", c_t of its layer; a number.
 
     Raises:
@@ -332,7 +332,7 @@ class AdaLipU(AdaLip):
         step: t, a number.
         prev_lr: the factor of u_{t-1}, where it is computed again; a number.
         lipschitz_scale, prev_norm, layer_lr, nonfinite_steps: of its layer, S_t, ‖u_t‖, A_t and the
-            count of skipped steps; numbers.
+            count of non-finite gradients; numbers.
         lipschitz_c: with c="theoretical", c_t of its layer; a number.
 
     Raises:
@@ -425,7 +425,7 @@ class RMSLipU(RMSLip):
         prev_update: u_{t-1}, the parameter's shape and dtype (see `history`).
         step: t, a number.
         lipschitz_scale, prev_norm, layer_lr, nonfinite_steps: of its layer, S_t, ‖u_t‖, A_t and the
-            count of skipped steps; numbers.
+            count of non-finite gradients; numbers.
         lipschitz_c: with c="theoretical", c_t of its layer; a number.
 
     Raises:
@@ -520,7 +520,7 @@ class AdamLipU(AdamLip):
         step: t, a number.
         prev_lr: the factor of u_{t-1}, where it is computed again; a number.
         lipschitz_scale, prev_norm, layer_lr, nonfinite_steps: of its layer, S_t, ‖u_t‖, A_t and the
-            count of skipped steps; numbers.
+            count of non-finite gradients; numbers.
         lipschitz_c: with c="theoretical", c_t of its layer; a number.
 
     Raises:
@@ -610,7 +610,7 @@ class LionLip(LipOptimizer):
         prev_grad: g_{t-1}, the parameter's shape and dtype (see `history`).
         step: t, a number.
         lipschitz_scale, prev_norm, layer_lr, nonfinite_steps: of its layer, S_t, ‖g_t‖, A_t and the
-            count of skipped steps; numbers.
+            count of non-finite gradients; numbers.
         lipschitz_c: with c="theoretical", c_t of its layer; a number.
 
     Raises:

@@ -485,7 +485,7 @@ class Lipschitz(LayerwiseOptimizer):
         plan: StepPlan,
         batches: list[Batch],
         factor: Tensor,
-        active: Tensor,
+        stepped: Tensor,
         finite: Tensor,
     ) -> None:
         if not self.signal.of_updates:
@@ -496,10 +496,10 @@ class Lipschitz(LayerwiseOptimizer):
                 raise
         for bucket, batch in zip(plan.buckets, batches, strict=True):
             here, device = bucket.where, batch.params[0].device
-            scale, stepped = factor[here].to(device), active[here].to(device)
+            scale, own = factor[here].to(device), stepped[here].to(device)
             history = [state["prev_grad"] for state in batch.states]
             flags = {"differentiable": False, "capturable": self._is_capturable}
-            scales, are_stepped = elements(scale, flags), elements(stepped, flags)
+            scales, are_stepped = elements(scale, flags), elements(own, flags)
             if bucket.form is None:
                 for x, is_stepped in zip(history, are_stepped, strict=True):
                     x.copy_(_unless_skipped(is_stepped, torch.zeros_like(x), x))
@@ -510,14 +510,14 @@ class Lipschitz(LayerwiseOptimizer):
                     x.copy_(_unless_skipped(are_stepped[i], new, x))
             old = batch.prepared
             if bucket.form is fused_form:
-                fused_form.blend(batch.params, old, scale, stepped)
+                fused_form.blend(batch.params, old, scale, own)
             else:
                 for i, param in enumerate(batch.params):
                     _scale(param, old[i], scales[i], are_stepped[i])
             lr = bucket.params[0].group["lr"]
             rates = scale * (as_scalar(lr, device) if isinstance(lr, Tensor) else lr)
             before = plan.read("layer_lr", here, device)
-            plan.write("layer_lr", _unless_skipped(stepped, rates, before), here)
+            plan.write("layer_lr", _unless_skipped(own, rates, before), here)
 
     @property
     def _is_capturable(self) -> bool:

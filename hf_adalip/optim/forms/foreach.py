@@ -84,19 +84,19 @@ def _measure(batch: Batch) -> Tensor:
     return torch.stack([size, own, norms(changes)], dim=1)
 
 
-def advance(batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor) -> None:
+def advance(batch: Batch, rates: Tensor, history_rates: Tensor, stepped: Tensor) -> None:
     """As `step.advance`."""
-    all_active = all(x is True for x in elements(active, batch.group))
+    all_stepped = all(x is True for x in elements(stepped, batch.group))
     for piece, here in _pieces(batch):
-        _advance(piece, rates[here], history_rates[here], None if all_active else active[here])
+        _advance(piece, rates[here], history_rates[here], None if all_stepped else stepped[here])
 
 
-def _advance(batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor | None) -> None:
-    """active: None where all are known to be, and are then stepped in place."""
+def _advance(batch: Batch, rates: Tensor, history_rates: Tensor, stepped: Tensor | None) -> None:
+    """stepped: None where all are known to be, and are then stepped in place."""
     rule, group = batch.rule, batch.group
 
     def own(tensors: Tensors) -> Tensors:
-        return _opmath(tensors) if active is None else _opmath_copies(tensors)
+        return _opmath(tensors) if stepped is None else _opmath_copies(tensors)
 
     grads = _gradients(batch)
     state = {n: _state(batch, n) for n in (*batch.moment_keys, *batch.history_keys)}
@@ -104,19 +104,19 @@ def _advance(batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor 
     new = rule.foreach_moments_(grads, old, group)
     directions = rule.foreach_directions(new, _corrections(batch, batch.steps), group)
     for name in old:
-        _store(state[name], new[name], active)
+        _store(state[name], new[name], stepped)
     if batch.history_keys:
         history = batch.signal.new_history(
             grads, lambda: _times_(_opmath_copies(directions), -history_rates, group)
         )
         for name, xs in history.items():
-            _store(state[name], xs, active, otherwise=0.0)
+            _store(state[name], xs, stepped, otherwise=0.0)
     updates = _times_(directions, -rates, group)
     values = own(batch.params)
     if group["weight_decay"] and group["decoupled_weight_decay"]:
         torch._foreach_mul_(values, 1 - batch.lr * group["weight_decay"])
     torch._foreach_add_(values, updates)
-    _store(batch.params, values, active)
+    _store(batch.params, values, stepped)
 
 
 def _corrections(batch: Batch, steps: Tensor) -> list[Numbers]:
@@ -160,17 +160,17 @@ def _gradients(batch: Batch) -> Tensors:
 
 
 def _store(
-    targets: Tensors, values: Tensors, active: Tensor | None, otherwise: float | None = None
+    targets: Tensors, values: Tensors, stepped: Tensor | None, otherwise: float | None = None
 ) -> None:
-    """Makes each target its value where `active`, else `otherwise`: None for what it is."""
-    if active is None:
+    """Makes each target its value where `stepped`, else `otherwise`; None leaves it there."""
+    if stepped is None:
         if values is not targets:
             torch._foreach_copy_(targets, values)
         return
-    others = (
-        _opmath(targets) if otherwise is None else [values[0].new_full((), otherwise)] * len(active)
-    )
-    choices = zip(active.unbind(), values, others, strict=True)
+    others = _opmath(targets)
+    if otherwise is not None:
+        others = [values[0].new_full((), otherwise)] * len(targets)
+    choices = zip(stepped.unbind(), values, others, strict=True)
     if targets[0].dtype == values[0].dtype:
         for choice, target in zip(choices, targets, strict=True):
             torch.where(*choice, out=target)

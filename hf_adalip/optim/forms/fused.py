@@ -109,24 +109,24 @@ def measure(batch: Batch) -> Tensor:
     return rows
 
 
-def advance(batch: Batch, rates: Tensor, history_rates: Tensor, active: Tensor) -> None:
+def advance(batch: Batch, rates: Tensor, history_rates: Tensor, stepped: Tensor) -> None:
     """As `step.advance`."""
     spec, tensors, copies, constants, _ = _prepared(batch)
     numbers = _numbers(batch, (rates, history_rates))
-    _backend(batch.params[0]).advance(spec, tensors, numbers, constants, active)
+    _backend(batch.params[0]).advance(spec, tensors, numbers, constants, stepped)
     for original, copy in copies:
         original.copy_(copy)
     increment_version(batch.params)  # autograd refuses a backward through what was changed
 
 
-def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, active: Tensor) -> None:
-    """p = w·p + (1 - w)·q of each tensor and its other one, where `active`; for `Lipschitz`.
+def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, stepped: Tensor) -> None:
+    """p = w·p + (1 - w)·q of each tensor and its other one, where `stepped`; for `Lipschitz`.
 
     Args:
         params: as `fits` says, of one device and dtype.
         others: as params.
         weights: w, shape [tensors].
-        active: shape [tensors]; where False, a parameter stays as it is.
+        stepped: shape [tensors]; where False, a parameter stays as it is.
     """
     dtype = params[0].dtype
     alike = [_like(p, q, dtype) for p, q in zip(params, others, strict=True)]
@@ -136,7 +136,7 @@ def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, active: T
     # A step of plain SGD: p·decay - rate·q.
     spec = Spec(rule="SGD", signal="gradient", dtype=dtype, history=None)
     tensors = Tensors(params, alike, (), [], [])
-    _backend(params[0]).advance(spec, tensors, numbers, Constants(0.0, 0.0, 0.0, 0.0, 0.0), active)
+    _backend(params[0]).advance(spec, tensors, numbers, Constants(0.0, 0.0, 0.0, 0.0, 0.0), stepped)
     increment_version(params)
 
 

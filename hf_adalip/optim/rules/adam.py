@@ -16,10 +16,10 @@ class Adam(Rule):
 
     name = "Adam"
     cpp = CppRule(
-        moments="2",
-        follow="Moments{beta1 * old.first + take1 * grad, "
+        moment_count="2",
+        moments="Moments{beta1 * old.first + take1 * grad, "
         "beta2 * old.second + take2 * grad * grad}",
-        direction="m.first * scale1 / root(m.second * scale2)",
+        direction="m.first * inverse1 / root(m.second * inverse2)",
     )
 
     def uses(self, group: Group) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ class Adam(Rule):
         }
 
     def bias_corrections(self, steps: Tensor, group: Group) -> tuple[Tensor, ...]:
-        # 1 - β^t, without the cancellation that 1 - β**t has in float32 (1e-5 at β = 0.999, t = 1).
+        # 1 - β^t, without the cancellation of 1 - β**t in float32 (1e-5 at β = 0.999, t = 1).
         return tuple(
             -torch.expm1(steps * math.log(beta)) if beta else torch.ones_like(steps)
             for beta in group["betas"]

@@ -15,8 +15,8 @@ class Lion(Rule):
 
     name = "Lion"
     cpp = CppRule(
-        moments="1",
-        follow="Moments{beta2 * old.first + take2 * grad, beta1 * old.first + take1 * grad}",
+        moment_count="1",
+        moments="Moments{beta2 * old.first + take2 * grad, beta1 * old.first + take1 * grad}",
         direction="Opmath(m.second > 0) - Opmath(m.second < 0)",
     )
 

@@ -16,8 +16,8 @@ class RMSprop(Rule):
 
     name = "RMSprop"
     cpp = CppRule(  # beta1 is α
-        moments="1",
-        follow="Moments{beta1 * old.first + take1 * grad * grad, 0}",
+        moment_count="1",
+        moments="Moments{beta1 * old.first + take1 * grad * grad, 0}",
         direction="grad / root(m.first)",
     )
 

@@ -19,14 +19,15 @@ Numbers = Sequence[Any]
 class CppRule(NamedTuple):
     """The formula for one element, as C++ that kernels/step.cpp is compiled with.
 
-    `moments` is a constant expression. `follow` makes the Moments {first, second} of step t from
-    `grad` and `old`; `direction` the number to subtract from `grad`, `m` and the reciprocals
-    `scale1`, `scale2` of the bias corrections. Both read `momentum`, `beta1`, `take1` (1 - β1),
-    `beta2`, `take2`, and the flags MOMENTUM and NESTEROV; `root` is √v + ε.
+    `moment_count` is how many moments the state has, a constant expression. `moments` makes the
+    Moments {first, second} of step t from `grad` and `old`; `direction` the number to subtract
+    from `grad`, `m` and `inverse1`, `inverse2`, the reciprocals of the bias corrections. Both read
+    `momentum`, `beta1`, `take1` (1 - β1), `beta2`, `take2`, and the flags MOMENTUM and NESTEROV;
+    `root` is √v + ε.
     """
 
+    moment_count: str
     moments: str
-    follow: str
     direction: str
 
 

@@ -15,8 +15,8 @@ class SGD(Rule):
 
     name = "SGD"
     cpp = CppRule(
-        moments="MOMENTUM ? 1 : 0",
-        follow="Moments{MOMENTUM ? old.first * momentum + grad : 0, 0}",
+        moment_count="MOMENTUM ? 1 : 0",
+        moments="Moments{MOMENTUM ? old.first * momentum + grad : 0, 0}",
         direction="NESTEROV ? grad + momentum * m.first : MOMENTUM ? m.first : grad",
     )
 

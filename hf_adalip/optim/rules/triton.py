@@ -33,7 +33,7 @@ def root(x):
 
 
 @triton.jit
-def follow(grad, first, second, constants, RULE: tl.constexpr):
+def moments(grad, first, second, constants, RULE: tl.constexpr):
     """The moments of step t."""
     if RULE == "Adam":
         first = tl.load(constants + BETA1) * first + tl.load(constants + TAKE1) * grad

@@ -98,8 +98,8 @@ def _defined(spec: Spec) -> dict[str, str]:
     flags = ("momentum", "nesterov", "eps_in_sqrt", "maximize", "coupled", "early")
     formula = RULES[spec.rule].cpp
     return {
+        "COUNT": formula.moment_count,
         "MOMENTS": formula.moments,
-        "FOLLOW": formula.follow,
         "DIRECTION": formula.direction,
         "SIGNAL": spec.signal,
         "PARAM": _TYPES[spec.dtype],

@@ -7,7 +7,7 @@
 // writing is little beside its waiting for what it reads next.
 //
 // cpu.py defines, above this text, what depends on the Spec:
-//   MOMENTS FOLLOW DIRECTION                        the base optimizer's formula, see rules/rule.py
+//   COUNT MOMENTS DIRECTION                         the base optimizer's formula, see rules/rule.py
 //   SIGNAL                                          a word of the enumeration below
 //   MOMENTUM NESTEROV EPS_IN_SQRT MAXIMIZE COUPLED  true or false
 //   PARAM OPMATH HISTORY   types: of parameters, of arithmetic, of the history (void for none)
@@ -75,7 +75,7 @@ using Param = PARAM;
 using Opmath = OPMATH;
 using History = std::conditional_t<has_history, HISTORY, Opmath>;
 
-constexpr int moments = MOMENTS;
+constexpr int moments = COUNT;
 
 constexpr int64_t block = 1024;  // elements that `measure` takes together
 constexpr int64_t ahead = 512;   // elements between what is worked on and what is fetched
@@ -133,9 +133,11 @@ struct Arithmetic {
     return grad;
   }
 
-  Moments follow(Opmath grad, Moments old) const { return FOLLOW; }
+  Moments next_moments(Opmath grad, Moments old) const { return MOMENTS; }
 
-  Opmath direction(Opmath grad, Moments m, Opmath scale1, Opmath scale2) const { return DIRECTION; }
+  Opmath direction(Opmath grad, Moments m, Opmath inverse1, Opmath inverse2) const {
+    return DIRECTION;
+  }
 
   Opmath root(Opmath square) const {
     return EPS_IN_SQRT ? std::sqrt(square + eps) : std::sqrt(square) + eps;
@@ -261,8 +263,8 @@ __attribute__((noinline)) void measure_block(
     const Opmath* __restrict param, const Opmath* __restrict first, const Opmath* __restrict second,
     Opmath* __restrict history, const Sources next, const int64_t index,
     Opmath* __restrict buckets, double (*__restrict totals)[lanes]) {
-  const Opmath scale1 = 1 / of.correction1, scale2 = 1 / of.correction2;
-  const Opmath prev_scale1 = 1 / of.prev_correction1, prev_scale2 = 1 / of.prev_correction2;
+  const Opmath inverse1 = 1 / of.correction1, inverse2 = 1 / of.correction2;
+  const Opmath prev_inverse1 = 1 / of.prev_correction1, prev_inverse2 = 1 / of.prev_correction2;
   const Runs runs(index);
   Opmath sums[3][lanes] = {};
   const auto add = [&](int64_t i, int64_t lane, uint32_t signs, Opmath* __restrict to) {
@@ -270,9 +272,9 @@ __attribute__((noinline)) void measure_block(
     Opmath x = g, before = has_history ? history[i] : 0;
     if constexpr (signal != Signal::gradient) {
       const Moments old{moments > 0 ? first[i] : 0, moments > 1 ? second[i] : 0};
-      x = -of.lr * rules.direction(g, rules.follow(g, old), scale1, scale2);
+      x = -of.lr * rules.direction(g, rules.next_moments(g, old), inverse1, inverse2);
       if constexpr (signal == Signal::recomputed) {
-        const Opmath d = rules.direction(0, old, prev_scale1, prev_scale2);
+        const Opmath d = rules.direction(0, old, prev_inverse1, prev_inverse2);
         before = of.prev_rate == 0 ? 0 : -of.prev_rate * d;
       }
       sums[1][lane] += x * x;
@@ -304,12 +306,12 @@ __attribute__((noinline)) void advance_block(
     const Arithmetic rules, const Numbers of, const int64_t n, const Opmath* __restrict grad,
     Opmath* __restrict param, Opmath* __restrict first, Opmath* __restrict second,
     Opmath* __restrict history) {
-  const Opmath scale1 = 1 / of.correction1, scale2 = 1 / of.correction2;
+  const Opmath inverse1 = 1 / of.correction1, inverse2 = 1 / of.correction2;
   for (int64_t i = 0; i < n; ++i) {
     const Opmath g = rules.gradient(grad[i], param[i]);
     const Moments old{moments > 0 ? first[i] : 0, moments > 1 ? second[i] : 0};
-    const Moments next = rules.follow(g, old);
-    const Opmath d = rules.direction(g, next, scale1, scale2);
+    const Moments next = rules.next_moments(g, old);
+    const Opmath d = rules.direction(g, next, inverse1, inverse2);
     if constexpr (moments > 0) first[i] = next.first;
     if constexpr (moments > 1) second[i] = next.second;
     param[i] = param[i] * of.decay - of.rate * d;

@@ -19,7 +19,7 @@ are added.
 import triton
 import triton.language as tl
 
-from ...rules.triton import direction, follow, root
+from ...rules.triton import direction, moments, root
 
 # A record of a tensor: pointers, then its size, the index of its first element in the whole
 # parameter, and its first chunk, which the following record ends.
@@ -132,7 +132,7 @@ def _signals(
     before = tl.zeros_like(grad)
     if SIGNAL != "gradient":
         old1, old2 = _moments(grad, record, offset, at, mask, RULE, DTYPE, ACCESS)
-        new1, new2 = follow(grad, old1, old2, constants, RULE)
+        new1, new2 = moments(grad, old1, old2, constants, RULE)
         now = direction(grad, new1, new2, constants, row + CORRECTIONS, RULE)
         now = now * -tl.load(row + LR)
         if SIGNAL == "recomputed":
@@ -280,7 +280,7 @@ def _advance(
 ):
     grad = _gradient(record, constants, offset, at, mask, COUPLED, DTYPE, ACCESS)
     first, second = _moments(grad, record, offset, at, mask, RULE, DTYPE, ACCESS)
-    first, second = follow(grad, first, second, constants, RULE)
+    first, second = moments(grad, first, second, constants, RULE)
     d = direction(grad, first, second, constants, row + CORRECTIONS, RULE)
     param = _load(record, PARAM, offset, at, mask, DTYPE, ACCESS).to(grad.dtype)
     param = param * tl.load(row + DECAY) - d * tl.load(row + RATE)
