@@ -120,6 +120,7 @@ def over_rates(study: Study, schedule: str) -> Picture | Missing:
             axes.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set(title=name, xscale="log", xlabel="learning rate")
         plain_ticks(axes.xaxis)
+        axes.tick_params(axis="x", labelsize=8)
         _finish(axes, measure_name(study.metric))
     note = (
         "Line: median over the seeds. Band: lowest to highest seed. A control is at the learning "
@@ -153,7 +154,7 @@ def mean_curves(study: Study, schedule: str) -> Picture | Missing:
     figure, places = _panels(len(panels))
     for axes, (name, lines) in zip(places, panels, strict=True):
         _draw_lines(axes, lines)
-        axes.set(title=name, xlabel="epoch")
+        axes.set(title=name)
         _finish(axes, metric.replace("_", " "))
     note = (
         "Line: mean over the learning rates of the mean over the seeds. Band: one standard "
@@ -248,7 +249,7 @@ def _contrast(
             for style, kind in enumerate(kinds)
         ]
         _draw_lines(axes, lines)
-        axes.set(title=shown(optimizer), xlabel="epoch")
+        axes.set(title=shown(optimizer))
         _finish(axes, metric.replace("_", " "))
         words += [f"{shown(optimizer)} at {_words_of_line(line)}" for line in lines]
     note = "Line: mean over the seeds. Band: lowest to highest seed. Colours: learning rates."
@@ -271,7 +272,6 @@ def update_signal(study: Study, arms: Sequence[Arm]) -> Picture | Missing:
         return Missing(title, "adam, adamlip and adamlipu do not all have numbers for each epoch")
     figure, (axes,) = _panels(1)
     _draw_lines(axes, lines)
-    axes.set(xlabel="epoch")
     _finish(axes, metric.replace("_", " "))
     note = "Line: mean over the seeds. Band: lowest to highest seed."
     words = " ".join(map(_words_of_line, lines))
@@ -509,6 +509,9 @@ def _panels(count: int, columns: int = 3, height: float = 3.6) -> tuple[Any, lis
 
 
 def _draw_lines(axes: Any, lines: Sequence[Line]) -> None:
+    """Curves over the epochs."""
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     for line in lines:
         colour, style, marker = line.look
         if len(line.epochs) > 20:
