@@ -35,6 +35,7 @@ SETTINGS = {
     "script": "recipes/mnist.py",
     "pairs": [{"base": "sgd", "form": "adalip", "learning_rates": list(RATES)}],
     "seeds": [0, 1, 2],
+    "control": True,
     "metric": "best_train_accuracy",
 }
 
@@ -176,6 +177,15 @@ def test_differences_are_paired_by_seed(study: Study) -> None:
     assert sentence.endswith("which includes 0.")
 
 
+def test_seeds_that_have_just_begun_do_not_narrow_the_grid(tmp_path: Path) -> None:
+    lines = [line for line in trials() if line["seed"] < 2 or line["learning_rate"] == 0.01]
+    study = read_study(write(tmp_path, lines))
+    base, *_ = tables.pair_comparisons(study, "constant")
+    assert base.at == "mean over 3 learning rates"
+    assert (base.found.size, base.pairs, base.possible) == (2, 6, 9)
+    assert base.found.mean == pytest.approx((0.91 + 0.92) / 6)
+
+
 def test_each_learning_rate_has_its_row_with_what_did_not_complete(study: Study) -> None:
     table = tables.rate_table(study, study.pairs[0], "constant")
     assert table is not None
@@ -213,7 +223,7 @@ def test_a_run_that_was_run_again_counts_once(tmp_path: Path) -> None:
     study = read_study(write(tmp_path, [died, *lines, died]))
     assert len(study.trials) == len(lines)
     assert study.run_again == 2
-    assert study.arm("base", study.pairs[0], "constant").values(0.01, "best_train_accuracy")[0]
+    assert study.arm("base", study.pairs[0], "constant").values(0.01, study.metric)[0]
 
 
 def test_other_metrics_and_scripts_without_epochs(tmp_path: Path) -> None:
@@ -313,23 +323,16 @@ def test_every_caption_has_the_scale_and_numbers_have_their_origin(folder: Path)
 
 
 def recorded(folder: Path, optimizer: str, rate: float, **files: Any) -> None:
-    run = folder / "runs" / f"{optimizer}-{rate:g}"
+    run = folder / "runs" / f"{optimizer}-constant-{rate:g}-0"
     run.mkdir(parents=True)
-    settings = {"optimizer": optimizer, "learning_rate": rate, "seed": 0}
-    for name, content in {"all_results": settings, **files}.items():
+    for name, content in files.items():
         (run / f"{name}.json").write_text(json.dumps(content))
 
 
 def test_figures_of_layers_and_of_variants(tmp_path: Path) -> None:
     lines = trials()
-    for line in trials():
-        if line["role"] == "form":
-            line["schedule"] = "inverse_sqrt"
-            lines.append(line)
-    for line in trials():
-        if line["role"] == "form":
-            line["results"]["optimizer_arguments"]["c"] = "theoretical"
-            lines.append(line)
+    lines += [line | {"schedule": "inverse_sqrt"} for line in trials() if line["role"] == "form"]
+    lines += [trial("peer", 0.1, 0, 0.9, 2) | {"optimizer": "adalip", "schedule": "theoretical_c"}]
     names = {"form": "adamlip", "base": "adam"}
     for line in trials():
         if line["role"] in names:
@@ -337,9 +340,13 @@ def test_figures_of_layers_and_of_variants(tmp_path: Path) -> None:
         if line["role"] == "form":
             lines.append(line | {"optimizer": "adamlipu"})
     pairs = [("sgd", "adalip"), ("adam", "adamlip"), ("adam", "adamlipu")]
+    both = ["constant", "inverse_sqrt"]
     settings = SETTINGS | {
         "name": "all",
-        "pairs": [{"base": b, "form": f, "learning_rates": list(RATES)} for b, f in pairs],
+        "pairs": [
+            {"base": b, "form": f, "learning_rates": list(RATES), "schedules": both}
+            for b, f in pairs
+        ],
     }
     write(tmp_path, lines, settings)
     layers = ["conv1.weight", "bn1.weight", "bn1.bias", "fc1.weight"]
@@ -353,23 +360,24 @@ def test_figures_of_layers_and_of_variants(tmp_path: Path) -> None:
     recorded(
         tmp_path, "sgd", 0.1, records={"steps": [1, 2, 3]} | dict.fromkeys(figures.NORMS, table)
     )
-    recorded(tmp_path, "adam", 0.1, records={"steps": [1, 2]} | dict.fromkeys(figures.NORMS, table))
     study = read_study(tmp_path)
     drawn = figures.draw(study, "constant", study.arms("constant"))
     pictures = {entry.name: entry for entry in drawn if isinstance(entry, figures.Picture)}
     assert set(pictures) == {
         *("over_learning_rates", "mean_curves", "layer_learning_rates", "norms"),
-        *("norms_batch_norm", "schedules", "theoretical_c", "update_signal"),
+        *("norms_batch_norm", "inverse_sqrt", "theoretical_c", "update_signal"),
     }
-    (missing,) = [entry for entry in drawn if isinstance(entry, figures.Missing)]
-    assert missing.title.endswith("runs/adam-0.1")  # its columns have other lengths
     assert "bn1" not in pictures["norms"].alt
     assert "conv1" not in pictures["norms_batch_norm"].alt
     assert "AdaLip at 0.1: medians over the steps from 0.45 (conv1.weight)" in (
         pictures["layer_learning_rates"].alt
     )
-    variant = next(arm for arm in study.arms("constant") if arm.variant)
-    assert variant.label == "AdaLip, c=theoretical"
+    with_c = pictures["theoretical_c"].alt
+    assert "AdaLip at 0.1, theoretical c_t: 0.450 at epoch 1, 0.900 at epoch 4" in with_c
+    recorded(tmp_path, "adam", 0.1, records={"steps": [1, 2]} | dict.fromkeys(figures.NORMS, table))
+    damaged = figures.norms(study, "constant", batch_norm=False)
+    assert isinstance(damaged, figures.Missing)
+    assert damaged.reason == "records.json of adam-constant-0.1-0 cannot be read"
 
 
 # Bad input
@@ -409,7 +417,7 @@ def test_bad_input_is_one_line(
     results.write_text(whole)
     for changed, message in (
         ({"pairs": [{"base": "sgd", "form": "adalip", "learning_rates": []}]}, "no learning_rates"),
-        ({"pairs": [{"base": "sgd"}]}, "it takes base, form and learning_rates"),
+        ({"pairs": [{"base": "sgd"}]}, "each takes base, form and learning_rates"),
         ({"name": "own", "metric": "f1"}, "metric 'f1' of"),
     ):
         settings.write_text(yaml.safe_dump(SETTINGS | changed))
@@ -438,5 +446,5 @@ def test_the_command_prints_where_the_page_is(
     assert stop.value.code == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "r" / "report.html")
     text = (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
-    assert "1 of 18 runs have ended" in text
-    assert "No form has a run yet" in text
+    assert "1 of 27 runs have ended" in text
+    assert "No form has a run to be compared" in text

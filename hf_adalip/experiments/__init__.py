@@ -1,1 +1,1 @@
-"""Sweeps over learning rates and seeds, and reports of them: the paper's tables and figures."""
+"""Many runs of a script: studies in YAML, and the sweep that makes their runs."""

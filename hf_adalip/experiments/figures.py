@@ -6,19 +6,18 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import RESULTS
 from ..monitor import RATES, LayerRateHistory
 from ..plots import COLOURS, figure_of, plain_ticks
-from .report_study import CONSTANT, Arm, Study, Trial, shown
-from .tables import capital, measure_name, near_best, number, short
+from .report_study import CONSTANT, RUNS, Arm, Metric, Study, Trial, shown
+from .tables import capital, near_best, number, short
 
 RECORDS = "records.json"
-INVERSE_SQRT = "inverse_sqrt"
-THEORETICAL = "c=theoretical"
+INVERSE_SQRT, THEORETICAL_C = "inverse_sqrt", "theoretical_c"
+"""The names that studies have for the schedules of Figures 8 and 9."""
 
 _LOOKS = {
     "base": (COLOURS[0], "-", "o"),
@@ -75,20 +74,19 @@ _FIGURES = {"mnist": (1, 5), "cifar10": (1, 6, 8, 9), "cifar100": (1, 7, 10, 11)
 
 def _of_the_study(study: Study, schedule: str, arms: Sequence[Arm]) -> list[Picture | Missing]:
     """Figures that are drawn once, whatever schedules there are."""
-    runs, damaged = recordings(study.folder)
     figures: dict[int, Callable[[], Picture | Missing]] = {
-        5: lambda: layer_rates(study, runs),
-        1: lambda: norms(study, runs, batch_norm=False),
-        10: lambda: norms(study, runs, batch_norm=True),
+        5: lambda: layer_rates(study, schedule),
+        1: lambda: norms(study, schedule, batch_norm=False),
+        10: lambda: norms(study, schedule, batch_norm=True),
         8: lambda: schedules(study),
-        9: lambda: theoretical_c(study, schedule),
+        9: lambda: theoretical_c(study),
         11: lambda: update_signal(study, arms),
     }
     wanted = set(figures)
     if study.benchmark:
         wanted = set(_FIGURES[study.name.removeprefix("paper_")])
         wanted = {5 if figure in (6, 7) else figure for figure in wanted}
-    return [make() for figure, make in figures.items() if figure in wanted] + damaged
+    return [make() for figure, make in figures.items() if figure in wanted]
 
 
 # Curves
@@ -96,9 +94,9 @@ def _of_the_study(study: Study, schedule: str, arms: Sequence[Arm]) -> list[Pict
 
 def over_rates(study: Study, schedule: str) -> Picture | Missing:
     """The measure over the learning rates, a panel for each pair."""
-    title = f"{capital(measure_name(study.metric))} over the learning rate"
+    title = f"{capital(study.metric.words)} over the learning rate"
     panels, words = [], []
-    for pair in study.pairs:
+    for pair in study.pairs_with(schedule):
         arms = {role: study.arm(role, pair, schedule) for role in _LOOKS}
         arms = {role: arm for role, arm in arms.items() if arm.medians(study.metric)}
         if arms:
@@ -121,7 +119,7 @@ def over_rates(study: Study, schedule: str) -> Picture | Missing:
         axes.set(title=name, xscale="log", xlabel="learning rate")
         plain_ticks(axes.xaxis)
         axes.tick_params(axis="x", labelsize=8)
-        _finish(axes, measure_name(study.metric))
+        _finish(axes, study.metric.words)
     note = (
         "Line: median over the seeds. Band: lowest to highest seed. A control is at the learning "
         "rate of the form that it answers to; it runs at that times the median of S."
@@ -129,7 +127,7 @@ def over_rates(study: Study, schedule: str) -> Picture | Missing:
     return Picture("over_learning_rates", title, f"{title}. {' '.join(words)}", note, figure)
 
 
-def _words_of_rates(arm: Arm, metric: str) -> str:
+def _words_of_rates(arm: Arm, metric: Metric) -> str:
     medians = arm.medians(metric)
     low, high = (f(medians, key=medians.__getitem__) for f in (min, max))
     ends = (f"{number(medians[rate])} at {rate:g}" for rate in (low, high))
@@ -138,15 +136,12 @@ def _words_of_rates(arm: Arm, metric: str) -> str:
 
 def mean_curves(study: Study, schedule: str) -> Picture | Missing:
     """Figures 2 to 4: the mean curve over the learning rates, a panel for each pair."""
-    own_number = study.benchmark.curves if study.benchmark else None
-    title = _title(
-        "Mean curves over the learning rates", own_number or 2, "Figures 2 to 4", own_number
-    )
-    metric = study.metric.removeprefix("best_")
+    paper = study.benchmark.curves if study.benchmark else None
+    title = _title("Mean curves over the learning rates", paper or 2, "Figures 2 to 4", paper)
     panels = []
-    for pair in study.pairs:
+    for pair in study.pairs_with(schedule):
         arms = {role: study.arm(role, pair, schedule) for role in _LOOKS}
-        lines = [_mean_curve(arm, metric, _LOOKS[role]) for role, arm in arms.items()]
+        lines = [_mean_curve(arm, study.metric, _LOOKS[role]) for role, arm in arms.items()]
         if found := [line for line in lines if line.epochs]:
             panels.append((f"{shown(pair.form)} and {shown(pair.base)}", found))
     if not panels:
@@ -155,7 +150,7 @@ def mean_curves(study: Study, schedule: str) -> Picture | Missing:
     for axes, (name, lines) in zip(places, panels, strict=True):
         _draw_lines(axes, lines)
         axes.set(title=name)
-        _finish(axes, metric.replace("_", " "))
+        _finish(axes, study.metric.of_epoch.replace("_", " "))
     note = (
         "Line: mean over the learning rates of the mean over the seeds. Band: one standard "
         "deviation over the learning rates to each side, within the values that occur."
@@ -164,7 +159,7 @@ def mean_curves(study: Study, schedule: str) -> Picture | Missing:
     return Picture("mean_curves", title, f"{title}. {words}", note, figure)
 
 
-def _mean_curve(arm: Arm, metric: str, look: tuple[str, str, str]) -> Line:
+def _mean_curve(arm: Arm, metric: Metric, look: tuple[str, str, str]) -> Line:
     """The mean over rates of the mean over seeds; the band is their standard deviation."""
     rates: dict[float, list[float]] = {}
     every: list[float] = []
@@ -180,7 +175,7 @@ def _mean_curve(arm: Arm, metric: str, look: tuple[str, str, str]) -> Line:
     return Line(arm.label, epochs, middle, [a for a, _ in band], [b for _, b in band], look)
 
 
-def _by_epoch(trials: Iterable[Trial], metric: str) -> dict[float, list[float]]:
+def _by_epoch(trials: Iterable[Trial], metric: Metric) -> dict[float, list[float]]:
     found: dict[float, list[float]] = {}
     for trial in trials:
         for epoch, value in trial.curve(metric):
@@ -188,7 +183,7 @@ def _by_epoch(trials: Iterable[Trial], metric: str) -> dict[float, list[float]]:
     return found
 
 
-def _seed_curve(label: str, trials: Iterable[Trial], metric: str, look: int, style: int) -> Line:
+def _seed_curve(label: str, trials: Iterable[Trial], metric: Metric, look: int, style: int) -> Line:
     """The mean over seeds; the band is from the lowest to the highest."""
     values = _by_epoch(trials, metric)
     epochs = sorted(values)
@@ -201,133 +196,70 @@ def _seed_curve(label: str, trials: Iterable[Trial], metric: str, look: int, sty
 def schedules(study: Study) -> Picture | Missing:
     """Figure 8: a constant learning rate against α/√t."""
     title = _title("A constant learning rate and α/√t", 8)
-    found = {
-        schedule: [t for t in study.trials if t.role == "form" and t.schedule == schedule]
-        for schedule in (CONSTANT, INVERSE_SQRT)
-    }
-    if not all(found.values()):
-        return Missing(title, f"no form was run with both schedules, {CONSTANT} and {INVERSE_SQRT}")
-    names = {CONSTANT: "constant", INVERSE_SQRT: "α/√t"}
-    return _contrast(study, title, "schedules", {names[key]: runs for key, runs in found.items()})
+    return _contrast(study, title, {"constant": CONSTANT, "α/√t": INVERSE_SQRT})
 
 
-def theoretical_c(study: Study, schedule: str) -> Picture | Missing:
+def theoretical_c(study: Study) -> Picture | Missing:
     """Figure 9: c_t of Eq. A.3 against the constant one."""
     title = _title("c_t of Eq. A.3 and a constant", 9)
-    forms = [t for t in study.trials if t.role == "form" and t.schedule == schedule]
-    found = {
-        "theoretical c_t": [trial for trial in forms if trial.variant == THEORETICAL],
-        "constant c": [trial for trial in forms if not trial.variant],
-    }
-    if not all(found.values()):
-        return Missing(title, "no form was run with both, c=theoretical and a constant c")
-    return _contrast(study, title, "theoretical_c", found)
+    return _contrast(study, title, {"constant c": CONSTANT, "theoretical c_t": THEORETICAL_C})
 
 
-def _contrast(
-    study: Study, title: str, name: str, kinds: Mapping[str, Sequence[Trial]]
-) -> Picture | Missing:
-    """Curves of what was run in both ways: a colour for each rate, a line style for each way."""
-    metric = study.metric.removeprefix("best_")
+def _contrast(study: Study, title: str, ways: Mapping[str, str]) -> Picture | Missing:
+    """What was run with two schedules: a colour for each rate, a line style for each schedule."""
     runs: dict[tuple[str, float], dict[str, list[Trial]]] = {}
-    for kind, trials in kinds.items():
-        for trial in trials:
-            if trial.curve(metric):
+    for way, schedule in ways.items():
+        for trial in study.trials:
+            if trial.schedule == schedule and trial.role != "control" and trial.epochs:
                 key = (trial.optimizer, trial.learning_rate)
-                runs.setdefault(key, {}).setdefault(kind, []).append(trial)
-    both = sorted(key for key, found in runs.items() if len(found) == len(kinds))
+                runs.setdefault(key, {}).setdefault(way, []).append(trial)
+    both = sorted(key for key, found in runs.items() if len(found) == len(ways))
     if not both:
-        return Missing(title, "no learning rate has numbers for each epoch in both ways")
+        names = " and ".join(ways.values())
+        return Missing(title, f"nothing was run with both schedules, {names}, at one learning rate")
     optimizers = list(dict.fromkeys(optimizer for optimizer, _ in both))
     figure, places = _panels(len(optimizers))
     words = []
     for axes, optimizer in zip(places, optimizers, strict=True):
         rates = [rate for of, rate in both if of == optimizer]
         lines = [
-            _seed_curve(f"{rate:g}, {kind}", runs[optimizer, rate][kind], metric, place, style)
+            _seed_curve(
+                f"{rate:g}, {kind}", runs[optimizer, rate][kind], study.metric, place, style
+            )
             for place, rate in enumerate(rates)
-            for style, kind in enumerate(kinds)
+            for style, kind in enumerate(ways)
         ]
         _draw_lines(axes, lines)
         axes.set(title=shown(optimizer))
-        _finish(axes, metric.replace("_", " "))
+        _finish(axes, study.metric.of_epoch.replace("_", " "))
         words += [f"{shown(optimizer)} at {_words_of_line(line)}" for line in lines]
     note = "Line: mean over the seeds. Band: lowest to highest seed. Colours: learning rates."
+    name = ways[list(ways)[-1]]
     return Picture(name, title, f"{title}. {' '.join(words)}", note, figure)
 
 
 def update_signal(study: Study, arms: Sequence[Arm]) -> Picture | Missing:
     """Figure 11: AdamLip-U against Adam and AdamLip, each at its best learning rate."""
     title = _title("AdamLip-U against the best Adam and AdamLip", 11)
-    metric = study.metric.removeprefix("best_")
     lines = []
     for place, name in enumerate(("adam", "adamlip", "adamlipu")):
         own = [a for a in arms if a.optimizer == name and a.role in ("base", "form")]
         for arm in own[:1]:
             if (best := near_best(arm, study.metric)) is not None:
                 label = f"{arm.label} at {best[0]:g}"
-                lines.append(_seed_curve(label, arm.at(best[0]), metric, place, place))
+                lines.append(_seed_curve(label, arm.at(best[0]), study.metric, place, place))
     lines = [line for line in lines if line.epochs]
     if len(lines) < 3:
         return Missing(title, "adam, adamlip and adamlipu do not all have numbers for each epoch")
     figure, (axes,) = _panels(1)
     _draw_lines(axes, lines)
-    _finish(axes, metric.replace("_", " "))
+    _finish(axes, study.metric.of_epoch.replace("_", " "))
     note = "Line: mean over the seeds. Band: lowest to highest seed."
     words = " ".join(map(_words_of_line, lines))
     return Picture("update_signal", title, f"{title}. {words}", note, figure)
 
 
 # Layers
-
-
-@dataclass
-class Recording:
-    """What a run wrote of its layers."""
-
-    folder: Path
-    optimizer: str
-    learning_rate: float
-    seed: int
-    schedule: str
-    rates: LayerRateHistory | None = None
-    steps: list[int] = field(default_factory=list)
-    norms: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """Which run it is."""
-        return f"{shown(self.optimizer)} at {self.learning_rate:g}"
-
-
-def recordings(folder: Path) -> tuple[list[Recording], list[Missing]]:
-    """The runs of a study that recorded their layers, and those whose files cannot be read."""
-    found, damaged = [], []
-    for results in sorted(folder.glob(f"runs/**/{RESULTS}")):
-        run = results.parent
-        if not any((run / name).is_file() for name in (f"{RATES}.json", RECORDS)):
-            continue
-        try:
-            found.append(_recording(run, json.loads(results.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            reason = "its records or results cannot be read"
-            damaged.append(Missing(f"The layers of {run.relative_to(folder)}", reason))
-    return found, damaged
-
-
-def _recording(run: Path, settings: Mapping[str, Any]) -> Recording:
-    recording = Recording(
-        run,
-        str(settings["optimizer"]),
-        float(settings["learning_rate"]),
-        int(settings["seed"]),
-        str(settings.get("lr_scheduler_type") or CONSTANT),
-    )
-    if (path := run / f"{RATES}.json").is_file():
-        recording.rates = LayerRateHistory.load(path)
-    if (path := run / RECORDS).is_file():
-        recording.steps, recording.norms = read_norms(path)
-    return recording
 
 
 NORMS = ("weight_norm", "gradient_norm", "update_norm")
@@ -347,65 +279,79 @@ def read_norms(path: Path) -> tuple[list[int], dict[str, dict[str, list[float | 
     return steps, norms
 
 
-def layer_rates(study: Study, runs: Sequence[Recording]) -> Picture | Missing:
+def layer_rates(study: Study, schedule: str) -> Picture | Missing:
     """Figures 5 to 7: the learning rate of every layer, from the first steps to the last."""
-    own_number = study.benchmark.rates if study.benchmark else None
-    title = _title("Learning rates per layer", own_number or 5, "Figures 5 to 7", own_number)
-    own = [run for run in runs if run.rates is not None and run.rates.steps]
-    chosen = [_chosen(study, pair.form, own) for pair in study.pairs]
-    shown_runs = [run for run in chosen if run is not None]
-    if not shown_runs:
+    paper = study.benchmark.rates if study.benchmark else None
+    title = _title("Learning rates per layer", paper or 5, "Figures 5 to 7", paper)
+    panels, seeds = [], set()
+    for pair in study.pairs_with(schedule):
+        trial = _recorded(study, study.arm("form", pair, schedule), f"{RATES}.json")
+        if trial is None:
+            continue
+        try:
+            history = LayerRateHistory.load(_folder(study, trial) / f"{RATES}.json")
+        except ValueError as error:
+            return Missing(title, str(error))
+        if not history.steps:
+            continue
+        seeds.add(trial.seed)
+        panels.append((_run_name(trial), history.steps, history.lr, "learning rate A = lr × S"))
+    if not panels:
         return Missing(title, f"no run of a form has a {RATES}.json in the study's folder")
-    panels = [
-        (run.label, run.rates.steps, run.rates.lr, "learning rate A = lr × S")
-        for run in shown_runs
-        if run.rates is not None
-    ]
-    note = (
-        f"One run of each, seed {_range(run.seed for run in shown_runs)}. {_TIMES_NOTE} Layers "
-        "from the input to the output."
-    )
+    note = f"One run of each, seed {_list(seeds)}. {_TIMES_NOTE} Layers from input to output."
     return _over_layers("layer_learning_rates", title, note, panels, 3)
 
 
-def _chosen(study: Study, optimizer: str, runs: Sequence[Recording]) -> Recording | None:
-    """Of an optimizer's runs that with the learning rate nearest to its best, the first seed."""
-    own = [run for run in runs if run.optimizer == optimizer and run.schedule == CONSTANT]
-    arms = [a for a in study.arms(CONSTANT) if a.optimizer == optimizer and not a.variant]
-    best = next((b[0] for arm in arms if (b := near_best(arm, study.metric))), 1.0)
-    return min(
-        own,
-        key=lambda run: (abs(math.log(run.learning_rate / best)), run.seed),
-        default=None,
-    )
-
-
-def norms(study: Study, runs: Sequence[Recording], batch_norm: bool) -> Picture | Missing:
+def norms(study: Study, schedule: str, batch_norm: bool) -> Picture | Missing:
     """Figures 1 and 10: the norm of each layer's gradient and update, over the steps."""
     what = "of the BatchNorm layers" if batch_norm else "per layer"
     title = _title(f"Norms of gradients and updates {what}", 10 if batch_norm else 1)
-    chosen = [_chosen(study, name, [r for r in runs if r.norms]) for name in ("sgd", "adam")]
-    found = [run for run in chosen if run is not None]
-    found = found or [run for run in runs if run.norms][:2]
-    if not found:
-        return Missing(title, f"no run has a {RECORDS} in the study's folder")
+    bases = {pair.base: pair for pair in study.pairs_with(schedule)}
+    arms = [study.arm("base", pair, schedule) for pair in bases.values()]
+    chosen = [_recorded(study, arm, RECORDS) for arm in arms]
+    trials = [trial for trial in chosen if trial is not None]
+    if not trials:
+        return Missing(title, f"no run of a base has a {RECORDS} in the study's folder")
     panels = []
-    for run in found:
+    for trial in trials:
+        try:
+            steps, found = read_norms(_folder(study, trial) / RECORDS)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return Missing(title, f"{RECORDS} of {trial.folder} cannot be read")
         for kind in NORMS[1:]:
-            table = run.norms.get(kind, {})
-            own = {k: v for k, v in table.items() if _is_batch_norm(k) == batch_norm}
-            if not batch_norm:  # as the paper does: convolutions and dense layers alone
-                own = {k: v for k, v in own.items() if not k.endswith(".bias")}
-            if own:
+            own = {
+                layer: values
+                for layer, values in found.get(kind, {}).items()
+                if _is_batch_norm(layer) == batch_norm
+                and (batch_norm or not layer.endswith(".bias"))  # the paper draws weights alone
+            }
+            if own and steps:
                 name = kind.partition("_")[0]
-                panels.append((f"{run.label}: {name}", run.steps, own, f"norm of the {name}"))
+                panels.append((f"{_run_name(trial)}: {name}", steps, own, f"norm of the {name}"))
     if not panels:
         return Missing(title, "the runs that recorded norms have no such layers")
     note = (
-        f"Euclidean norms; the paper draws means of absolute values. One run of each, seed "
-        f"{_range(run.seed for run in found)}. {_TIMES_NOTE}"
+        "Euclidean norms; the paper draws means of absolute values. One run of each, seed "
+        f"{_list(trial.seed for trial in trials)}. {_TIMES_NOTE}"
     )
     return _over_layers("norms_batch_norm" if batch_norm else "norms", title, note, panels, 2)
+
+
+def _folder(study: Study, trial: Trial) -> Path:
+    return study.folder / RUNS / trial.folder
+
+
+def _run_name(trial: Trial) -> str:
+    return f"{shown(trial.optimizer)} at {trial.learning_rate:g}"
+
+
+def _recorded(study: Study, arm: Arm, file: str) -> Trial | None:
+    """Of the runs that wrote this file, the first seed at the learning rate nearest to the best."""
+    best = near_best(arm, study.metric)
+    trials = [t for t in arm.trials.values() if (_folder(study, t) / file).is_file()]
+    if best is None or not trials:
+        return None
+    return min(trials, key=lambda t: (abs(math.log(t.learning_rate / best[0])), t.seed))
 
 
 def _is_batch_norm(layer: str) -> bool:
@@ -492,7 +438,7 @@ def _title(what: str, paper: int, several: str | None = None, own: int | None = 
     return f"{what} ({name} of the paper)"
 
 
-def _range(seeds: Iterable[int]) -> str:
+def _list(seeds: Iterable[int]) -> str:
     return " and ".join(map(str, sorted(set(seeds))))
 
 

@@ -23,7 +23,7 @@ from .report_pages import (
     as_html,
     as_markdown,
 )
-from .report_study import CONSTANT, Arm, Study, Trial, read_study, shown
+from .report_study import CONSTANT, Arm, Study, Trial, read_study
 
 MEASURED = "How this was measured"
 
@@ -68,12 +68,12 @@ def report(study: Study, output: Path) -> list[Block]:
         several = len(study.schedules) > 1
         arms = study.arms(schedule)
         where = f"{_scale(study)}{f', schedule {schedule}' if several else ''}."
-        if several:
-            blocks.append(Heading(2, f"Schedule: {schedule}"))
-        level = 3 if several else 2
-        blocks += _comparisons(study, schedule, arms, where, level)
-        blocks += _tables(study, schedule, arms, where, level)
-        blocks.append(Heading(level, "Figures"))
+        with_it = f" (schedule: {schedule})" if several else ""
+        blocks.append(Heading(2, f"What S changes{with_it}"))
+        blocks += _comparisons(study, schedule, arms, where)
+        blocks.append(Heading(2, f"Tables{with_it}"))
+        blocks += _tables(study, schedule, arms, where)
+        blocks.append(Heading(2, f"Figures{with_it}"))
         prefix = f"{anchor(schedule)}_" if several else ""
         for picture in figures.draw(study, schedule, arms):
             if isinstance(picture, figures.Missing):
@@ -93,10 +93,8 @@ def _scale(study: Study) -> str:
 
 
 def _progress(study: Study) -> tuple[int, int]:
-    """How many runs have ended, and how many there will be."""
-    arms = [arm for schedule in study.schedules for arm in study.arms(schedule)]
-    cells = sum(max(len(arm.trials), len(arm.learning_rates) * len(study.seeds)) for arm in arms)
-    return len(study.trials), cells
+    """How many runs have ended, and how many there are to be."""
+    return len(study.trials), study.planned
 
 
 def _state(study: Study) -> list[Block]:
@@ -116,21 +114,20 @@ def _state(study: Study) -> list[Block]:
         )
     if study.scale:
         lines.insert(0, f"Scale of the study: {study.scale}.")
+    if study.description:
+        lines.insert(0, study.description.strip())
     lines.append(f"Commands, data, seeds and versions are under “{MEASURED}”.")
     return [Paragraph(line) for line in lines]
 
 
-def _comparisons(
-    study: Study, schedule: str, arms: Sequence[Arm], where: str, level: int
-) -> list[Block]:
+def _comparisons(study: Study, schedule: str, arms: Sequence[Arm], where: str) -> list[Block]:
     """With S against without: in sentences, then in numbers."""
     pairs = tables.pair_comparisons(study, schedule)
     peers = tables.peer_comparisons(study, arms)
-    blocks: list[Block] = [Heading(level, "What S changes")]
     if not pairs:
-        return [*blocks, Paragraph("No form has a run yet to be compared with its base.")]
-    blocks += [
-        Paragraph(f"Differences of {tables.measure_name(study.metric)}. {tables.CONTROL}"),
+        return [Paragraph("No form has a run to be compared with its base.")]
+    blocks: list[Block] = [
+        Paragraph(f"Differences of {study.metric.words}. {tables.CONTROL}"),
         Bullets(tables.pair_sentences(study, schedule)),
         CaptionedTable(tables.comparison_table(study, "Forms, bases and controls", pairs), where),
     ]
@@ -140,18 +137,16 @@ def _comparisons(
     return blocks
 
 
-def _tables(
-    study: Study, schedule: str, arms: Sequence[Arm], where: str, level: int
-) -> list[Block]:
+def _tables(study: Study, schedule: str, arms: Sequence[Arm], where: str) -> list[Block]:
     printed = schedule == CONSTANT
     found = tables.paper_tables(study, arms, printed)
     if (test := tables.test_table(study, arms, printed)) is not None:
         found.append(test)
     found.append(tables.arms_table(study, arms))
-    rates = [tables.rate_table(study, pair, schedule) for pair in study.pairs]
+    rates = [tables.rate_table(study, pair, schedule) for pair in study.pairs_with(schedule)]
     found += [table for table in rates if table is not None]
     found.append(tables.runs_table(study, arms))
-    return [Heading(level, "Tables"), *(CaptionedTable(table, where) for table in found)]
+    return [CaptionedTable(table, where) for table in found]
 
 
 def _image(picture: figures.Picture, path: Path, where: str) -> Image:
@@ -171,11 +166,7 @@ def _how(study: Study) -> list[Block]:
         f"Script: `{study.script or 'not named'}`",
         f"Data fingerprint: {_distinct(t.results.get('dataset_fingerprint') for t in finished)}",
         f"Seeds: {', '.join(map(str, seeds))}",
-        *(
-            f"Learning rates of {shown(pair.base)} and {shown(pair.form)}: "
-            f"{', '.join(f'{rate:g}' for rate in pair.learning_rates)}"
-            for pair in study.pairs
-        ),
+        *_grids(study),
         f"Device: {_distinct(t.results.get('device') for t in finished)}",
         f"Time of the runs, added up: {seconds / 3600:.2f} hours",
         f"Versions: {_versions(finished)}",
@@ -189,6 +180,18 @@ def _how(study: Study) -> list[Block]:
     lines = [f"[{_name(trial)}: {trial.outcome}] {trial.command}" for trial in study.trials]
     blocks.append(Details(f"Commands of the {len(lines)} runs", lines))
     return blocks
+
+
+def _grids(study: Study) -> list[str]:
+    """The learning rates of every optimizer."""
+    found = []
+    for schedule in study.schedules:
+        with_it = "" if schedule == CONSTANT else f" ({schedule})"
+        for arm in study.arms(schedule):
+            if arm.role != "control":
+                rates = ", ".join(f"{rate:g}" for rate in arm.learning_rates)
+                found.append(f"Learning rates of {arm.label}{with_it}: {rates}")
+    return found
 
 
 def _name(trial: Trial) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 from ..errors import UsageError
 from .paper import Benchmark, benchmark_of
 
-STUDY, TRIALS = "study.yaml", "results.jsonl"
+STUDY, TRIALS, RUNS = "study.yaml", "results.jsonl", "runs"
 ROLES = ("base", "form", "control", "peer")
 CONSTANT = "constant"
 
@@ -23,7 +25,8 @@ _NAMES = {
     **{"sgd": "SGD", "adam": "Adam", "rmsprop": "RMSProp", "adamw": "AdamW", "nadam": "NAdam"},
     **{"adalip": "AdaLip", "adamlip": "AdamLip", "rmslip": "RMSLip"},
     **{"adalipu": "AdaLip-U", "adamlipu": "AdamLip-U", "rmslipu": "RMSLip-U"},
-    **{"prodigy": "Prodigy", "schedulefree": "Schedule-free AdamW"},
+    "prodigy": "Prodigy",
+    **dict.fromkeys(("adamwschedulefree", "schedule_free_adamw"), "Schedule-free AdamW"),
 }
 
 
@@ -33,17 +36,52 @@ def shown(optimizer: str) -> str:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A number of a run's results. "best_" before a name is the best over its epochs."""
+
+    name: str
+    lower: bool = False  # is better
+
+    @property
+    def of_epoch(self) -> str:
+        """What it is called among the numbers of an epoch."""
+        return self.name.removeprefix("best_")
+
+    @property
+    def words(self) -> str:
+        """As in "peak train accuracy"."""
+        words = self.of_epoch.replace("_", " ")
+        if self.of_epoch == self.name:
+            return words
+        return f"{'lowest' if self.lower else 'peak'} {words}"
+
+    def best(self, values: Iterable[float]) -> float:
+        """The best of some values."""
+        return min(values) if self.lower else max(values)
+
+
+@dataclass(frozen=True)
 class Pair:
-    """A base optimizer, its form with S, and the learning rates that both are run at."""
+    """A base optimizer, its form with S, and what both are run at."""
 
     base: str
     form: str
     learning_rates: tuple[float, ...]
+    schedules: tuple[str, ...] = (CONSTANT,)
 
     @property
     def name(self) -> str:
         """As trials name it, "adam/adamlip"."""
         return f"{self.base}/{self.form}"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An optimizer that is compared with, and what it is run at."""
+
+    optimizer: str
+    learning_rates: tuple[float, ...]
+    schedules: tuple[str, ...] = (CONSTANT,)
 
 
 @dataclass(frozen=True)
@@ -64,58 +102,56 @@ class Trial:
     results: Mapping[str, Any]
 
     @property
-    def epochs(self) -> Sequence[Mapping[str, Any]]:
-        """The numbers of each epoch, where the script writes them and did not fail."""
-        return () if self.outcome == "failed" else self.results.get("epochs") or ()
+    def key(self) -> tuple[Any, ...]:
+        """What the trials of one run have in common. Pairs share the runs of their base."""
+        pair = self.pair if self.role == "control" else None
+        return (self.role, self.optimizer, pair, self.schedule, self.learning_rate, self.seed)
 
     @property
-    def variant(self) -> str:
-        """What c_t is, as in "c=theoretical", "" if it is a constant."""
-        c = (self.results.get("optimizer_arguments") or {}).get("c")
-        if isinstance(c, str):
-            return f"c={c}"
-        found = None if self.results else re.search(r"\bc=[a-z]+", self.command)
-        return found[0] if found else ""
-
-    def curve(self, metric: str) -> list[tuple[float, float]]:
-        """(epoch, value) of the epochs in which the metric is finite."""
-        return [
-            (float(entry["epoch"]), float(entry[metric]))
-            for entry in self.epochs
-            if is_number(entry.get(metric))
-        ]
-
-    def value(self, metric: str) -> float | None:
-        """A metric of the run, None if it has none; "best_" before a name is over the epochs."""
-        if self.outcome == "failed":
-            return None
-        name = metric.removeprefix("best_")
-        if name != metric and (values := [value for _, value in self.curve(name)]):
-            return min(values) if lower_is_better(metric) else max(values)
-        found = self.results.get(metric, self.results.get(name))
-        return float(found) if is_number(found) else None
+    def folder(self) -> str:
+        """The name that a sweep gives the folder of its run."""
+        name = self.optimizer
+        if self.role == "control":
+            name = f"control-{str(self.pair).replace('/', '-')}"
+        return f"{name}-{self.schedule}-{self.learning_rate:.10g}-{self.seed}"
 
     @property
     def outcome(self) -> str:
         """Either complete, diverged (it ran, a loss at its end is not finite) or failed."""
-        losses = [
-            value
-            for name, value in self.results.items()
-            if name in ("train_loss", "eval_loss", "loss")
-        ]
+        losses = [self.results[name] for name in _LOSSES if name in self.results]
         if losses and not all(is_number(loss) for loss in losses):
             return "diverged"
         return "complete" if self.state == "complete" else "failed"
+
+    @property
+    def epochs(self) -> Sequence[Mapping[str, Any]]:
+        """The numbers of each epoch, where the script writes them and did not fail."""
+        return () if self.outcome == "failed" else self.results.get("epochs") or ()
+
+    def curve(self, metric: Metric) -> list[tuple[float, float]]:
+        """(epoch, value) of the epochs in which the metric is finite."""
+        return [
+            (float(entry["epoch"]), float(entry[metric.of_epoch]))
+            for entry in self.epochs
+            if is_number(entry.get(metric.of_epoch)) and is_number(entry.get("epoch"))
+        ]
+
+    def value(self, metric: Metric) -> float | None:
+        """The metric of the run, None if it failed or has none that is finite."""
+        if self.outcome == "failed":
+            return None
+        if metric.name != metric.of_epoch and (curve := self.curve(metric)):
+            return metric.best(value for _, value in curve)
+        found = self.results.get(metric.name, self.results.get(metric.of_epoch))
+        return float(found) if found is not None and is_number(found) else None
+
+
+_LOSSES = ("train_loss", "eval_loss", "loss")
 
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number: a diverged run has null, or NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric of this name is better the lower it is."""
-    return metric.endswith(("loss", "perplexity", "error", "error_rate"))
 
 
 @dataclass(frozen=True)
@@ -125,8 +161,6 @@ class Arm:
     role: str
     optimizer: str
     pair: str | None  # of a control; of a base only where pairs with it have other rates
-    schedule: str
-    variant: str
     learning_rates: tuple[float, ...]
     trials: Mapping[tuple[float, int], Trial]
 
@@ -134,24 +168,21 @@ class Arm:
     def label(self) -> str:
         """Its name in tables and figures."""
         name = shown(self.optimizer)
-        if self.pair:
-            form = shown(self.pair.partition("/")[2])
-            if self.role == "control":
-                name = f"control of {form}"
-            else:
-                name = f"{name} at the rates of {form}"
-        return f"{name}, {self.variant}" if self.variant else name
+        if not self.pair:
+            return name
+        form = shown(self.pair.partition("/")[2])
+        return f"control of {form}" if self.role == "control" else f"{name} at the rates of {form}"
 
     def at(self, rate: float) -> list[Trial]:
         """The runs at a learning rate, in the order of their seeds."""
         return [self.trials[key] for key in sorted(self.trials) if key[0] == rate]
 
-    def values(self, rate: float, metric: str) -> dict[int, float]:
+    def values(self, rate: float, metric: Metric) -> dict[int, float]:
         """The metric at a learning rate for each seed that has one."""
         found = {trial.seed: trial.value(metric) for trial in self.at(rate)}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def medians(self, metric: str) -> dict[float, float]:
+    def medians(self, metric: Metric) -> dict[float, float]:
         """The median over seeds for each learning rate at which some seed has a value."""
         found = {rate: self.values(rate, metric) for rate in self.learning_rates}
         return {rate: statistics.median(v.values()) for rate, v in found.items() if v}
@@ -162,9 +193,9 @@ class Arm:
             trial.median_scale
             for rate in rates
             for trial in self.at(rate)
-            if is_number(trial.median_scale)
+            if trial.median_scale is not None and is_number(trial.median_scale)
         ]
-        return statistics.median(scales) if scales else None  # type: ignore[type-var]
+        return statistics.median(scales) if scales else None
 
 
 @dataclass
@@ -173,16 +204,17 @@ class Study:
 
     folder: Path
     name: str
+    description: str
     scale: str
     script: str
     command: str
     pairs: tuple[Pair, ...]
+    peers: tuple[Peer, ...]
+    control: bool
     seeds: tuple[int, ...]
-    metric: str
+    metric: Metric
     trials: tuple[Trial, ...]
     run_again: int = 0  # lines that a later one of the same run replaces
-    expected: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def benchmark(self) -> Benchmark | None:
@@ -198,70 +230,96 @@ class Study:
     @property
     def measured(self) -> str:
         """What was run, as far as the results say it, for captions: data, size, seeds."""
-        finished = [trial for trial in self.trials if trial.results]
+        results = [trial.results for trial in self.trials if trial.results]
         paper = self.benchmark
-        data = " and ".join(sorted({_data(trial.results) for trial in finished} - {""}))
-        samples = _range({trial.results.get("train_samples") for trial in finished})
-        epochs = _range({trial.results.get("epoch") for trial in finished})
+        data = " and ".join(sorted({_data(found) for found in results} - {""}))
+        samples, evaluated, epochs = (
+            _range(found.get(key) for found in results)
+            for key in ("train_samples", "eval_samples", "epoch")
+        )
         seeds = len({trial.seed for trial in self.trials})
         parts = [
             paper.title if paper and data == paper.data else data,
             f"{samples} training {'images' if paper else 'examples'}" if samples else "",
+            f"{evaluated} to evaluate on" if evaluated else "",
             f"{epochs} epoch{'' if epochs == '1' else 's'}" if epochs else "",
             f"{seeds} seed{'' if seeds == 1 else 's'}",
         ]
         text = ", ".join(part for part in parts if part)
         if paper is None:
             return text
-        full = (paper.data, f"{paper.train_samples:,}", str(paper.train_epochs), paper.seeds)
-        own = (data, samples, epochs, seeds)
-        return f"{text}: {'the' if own == full else 'not the'} paper's scale"
+        full = (paper.data, f"{paper.train_samples:,}", "10,000", str(paper.train_epochs))
+        same = (data, samples, evaluated, epochs) == full and seeds == paper.seeds
+        return f"{text}: {'the' if same else 'not the'} paper's scale"
 
-    def arms(self, schedule: str) -> list[Arm]:
-        """For each pair base, form and control, then the peers; those without a run yet too."""
-        trials = [trial for trial in self.trials if trial.schedule == schedule]
-        found: dict[tuple[Any, ...], Arm] = {}
-        for variant in sorted({"", *(trial.variant for trial in trials)}):
-            mine = [trial for trial in trials if trial.variant == variant]
-            for pair in self.pairs:
-                for role in ROLES[:3]:
-                    arm = self._arm(mine, role, pair, schedule, variant)
-                    if arm.trials or (role != "control" and not variant):
-                        key = (role, arm.optimizer, arm.pair, variant, arm.learning_rates)
-                        found.setdefault(key, arm)
-            peers = [trial for trial in mine if trial.role == "peer"]
-            for name in dict.fromkeys(trial.optimizer for trial in peers):
-                runs = _by_key(trial for trial in peers if trial.optimizer == name)
-                rates = tuple(sorted({rate for rate, _ in runs}))
-                arm = Arm("peer", name, None, schedule, variant, rates, runs)
-                found["peer", name, variant] = arm
-        return list(found.values())
+    @property
+    def planned(self) -> int:
+        """How many runs the study has when it is finished."""
+        keys = {trial.key for trial in self.trials}
+        for pair in self.pairs:
+            runs: list[tuple[str, str, str | None]] = [("base", pair.base, None)]
+            runs += [("form", pair.form, None)]
+            runs += [("control", pair.base, pair.name)] if self.control else []
+            keys |= self._keys(runs, pair)
+        for peer in self.peers:
+            keys |= self._keys([("peer", peer.optimizer, None)], peer)
+        return len(keys)
 
-    def arm(self, role: str, pair: Pair, schedule: str, variant: str = "") -> Arm:
-        """The runs of a pair in a role, at the rates of the pair."""
-        trials = [t for t in self.trials if (t.schedule, t.variant) == (schedule, variant)]
-        return self._arm(trials, role, pair, schedule, variant)
+    def _keys(
+        self, runs: Iterable[tuple[str, str, str | None]], of: Pair | Peer
+    ) -> set[tuple[Any, ...]]:
+        places = itertools.product(of.schedules, of.learning_rates, self.seeds)
+        return {(*run, *place) for run, place in itertools.product(runs, places)}
 
-    def _arm(
-        self, trials: Iterable[Trial], role: str, pair: Pair, schedule: str, variant: str
-    ) -> Arm:
-        """Base runs are of every pair with that base; a control is of one pair."""
+    def pairs_with(self, schedule: str) -> list[Pair]:
+        """The pairs that are run with a schedule, each once, with all its learning rates."""
+        rates: dict[tuple[str, str], set[float]] = {}
+        for pair in self.pairs:
+            if schedule in pair.schedules:
+                rates.setdefault((pair.base, pair.form), set()).update(pair.learning_rates)
+        return [
+            Pair(base, form, tuple(sorted(found)), (schedule,))
+            for (base, form), found in rates.items()
+        ]
+
+    def arm(self, role: str, pair: Pair, schedule: str) -> Arm:
+        """The runs of a pair in a role. Those of a base are of every pair with that base."""
         optimizer = pair.form if role == "form" else pair.base
-        runs = _by_key(
+        runs = self._runs(
             trial
-            for trial in trials
-            if (trial.role, trial.optimizer) == (role, optimizer)
+            for trial in self.trials
+            if (trial.role, trial.optimizer, trial.schedule) == (role, optimizer, schedule)
             and trial.learning_rate in pair.learning_rates
             and (role != "control" or trial.pair == pair.name)
         )
-        rates = tuple(sorted({rate for rate, _ in runs})) if variant else pair.learning_rates
-        grids = {other.learning_rates for other in self.pairs if other.base == pair.base}
-        named = role == "control" or (role == "base" and len(grids) > 1)
-        return Arm(role, optimizer, pair.name if named else None, schedule, variant, rates, runs)
+        others = [other for other in self.pairs_with(schedule) if other.base == pair.base]
+        shared = len({other.learning_rates for other in others}) == 1
+        named = role == "control" or (role == "base" and not shared)
+        return Arm(role, optimizer, pair.name if named else None, pair.learning_rates, runs)
 
+    def arms(self, schedule: str) -> list[Arm]:
+        """For each pair base, form and control, then the peers; those without a run yet too."""
+        found: dict[tuple[Any, ...], Arm] = {}
+        for pair in self.pairs_with(schedule):
+            for role in ROLES[:3]:
+                arm = self.arm(role, pair, schedule)
+                if arm.trials or role != "control" or self.control:
+                    found.setdefault((role, arm.optimizer, arm.pair), arm)
+        rates: dict[str, set[float]] = {}
+        for peer in self.peers:
+            if schedule in peer.schedules:
+                rates.setdefault(peer.optimizer, set()).update(peer.learning_rates)
+        peers = [t for t in self.trials if (t.role, t.schedule) == ("peer", schedule)]
+        for trial in peers:
+            rates.setdefault(trial.optimizer, set()).add(trial.learning_rate)
+        for name, own in rates.items():
+            runs = self._runs(trial for trial in peers if trial.optimizer == name)
+            found["peer", name] = Arm("peer", name, None, tuple(sorted(own)), runs)
+        return list(found.values())
 
-def _by_key(trials: Iterable[Trial]) -> dict[tuple[float, int], Trial]:
-    return {(trial.learning_rate, trial.seed): trial for trial in trials}
+    @staticmethod
+    def _runs(trials: Iterable[Trial]) -> dict[tuple[float, int], Trial]:
+        return {(trial.learning_rate, trial.seed): trial for trial in trials}
 
 
 def _data(results: Mapping[str, Any]) -> str:
@@ -275,7 +333,10 @@ def _data(results: Mapping[str, Any]) -> str:
 def _range(values: Iterable[Any]) -> str:
     numbers = sorted({value for value in values if is_number(value)})
     ends = dict.fromkeys([*numbers[:1], *numbers[-1:]])
-    return " to ".join(f"{end:,.10g}" for end in ends)
+    return " to ".join(f"{end:,.0f}" if end == int(end) else f"{end:.3g}" for end in ends)
+
+
+# Reading
 
 
 def read_study(folder: Path) -> Study:
@@ -288,34 +349,53 @@ def read_study(folder: Path) -> Study:
         UsageError: if one of them is missing or cannot be read, or no run is finished yet.
         ImportError: without pyyaml, naming the extra that has it.
     """
-    settings = _read_settings(folder / STUDY)
+    path = folder / STUDY
+    settings = _read_settings(path)
     trials, run_again = _read_trials(folder / TRIALS)
-    pairs = tuple(_pair(entry, folder / STUDY) for entry in settings.get("pairs") or ())
-    seeds = settings.get("seeds", ())
-    seeds = range(seeds) if isinstance(seeds, int) else seeds
+    name = str(settings.get("name", folder.name))
+    metric = str(settings.get("metric", "eval_accuracy"))
+    lower = metric.endswith(("loss", "perplexity", "error"))
+    if (direction := settings.get("direction")) is not None:
+        lower = direction == "minimize"
+    paper = benchmark_of(name)
     study = Study(
         folder=folder,
-        name=str(settings.get("name", folder.name)),
-        scale=str(settings.get("scale", "")),
-        script=str(settings.get("script", "")),
-        command=str(settings.get("command", f"hf-adalip sweep {folder / STUDY}")),
-        pairs=pairs,
-        seeds=tuple(seeds),
-        metric=str(settings.get("metric", "eval_accuracy")),
+        name=name,
+        description=str(settings.get("description") or ""),
+        scale=str(settings.get("scale") or ""),
+        script=str(settings.get("script") or ""),
+        command=sweep_command(settings, path),
+        pairs=_entries(settings, "pairs", Pair, ("base", "form"), path),
+        peers=_entries(settings, "peers", Peer, ("optimizer",), path),
+        control=bool(settings.get("control")),
+        seeds=_seeds(settings.get("seeds"), trials, path),
+        metric=Metric("best_train_accuracy") if paper else Metric(metric, lower),
         trials=trials,
         run_again=run_again,
-        settings=settings,
     )
-    if study.benchmark:
-        study.metric = "best_train_accuracy"
-    finished = [trial for trial in trials if trial.results]
-    if finished and all(trial.value(study.metric) is None for trial in finished):
-        names = sorted(name for name, value in finished[0].results.items() if is_number(value))
+    results = [trial.results for trial in trials if trial.outcome != "failed"]
+    if results and all(trial.value(study.metric) is None for trial in trials):
+        names = sorted(key for key, value in results[0].items() if is_number(value))
         raise UsageError(
-            f"metric {study.metric!r} of {folder / STUDY} is in no run's results; they have "
+            f"metric {study.metric.name!r} of {path} is in no run's results; they have "
             f"{', '.join(names)}"
         )
     return study
+
+
+def sweep_command(settings: Mapping[str, Any], path: Path) -> str:
+    """The command that runs a study: as it says itself, or as far as its settings tell it."""
+    if command := settings.get("command"):
+        return str(command)
+    words = ["hf-adalip", "sweep", str(settings.get("name", path))]
+    scales = re.findall(r"(\d+)([a-z_]+)", str(settings.get("scale") or ""))
+    if scales:
+        words += ["--scale", ",".join(f"{key}={number}" for number, key in scales)]
+    if extras := settings.get("extras"):
+        words += ["--with", ",".join(map(str, extras))]
+    if rest := settings.get("rest"):
+        words += ["--", *map(str, rest)]
+    return shlex.join(words)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -325,7 +405,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise ImportError("reports need pyyaml: pip install 'hf-adalip[experiments]'") from error
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(
             f"{path.parent} is not the folder of a study: it has no {path.name}; give the folder "
             "that hf-adalip sweep wrote"
@@ -337,17 +417,33 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _pair(entry: Any, path: Path) -> Pair:
+def _entries(
+    settings: Mapping[str, Any], key: str, kind: type[Any], names: tuple[str, ...], path: Path
+) -> tuple[Any, ...]:
+    """The pairs or peers of a study."""
+    found = []
+    for entry in settings.get(key) or ():
+        try:
+            rates = tuple(sorted(float(rate) for rate in entry["learning_rates"]))
+            schedules = tuple(map(str, entry.get("schedules") or (CONSTANT,)))
+            found.append(kind(*(str(entry[name]) for name in names), rates, schedules))
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            takes = ", ".join(names)
+            raise UsageError(
+                f"{path}: {key} has {entry!r}; each takes {takes} and learning_rates"
+            ) from error
+        if not rates:
+            raise UsageError(f"{path}: {entry[names[-1]]} has no learning_rates")
+    return tuple(found)
+
+
+def _seeds(found: Any, trials: Iterable[Trial], path: Path) -> tuple[int, ...]:
+    if found is None:
+        return tuple(sorted({trial.seed for trial in trials}))
     try:
-        rates = tuple(sorted(float(rate) for rate in entry["learning_rates"]))
-        pair = Pair(str(entry["base"]), str(entry["form"]), rates)
-    except (TypeError, KeyError, ValueError) as error:
-        raise UsageError(
-            f"{path}: pairs has {entry!r}; it takes base, form and learning_rates"
-        ) from error
-    if not rates:
-        raise UsageError(f"{path}: the pair {pair.name} has no learning_rates")
-    return pair
+        return tuple(range(found) if isinstance(found, int) else map(int, found))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: seeds must be a list of numbers, got {found!r}") from error
 
 
 def _read_trials(path: Path) -> tuple[tuple[Trial, ...], int]:
@@ -370,13 +466,9 @@ def _read_trials(path: Path) -> tuple[tuple[Trial, ...], int]:
                 continue  # a sweep is writing it
             raise UsageError(f"{path}, line {number} is not a trial of a study") from error
         count += 1
-        pair = trial.pair if trial.role == "control" else None
-        key = (
-            *(trial.role, trial.optimizer, pair, trial.schedule, trial.variant),
-            *(trial.learning_rate, trial.seed),
-        )
-        if not (key in found and found[key].outcome == "complete" != trial.outcome):
-            found[key] = trial
+        before = found.get(trial.key)
+        if before is None or trial.outcome != "failed" or before.outcome == "failed":
+            found[trial.key] = trial
     if not found:
         raise UsageError(f"{path} has no run: none of the study has ended yet")
     return tuple(found.values()), count - len(found)

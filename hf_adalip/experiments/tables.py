@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .paper import ACCURACY_ROWS, EPOCH_ROWS, OPTIMIZERS, Row
-from .report_study import Arm, Pair, Study, lower_is_better, shown
+from .report_study import Arm, Metric, Pair, Study, shown
 from .statistics import (
     Convergence,
     Interval,
@@ -36,14 +36,6 @@ class Table:
     head: list[tuple[str, str]]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
-
-
-def measure_name(metric: str) -> str:
-    """A metric in words, "peak train accuracy"."""
-    words = metric.removeprefix("best_").replace("_", " ")
-    if words == metric.replace("_", " "):
-        return words
-    return f"{'lowest' if lower_is_better(metric) else 'peak'} {words}"
 
 
 def capital(text: str) -> str:
@@ -101,9 +93,9 @@ def runs_table(study: Study, arms: Sequence[Arm]) -> Table:
         [("", name) for name in ("optimizer", *kinds)],
         rows,
         [
-            "Diverged: it ran to its end, and a loss there is not finite; what it reached before "
-            "counts in every table. Failed: it ended with an error; it has no number, and is in "
-            "no other table."
+            "Diverged: it ran, and a loss at its end is not finite; a peak that it reached "
+            "before counts in every table. Failed: it ended with an error, has no number, and is "
+            "in no other table."
         ],
     )
 
@@ -122,13 +114,12 @@ def converged(study: Study, arms: Sequence[Arm]) -> tuple[float, dict[str, Conve
     For each learning rate the median over the seeds; a run that does not get there takes forever.
     The maximum peak is of the runs of bases and forms, whatever else was run.
     """
-    metric = study.metric.removeprefix("best_")
-    if lower_is_better(metric):
+    if study.metric.lower:
         return math.nan, {}
     found: dict[str, Convergence] = {}
     curves = {
         arm.label: {
-            rate: [trial.curve(metric) for trial in arm.at(rate) if trial.epochs]
+            rate: [trial.curve(study.metric) for trial in arm.at(rate) if trial.epochs]
             for rate in arm.learning_rates
         }
         for arm in arms
@@ -162,12 +153,12 @@ def paper_tables(study: Study, arms: Sequence[Arm], printed: bool) -> list[Table
     needed, epochs = converged(study, with_values)
     benchmark = study.benchmark if printed else None
     if benchmark is None:
-        return [_paper_table(study, measure_name(study.metric), with_values, needed, epochs, {})]
+        return [_paper_table(study, study.metric.words, with_values, needed, epochs, {})]
     six = [
         arm
         for name in OPTIMIZERS
         for arm in with_values
-        if (arm.optimizer, arm.variant) == (name, "") and arm.role in ("base", "form")
+        if arm.optimizer == name and arm.role in ("base", "form")
     ]
     six = list({arm.optimizer: arm for arm in reversed(six)}.values())[::-1]
     others = [arm for arm in with_values if arm not in six]
@@ -188,8 +179,7 @@ def _paper_table(
     epochs: Mapping[str, Convergence],
     printed: Mapping[str, tuple[Row, Row]],
 ) -> Table:
-    lower = lower_is_better(study.metric)
-    name = measure_name(study.metric)
+    lower, name = study.metric.lower, study.metric.words
     labels = [f"{name}, {row.lower()}" for row in ACCURACY_ROWS]
     if lower:
         labels[0] = f"{name}, min"
@@ -251,13 +241,13 @@ def _paper_notes(
     return notes
 
 
-def _never(arm: Arm, metric: str, needed: float) -> str:
-    curves = [t.curve(metric.removeprefix("best_")) for t in arm.trials.values() if t.epochs]
+def _never(arm: Arm, metric: Metric, needed: float) -> str:
+    curves = [trial.curve(metric) for trial in arm.trials.values() if trial.epochs]
     never = sum(math.isinf(epochs_to(curve, needed)) for curve in curves)
     return f"{never} of {len(curves)}"
 
 
-TEST = "best_eval_accuracy"
+TEST = Metric("best_eval_accuracy")
 
 
 def test_table(study: Study, arms: Sequence[Arm], printed: bool) -> Table | None:
@@ -271,25 +261,31 @@ def test_table(study: Study, arms: Sequence[Arm], printed: bool) -> Table | None
             continue
         best = max(means, key=lambda rate: means[rate])
         found = interval(list(arm.values(best, TEST).values()))
-        own = arm.role in ("base", "form") and not arm.variant
+        own = arm.role in ("base", "form")
         cells = [arm.label, number(found.mean, 4), _plus_minus(found), f"{best:g}"]
         rows.append([*cells, *([paper.get(arm.optimizer, "") if own else ""] if paper else ())])
-    names = ["optimizer", "test accuracy", "95 % interval", "at learning rate"]
+    names = [
+        "optimizer",
+        "test accuracy" if paper else "accuracy",
+        "95 % interval",
+        "at learning rate",
+    ]
     names += ["paper"] if paper else []
-    if not rows:
+    if not rows or study.metric.of_epoch == TEST.of_epoch:
         return None
     return Table(
-        "Table 5 of the paper" if paper else "Test accuracy",
+        "Table 5 of the paper" if paper else "Evaluation accuracy",
         [("", name) for name in names],
         rows,
         [
-            "Mean over the seeds of each run's maximum test accuracy, at the learning rate where "
-            "that is highest. Epoch and learning rate are chosen on the test set, as in the paper."
+            "Mean over the seeds of each run's maximum accuracy on the data that it was evaluated "
+            "on, at the learning rate where that is highest. Epoch and learning rate are chosen "
+            "on the same data, as in the paper."
         ],
     )
 
 
-def _means(arm: Arm, metric: str) -> dict[float, float]:
+def _means(arm: Arm, metric: Metric) -> dict[float, float]:
     found = {rate: arm.values(rate, metric) for rate in arm.learning_rates}
     return {rate: statistics.fmean(v.values()) for rate, v in found.items() if v}
 
@@ -303,19 +299,17 @@ def _plus_minus(found: Interval) -> str:
 # What the paper leaves out
 
 
-def margin(metric: str, best: float) -> float:
+def margin(metric: Metric, best: float) -> float:
     """How far from the best value a learning rate may be to count as near it."""
-    return MARGIN * abs(best) if lower_is_better(metric) else MARGIN
+    return MARGIN * abs(best) if metric.lower else MARGIN
 
 
-def near_best(arm: Arm, metric: str) -> tuple[float, Range] | None:
+def near_best(arm: Arm, metric: Metric) -> tuple[float, Range] | None:
     """The arm's best learning rate and those near it, None if it has no value."""
     medians = arm.medians(metric)
     if not medians:
         return None
-    lower = lower_is_better(metric)
-    best = min(medians.values()) if lower else max(medians.values())
-    return range_near_best(medians, margin(metric, best), lower)
+    return range_near_best(medians, margin(metric, metric.best(medians.values())), metric.lower)
 
 
 def width(found: Range) -> str:
@@ -346,10 +340,10 @@ def arms_table(study: Study, arms: Sequence[Arm]) -> Table:
                 number(scales, 2),
             ]
         )
-    nearness = "1 % of it" if lower_is_better(study.metric) else "1 point of it"
+    nearness = "1 % of it" if study.metric.lower else "1 point of it"
     names = ["optimizer", "best lr", "median", "mean", "95 % interval", f"rates within {nearness}"]
     return Table(
-        f"At the best learning rate: {measure_name(study.metric)}",
+        f"At the best learning rate: {study.metric.words}",
         [("", name) for name in [*names, "median S"]],
         rows,
         [
@@ -371,28 +365,34 @@ class Comparison:
     possible: int
 
 
-def over_rates(form: Arm, other: Arm, metric: str, seeds: Sequence[int]) -> Comparison | None:
+def over_rates(form: Arm, other: Arm, metric: Metric, seeds: Sequence[int]) -> Comparison | None:
     """The difference at equal rates, its mean over the rates for each seed.
 
-    Rates at which not every seed has both are left out: seeds could not be compared otherwise.
+    All seeds must have the same rates to be compared, so rates or seeds that others lack are left
+    out; of the ways to do that, the one that keeps the most.
     """
-    differences = {
-        rate: _differences(form.values(rate, metric), other.values(rate, metric))
-        for rate in form.learning_rates
-    }
-    present = {seed for found in differences.values() for seed in found}
-    whole = [found for found in differences.values() if present and found.keys() == present]
-    if not whole:
+    rates: dict[int, dict[float, float]] = {}  # of each seed, the differences
+    for rate in form.learning_rates:
+        found = _differences(form.values(rate, metric), other.values(rate, metric))
+        for seed, difference in found.items():
+            rates.setdefault(seed, {})[rate] = difference
+    if not rates:
         return None
-    by_seed = [statistics.fmean(found[seed] for found in whole) for seed in sorted(present)]
-    rates = len(form.learning_rates)
-    count = str(rates) if len(whole) == rates else f"{len(whole)} of {rates}"
+    order = sorted(rates, key=lambda seed: (-len(rates[seed]), seed))
+    ways = [
+        (order[:count], set.intersection(*(set(rates[seed]) for seed in order[:count])))
+        for count in range(1, len(order) + 1)
+    ]
+    chosen, common = max(ways, key=lambda way: (len(way[0]) * len(way[1]), len(way[0])))
+    by_seed = [statistics.fmean(rates[seed][r] for r in common) for seed in sorted(chosen)]
+    total = len(form.learning_rates)
+    count = str(total) if len(common) == total else f"{len(common)} of {total}"
     return Comparison(
         what=_minus(form, other),
-        at=f"mean over {count} learning rates",
+        at=f"mean over {count} learning rate{'' if total == 1 else 's'}",
         found=interval(by_seed),
-        pairs=len(present) * len(whole),
-        possible=len(seeds) * rates,
+        pairs=len(chosen) * len(common),
+        possible=len(seeds) * total,
     )
 
 
@@ -404,7 +404,7 @@ def _minus(form: Arm, other: Arm) -> str:
     return f"{form.label} − {'its control' if other.role == 'control' else other.label}"
 
 
-def at_best(form: Arm, other: Arm, metric: str, seeds: Sequence[int]) -> Comparison | None:
+def at_best(form: Arm, other: Arm, metric: Metric, seeds: Sequence[int]) -> Comparison | None:
     """The difference with each at its own best learning rate."""
     mine, others = near_best(form, metric), near_best(other, metric)
     if mine is None or others is None:
@@ -420,7 +420,7 @@ def at_best(form: Arm, other: Arm, metric: str, seeds: Sequence[int]) -> Compari
 def pair_comparisons(study: Study, schedule: str) -> list[Comparison]:
     """Every form against its base and its control: over the rates, and at the best."""
     found = []
-    for pair in study.pairs:
+    for pair in study.pairs_with(schedule):
         form = study.arm("form", pair, schedule)
         for role in ("base", "control"):
             other = study.arm(role, pair, schedule)
@@ -433,7 +433,7 @@ def pair_sentences(study: Study, schedule: str) -> list[str]:
     """For each pair the interval over the rates and whether it includes 0, against base and
     control."""
     found = []
-    for pair in study.pairs:
+    for pair in study.pairs_with(schedule):
         form = study.arm("form", pair, schedule)
         if form.trials:
             others = [study.arm(role, pair, schedule) for role in ("base", "control")]
@@ -459,7 +459,7 @@ def peer_comparisons(study: Study, arms: Sequence[Arm]) -> list[Comparison]:
     found = [
         at_best(form, peer, study.metric, study.seeds)
         for form in arms
-        if form.role == "form" and not form.variant
+        if form.role == "form"
         for peer in arms
         if peer.role == "peer"
     ]
@@ -473,7 +473,7 @@ def comparison_table(study: Study, title: str, comparisons: Sequence[Comparison]
         [c.what, c.at, change(c.found), _zero(c.found), p_value(p), f"{c.pairs} of {c.possible}"]
         for c, p in zip(comparisons, adjusted, strict=True)
     ]
-    better = "Negative" if lower_is_better(study.metric) else "Positive"
+    better = "Negative" if study.metric.lower else "Positive"
     names = ["difference", "learning rates", "mean (95 % interval)", "includes 0", "p (Holm)"]
     names.append("pairs of runs")
     return Table(
@@ -481,7 +481,7 @@ def comparison_table(study: Study, title: str, comparisons: Sequence[Comparison]
         [("", name) for name in names],
         rows,
         [
-            f"Of {measure_name(study.metric)}, paired by seed, Student's t. {better} is better "
+            f"Of {study.metric.words}, paired by seed, Student's t. {better} is better "
             "for the first. p of no difference, after Holm's correction for the "
             f"{len(comparisons)} comparisons of this table; the intervals are not corrected. At "
             "the best learning rates the choice was made on the same runs, which the interval "
@@ -520,7 +520,7 @@ def rate_table(study: Study, pair: Pair, schedule: str) -> Table | None:
     names += [f"{form} − {base}", "p", f"{form} − control", "p", "not complete"]
     known = sum(not math.isnan(p) for p in adjusted.values())
     return Table(
-        f"{form} and {base} at each learning rate: {measure_name(study.metric)}",
+        f"{form} and {base} at each learning rate: {study.metric.words}",
         [("", name) for name in names],
         rows,
         [
@@ -531,7 +531,7 @@ def rate_table(study: Study, pair: Pair, schedule: str) -> Table | None:
     )
 
 
-def _at_rate(form: Arm, other: Arm, rate: float, metric: str) -> Interval:
+def _at_rate(form: Arm, other: Arm, rate: float, metric: Metric) -> Interval:
     found = _differences(form.values(rate, metric), other.values(rate, metric))
     if not found:
         return Interval(math.nan, math.nan, math.nan, math.nan, 0)
