@@ -152,7 +152,7 @@ def test_what_the_paper_leaves_out(study: Study) -> None:
     table = tables.arms_table(study, study.arms("constant"))
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["SGD"][0] == "0.1"
-    assert rows["SGD"][4:] == ["0.1 to 0.1, × 1", "–"]
+    assert rows["SGD"][4:] == ["0.1 alone, × 1", "–"]
     assert rows["AdaLip"][4:] == ["0.1 to 1, × 10 or more (high end of the grid)", "0.60"]
 
 
@@ -242,7 +242,28 @@ def test_other_metrics_and_scripts_without_epochs(tmp_path: Path) -> None:
     drawn = figures.draw(study, "constant", study.arms("constant"))
     missing = [entry.title for entry in drawn if isinstance(entry, figures.Missing)]
     assert len(missing) == 7
-    assert "Mean curves over the learning rates (Figures 2 to 4 of the paper)" in missing
+    assert "Mean curves over the learning rates (as in Figures 2 to 4 of the paper)" in missing
+
+
+def test_a_loss_that_diverged_is_as_bad_as_can_be(tmp_path: Path) -> None:
+    """At 0.1 one seed of the base is NaN, at 1.0 all are; the median of 1, 2 and ∞ is 2."""
+    lines = []
+    losses = {("base", 0.1): (1.0, 2.0, None), ("base", 1.0): (None, None, None)}
+    losses |= {("form", 0.1): (1.5, 1.5, 1.5), ("form", 1.0): (3.0, 3.0, 3.0)}
+    for (role, rate), values in losses.items():
+        for seed, loss in enumerate(values):
+            line = trial(role, rate, seed, 0.5, 1)
+            lines.append(line | {"results": {"eval_loss": loss, "finished": True}})
+    study = read_study(write(tmp_path, lines, SETTINGS | {"name": "x", "metric": "eval_loss"}))
+    base, form, _ = study.arms("constant")
+    assert base.medians(study.metric) == {0.1: 2.0, 1.0: float("inf")}
+    (table,) = tables.paper_tables(study, study.arms("constant"), printed=True)
+    assert column(table, "SGD", "") == ["2.000", "∞", "∞", "–"]
+    assert tables.near_best(base, study.metric) == (0.1, (0.1, 0.1, True, False))
+    found = tables.at_best(form, base, study.metric, study.seeds)
+    assert found is not None
+    assert (found.found.mean, found.pairs) == (0.0, 2)
+    assert isinstance(figures.over_rates(study, "constant"), figures.Picture)
 
 
 # Pages
@@ -316,7 +337,9 @@ def test_every_caption_has_the_scale_and_numbers_have_their_origin(folder: Path)
     assert sorted(pictures) == ["mean_curves.png", "over_learning_rates.png"]
     assert all((folder / "report" / picture).read_bytes()[1:4] == b"PNG" for picture in pictures)
     missing = text.partition("## Figures that are not drawn")[2].partition("##")[0]
-    assert "Learning rates per layer (Figure 5 of the paper): no run of a form has a" in missing
+    assert (
+        "Learning rates per layer (as in Figure 5 of the paper): no run of a form has a" in missing
+    )
 
 
 # Figures

@@ -19,7 +19,10 @@ RECORDS = "records.json"
 INVERSE_SQRT, THEORETICAL_C = "inverse_sqrt", "theoretical_c"
 """The names that studies have for the schedules of Figures 8 and 9."""
 
-_LOOKS = {
+Look = tuple[str, str, str]
+"""The colour, style and marker of a line."""
+
+_LOOKS: dict[str, Look] = {
     "base": (COLOURS[0], "-", "o"),
     "form": (COLOURS[1], "--", "s"),
     "control": (COLOURS[2], ":", "^"),
@@ -57,7 +60,7 @@ class Line:
     middle: list[float]
     low: list[float]
     high: list[float]
-    look: tuple[str, str, str]
+    look: Look
 
 
 def draw(study: Study, schedule: str, arms: Sequence[Arm]) -> list[Picture | Missing]:
@@ -93,38 +96,48 @@ def _of_the_study(study: Study, schedule: str, arms: Sequence[Arm]) -> list[Pict
 
 
 def over_rates(study: Study, schedule: str) -> Picture | Missing:
-    """The measure over the learning rates, a panel for each pair."""
+    """The measure over the learning rates, a panel for each pair and one for the peers."""
     title = f"{capital(study.metric.words)} over the learning rate"
-    panels, words = [], []
+    panels: list[tuple[str, list[tuple[Arm, Look]]]] = []
     for pair in study.pairs_with(schedule):
-        arms = {role: study.arm(role, pair, schedule) for role in _LOOKS}
-        arms = {role: arm for role, arm in arms.items() if arm.medians(study.metric)}
-        if arms:
-            panels.append((f"{shown(pair.form)} and {shown(pair.base)}", arms))
-            words += [_words_of_rates(arm, study.metric) for arm in arms.values()]
-    if not panels:
+        arms = [(study.arm(role, pair, schedule), look) for role, look in _LOOKS.items()]
+        panels.append((f"{shown(pair.form)} and {shown(pair.base)}", arms))
+    peers = [arm for arm in study.arms(schedule) if arm.role == "peer"]
+    panels.append(("Peers", [(arm, _look(3 + place, place)) for place, arm in enumerate(peers)]))
+    known = [
+        (name, [(arm, look) for arm, look in arms if arm.medians(study.metric)])
+        for name, arms in panels
+    ]
+    known = [(name, arms) for name, arms in known if arms]
+    if not known:
         return Missing(title, "no run has a value")
-    figure, places = _panels(len(panels))
-    for axes, (name, arms) in zip(places, panels, strict=True):
-        for role, arm in arms.items():
-            colour, style, marker = _LOOKS[role]
-            values = {rate: arm.values(rate, study.metric).values() for rate in arm.learning_rates}
-            values = {rate: found for rate, found in values.items() if found}
-            rates = list(values)
-            label = "control" if role == "control" else arm.label
-            middle = [statistics.median(found) for found in values.values()]
-            axes.plot(rates, middle, color=colour, linestyle=style, marker=marker, label=label)
-            low, high = ([f(found) for found in values.values()] for f in (min, max))
-            axes.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
+    figure, places = _panels(len(known))
+    for axes, (name, arms) in zip(places, known, strict=True):
+        for arm, look in arms:
+            _draw_over_rates(axes, arm, study.metric, look)
         axes.set(title=name, xscale="log", xlabel="learning rate")
         plain_ticks(axes.xaxis)
         axes.tick_params(axis="x", labelsize=8)
         _finish(axes, study.metric.words)
+    words = " ".join(_words_of_rates(arm, study.metric) for _, arms in known for arm, _ in arms)
     note = (
         "Line: median over the seeds. Band: lowest to highest seed. A control is at the learning "
         "rate of the form that it answers to; it runs at that times the median of S."
     )
-    return Picture("over_learning_rates", title, f"{title}. {' '.join(words)}", note, figure)
+    return Picture("over_learning_rates", title, f"{title}. {words}", note, figure)
+
+
+def _draw_over_rates(axes: Any, arm: Arm, metric: Metric, look: Look) -> None:
+    colour, style, marker = look
+    values = {rate: arm.values(rate, metric) for rate in arm.medians(metric)}
+    seeds = [
+        [v for v in found.values() if math.isfinite(v)] or [math.nan] for found in values.values()
+    ]
+    middle = list(arm.medians(metric).values())
+    label = "control" if arm.role == "control" else arm.label
+    axes.plot(list(values), middle, color=colour, linestyle=style, marker=marker, label=label)
+    low, high = ([end(found) for found in seeds] for end in (min, max))
+    axes.fill_between(list(values), low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _words_of_rates(arm: Arm, metric: Metric) -> str:
@@ -159,7 +172,7 @@ def mean_curves(study: Study, schedule: str) -> Picture | Missing:
     return Picture("mean_curves", title, f"{title}. {words}", note, figure)
 
 
-def _mean_curve(arm: Arm, metric: Metric, look: tuple[str, str, str]) -> Line:
+def _mean_curve(arm: Arm, metric: Metric, look: Look) -> Line:
     """The mean over rates of the mean over seeds; the band is their standard deviation."""
     rates: dict[float, list[float]] = {}
     every: list[float] = []
@@ -189,8 +202,11 @@ def _seed_curve(label: str, trials: Iterable[Trial], metric: Metric, look: int, 
     epochs = sorted(values)
     columns = [values[epoch] for epoch in epochs]
     middle, low, high = ([f(c) for c in columns] for f in (statistics.fmean, min, max))
-    colour = COLOURS[look % len(COLOURS)]
-    return Line(label, epochs, middle, low, high, (colour, _STYLES[style % 4], "o^sD"[style % 4]))
+    return Line(label, epochs, middle, low, high, _look(look, style))
+
+
+def _look(colour: int, style: int) -> Look:
+    return COLOURS[colour % len(COLOURS)], _STYLES[style % 4], "o^sD"[style % 4]
 
 
 def schedules(study: Study) -> Picture | Missing:
@@ -435,7 +451,7 @@ def _words_of_layers(label: str, table: Mapping[str, Sequence[float | None]]) ->
 def _title(what: str, paper: int, several: str | None = None, own: int | None = None) -> str:
     """What a figure shows, and which of the paper's it is."""
     name = several if several and own is None else f"Figure {own or paper}"
-    return f"{what} ({name} of the paper)"
+    return f"{what} (as in {name} of the paper)"
 
 
 def _list(seeds: Iterable[int]) -> str:

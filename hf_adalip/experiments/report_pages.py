@@ -86,6 +86,7 @@ th, td { text-align: right; white-space: nowrap; }
 th[colspan] { text-align: center; }
 tbody th, thead th:first-child { text-align: left; font-weight: normal; }
 tbody tr:nth-child(even) { background: var(--soft); }
+tbody th { background: Canvas; left: 0; position: sticky; }
 img { background: #fff; height: auto; min-width: min(100%, 20rem); max-width: 100%; }
 @media (max-width: 45rem) { .wide img { max-width: none; width: 44rem; } }
 code, pre { font: .875rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }

@@ -137,13 +137,18 @@ class Trial:
         ]
 
     def value(self, metric: Metric) -> float | None:
-        """The metric of the run, None if it failed or has none that is finite."""
+        """The metric of the run, None if it failed or has none.
+
+        Of a diverged run without it, it is infinite if it is a loss: as bad as can be.
+        """
         if self.outcome == "failed":
             return None
         if metric.name != metric.of_epoch and (curve := self.curve(metric)):
             return metric.best(value for _, value in curve)
-        found = self.results.get(metric.name, self.results.get(metric.of_epoch))
-        return float(found) if found is not None and is_number(found) else None
+        found: Any = self.results.get(metric.name, self.results.get(metric.of_epoch))
+        if is_number(found):
+            return float(found)
+        return math.inf if metric.lower and self.outcome == "diverged" else None
 
 
 _LOSSES = ("train_loss", "eval_loss", "loss")

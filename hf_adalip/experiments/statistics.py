@@ -27,7 +27,7 @@ def spread(values: Sequence[float], lower: bool = False) -> Spread:
     MNIST) the other one is 0.43 or more, and 0.422 is printed.
 
     Args:
-        values: one for each learning rate.
+        values: one for each learning rate; infinite where a loss is.
         lower: whether lower is better, as for a loss.
 
     Examples:
@@ -35,9 +35,8 @@ def spread(values: Sequence[float], lower: bool = False) -> Spread:
         Spread(best=1.0, median=0.9, mean=0.8, std=0.216024689946...)
     """
     best = min(values) if lower else max(values)
-    return Spread(
-        best, statistics.median(values), statistics.fmean(values), statistics.pstdev(values)
-    )
+    std = statistics.pstdev(values) if all(map(math.isfinite, values)) else math.nan
+    return Spread(best, statistics.median(values), statistics.fmean(values), std)
 
 
 def epochs_to(curve: Sequence[tuple[float, float]], threshold: float) -> float:
@@ -87,7 +86,7 @@ def convergence(epochs: Sequence[float], trained: float) -> Convergence:
 
 
 class Interval(NamedTuple):
-    """A mean and its confidence interval; with fewer than two values all but `mean` are NaN."""
+    """A mean and its confidence interval; without one, all but the mean are NaN."""
 
     mean: float
     low: float
@@ -118,7 +117,7 @@ def interval(values: Sequence[float]) -> Interval:
         (-0.484, 4.484, 0.074)
     """
     mean, count = statistics.fmean(values), len(values)
-    if count < 2:
+    if count < 2 or not all(map(math.isfinite, values)):
         return Interval(mean, math.nan, math.nan, math.nan, count)
     if len(set(values)) == 1:  # Student's t is 0/0
         return Interval(mean, mean, mean, float(mean == 0.0), count)

@@ -24,6 +24,7 @@ from .statistics import (
 
 NONE = "–"
 CONTROL = "Control of a form: its base at lr × the median of S in the form's runs at that lr."
+LEFT_OUT = "A seed of which one of the two runs is missing, failed or ∞ is left out."
 MARGIN = 0.01
 """How far from the best a learning rate may be: a point of accuracy, or 1 % of a loss."""
 
@@ -45,8 +46,10 @@ def capital(text: str) -> str:
 
 def number(value: float | None, digits: int = 3, sign: str = "") -> str:
     """A number with that many digits, a dash if there is none, with a typographic minus."""
-    if value is None or not math.isfinite(value):
+    if value is None or math.isnan(value):
         return NONE
+    if math.isinf(value):
+        return "∞"
     return f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
@@ -153,7 +156,8 @@ def paper_tables(study: Study, arms: Sequence[Arm], printed: bool) -> list[Table
     needed, epochs = converged(study, with_values)
     benchmark = study.benchmark if printed else None
     if benchmark is None:
-        return [_paper_table(study, study.metric.words, with_values, needed, epochs, {})]
+        title = f"Over the learning rates: {study.metric.words}"
+        return [_paper_table(study, title, with_values, needed, epochs, {})]
     six = [
         arm
         for name in OPTIMIZERS
@@ -219,7 +223,8 @@ def _paper_notes(
 ) -> list[str]:
     notes = [CONTROL] if any(arm.role == "control" for arm in arms) else []
     notes += [
-        f"For each learning rate the median over the seeds of each run's {name}; then max, median, "
+        f"For each learning rate the median over the seeds of each run's {name}; then "
+        f"{'min' if study.metric.lower else 'max'}, median, "
         "mean and standard deviation (of the population) over the learning rates."
     ]
     if math.isnan(needed):
@@ -314,7 +319,11 @@ def near_best(arm: Arm, metric: Metric) -> tuple[float, Range] | None:
 
 def width(found: Range) -> str:
     """A range of learning rates and the factor between its ends, a bound if the grid ends there."""
+    if found.low == found.high and found.open_below and found.open_above:
+        return f"{found.low:g}, the only one"
     text = f"{found.low:g} to {found.high:g}, × {found.high / found.low:.3g}"
+    if found.low == found.high:
+        text = f"{found.low:g} alone, × 1"
     sides = (("low", found.open_below), ("high", found.open_above))
     ends = " and ".join(side for side, is_open in sides if is_open)
     return f"{text} or more ({ends} end of the grid)" if ends else text
@@ -397,7 +406,9 @@ def over_rates(form: Arm, other: Arm, metric: Metric, seeds: Sequence[int]) -> C
 
 
 def _differences(mine: Mapping[int, float], others: Mapping[int, float]) -> dict[int, float]:
-    return {seed: mine[seed] - others[seed] for seed in sorted(mine.keys() & others.keys())}
+    """Of the seeds that have both; a loss that is infinite has no difference from another."""
+    found = {seed: mine[seed] - others[seed] for seed in sorted(mine.keys() & others.keys())}
+    return {seed: difference for seed, difference in found.items() if math.isfinite(difference)}
 
 
 def _minus(form: Arm, other: Arm) -> str:
@@ -483,9 +494,9 @@ def comparison_table(study: Study, title: str, comparisons: Sequence[Comparison]
         [
             f"Of {study.metric.words}, paired by seed, Student's t. {better} is better "
             "for the first. p of no difference, after Holm's correction for the "
-            f"{len(comparisons)} comparisons of this table; the intervals are not corrected. At "
-            "the best learning rates the choice was made on the same runs, which the interval "
-            "does not know of."
+            f"{len(comparisons)} comparisons of this table; the intervals are not corrected. "
+            f"{LEFT_OUT} At the best learning rates the choice was made on "
+            "the same runs, which the interval does not know of."
         ],
     )
 
@@ -525,8 +536,8 @@ def rate_table(study: Study, pair: Pair, schedule: str) -> Table | None:
         rows,
         [
             f"Medians over the seeds. Control: {base} at lr × the median of S in the runs of "
-            f"{form} at that lr. Differences: mean and 95 % interval, paired by seed. p after "
-            f"Holm's correction for {known} comparisons."
+            f"{form} at that lr. Differences: mean and 95 % interval, paired by seed. "
+            f"{LEFT_OUT} p after Holm's correction for {known} comparisons."
         ],
     )
 
