@@ -278,21 +278,28 @@ def update_signal(study: Study, arms: Sequence[Arm]) -> Picture | Missing:
 # Layers
 
 
-NORMS = ("weight_norm", "gradient_norm", "update_norm")
+DRAWN_NORMS = {"gradient": "grad", "update": "update"}
+"""What is drawn of a record, and how the name of its table begins."""
 
 
 def read_norms(path: Path) -> tuple[list[int], dict[str, dict[str, list[float | None]]]]:
-    """The steps that a run recorded, and for each of NORMS the values of every layer.
+    """The steps that a run recorded, and for each of DRAWN_NORMS the values of every layer.
 
     Raises:
         ValueError: if the file is not such a record, naming it.
     """
-    data = json.loads(path.read_text(encoding="utf-8"))
-    steps, norms = data["steps"], {name: data[name] for name in NORMS if name in data}
-    for table in norms.values():
-        if any(len(column) != len(steps) for column in table.values()):
-            raise ValueError(f"{path} has columns of different lengths")
-    return steps, norms
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        found = {
+            name: next(table for key, table in data.items() if key.startswith(start))
+            for name, start in DRAWN_NORMS.items()
+        }
+        columns = [column for table in found.values() for column in table.values()]
+        if not all(len(column) == len(data["steps"]) for column in columns):
+            raise ValueError
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+        raise ValueError(f"{path} is not a record of norms") from error
+    return data["steps"], found
 
 
 def layer_rates(study: Study, schedule: str) -> Picture | Missing:
@@ -306,8 +313,8 @@ def layer_rates(study: Study, schedule: str) -> Picture | Missing:
             continue
         try:
             history = LayerRateHistory.load(_folder(study, trial) / f"{RATES}.json")
-        except ValueError as error:
-            return Missing(title, str(error))
+        except ValueError:
+            return Missing(title, f"{RATES}.json of {trial.folder} cannot be read")
         if not history.steps:
             continue
         seeds.add(trial.seed)
@@ -332,17 +339,16 @@ def norms(study: Study, schedule: str, batch_norm: bool) -> Picture | Missing:
     for trial in trials:
         try:
             steps, found = read_norms(_folder(study, trial) / RECORDS)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except ValueError:
             return Missing(title, f"{RECORDS} of {trial.folder} cannot be read")
-        for kind in NORMS[1:]:
+        for name, table in found.items():
             own = {
                 layer: values
-                for layer, values in found.get(kind, {}).items()
+                for layer, values in table.items()
                 if _is_batch_norm(layer) == batch_norm
                 and (batch_norm or not layer.endswith(".bias"))  # the paper draws weights alone
             }
             if own and steps:
-                name = kind.partition("_")[0]
                 panels.append((f"{_run_name(trial)}: {name}", steps, own, f"norm of the {name}"))
     if not panels:
         return Missing(title, "the runs that recorded norms have no such layers")

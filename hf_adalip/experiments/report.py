@@ -114,8 +114,6 @@ def _state(study: Study) -> list[Block]:
         )
     if study.scale:
         lines.insert(0, f"Scale of the study: {study.scale}.")
-    if study.description:
-        lines.insert(0, study.description.strip())
     lines.append(f"Commands, data, seeds and versions are under “{MEASURED}”.")
     return [Paragraph(line) for line in lines]
 
@@ -161,7 +159,8 @@ def _how(study: Study) -> list[Block]:
     seeds = sorted({trial.seed for trial in study.trials})
     seconds = sum(trial.seconds or 0.0 for trial in study.trials)
     items = [
-        f"Runs: `{study.command}`",
+        *([f"Study: {study.description.strip()}"] if study.description else []),
+        f"Runs, as far as study.yaml tells the command: `{study.command}`",
         f"This report: `hf-adalip report {study.folder}` of hf-adalip {__version__}",
         f"Script: `{study.script or 'not named'}`",
         f"Data fingerprint: {_distinct(t.results.get('dataset_fingerprint') for t in finished)}",
@@ -176,9 +175,9 @@ def _how(study: Study) -> list[Block]:
     blocks: list[Block] = [Heading(2, MEASURED), Bullets(items)]
     if failed := [trial for trial in study.trials if trial.outcome == "failed"]:
         lines = [f"{_name(trial)}: {trial.error or 'no reason given'}" for trial in failed]
-        blocks.append(Details(f"Errors of the {len(failed)} runs that failed", lines))
+        blocks.append(Details(f"Errors of runs that failed ({len(failed)})", lines))
     lines = [f"[{_name(trial)}: {trial.outcome}] {trial.command}" for trial in study.trials]
-    blocks.append(Details(f"Commands of the {len(lines)} runs", lines))
+    blocks.append(Details(f"Commands of all runs ({len(lines)})", lines))
     return blocks
 
 

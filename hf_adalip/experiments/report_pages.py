@@ -55,7 +55,7 @@ class Image:
 
 @dataclass
 class Details:
-    """Lines of code, folded away in HTML."""
+    """Lines of code, folded away."""
 
     summary: str
     lines: Sequence[str]
@@ -190,8 +190,8 @@ def _markdown(block: Block) -> str:
             return "\n\n".join([f"**{table.title}.** {caption}", rows, *table.notes])
         case Image(file, _, alt, caption):
             return f"![{_cell(alt).replace('[', '(').replace(']', ')')}]({file})\n\n{caption}"
-        case Details(summary, lines):
-            return "\n".join([f"{summary}:", "", "```text", *lines, "```"])
+        case Details():  # which Markdown has no form of its own for
+            return _html(block)
 
 
 def _cell(text: str) -> str:

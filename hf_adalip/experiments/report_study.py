@@ -223,8 +223,14 @@ class Study:
 
     @cached_property
     def benchmark(self) -> Benchmark | None:
-        """The part of §5 that it repeats, if it does."""
-        return benchmark_of(self.name)
+        """The part of §5 that it repeats, with the paper's data, or None."""
+        found = benchmark_of(self.name)
+        return found if found and self.data in ("", found.data) else None
+
+    @property
+    def data(self) -> str:
+        """The names of the data that the runs had."""
+        return " and ".join(sorted({_data(trial.results) for trial in self.trials} - {""}))
 
     @property
     def schedules(self) -> list[str]:
@@ -237,7 +243,7 @@ class Study:
         """What was run, as far as the results say it, for captions: data, size, seeds."""
         results = [trial.results for trial in self.trials if trial.results]
         paper = self.benchmark
-        data = " and ".join(sorted({_data(found) for found in results} - {""}))
+        data = self.data
         samples, evaluated, epochs = (
             _range(found.get(key) for found in results)
             for key in ("train_samples", "eval_samples", "epoch")
@@ -362,19 +368,18 @@ def read_study(folder: Path) -> Study:
     lower = metric.endswith(("loss", "perplexity", "error"))
     if (direction := settings.get("direction")) is not None:
         lower = direction == "minimize"
-    paper = benchmark_of(name)
     study = Study(
         folder=folder,
         name=name,
         description=str(settings.get("description") or ""),
         scale=str(settings.get("scale") or ""),
         script=str(settings.get("script") or ""),
-        command=sweep_command(settings, path),
+        command=str(settings.get("command") or sweep_command(settings, path)),
         pairs=_entries(settings, "pairs", Pair, ("base", "form"), path),
         peers=_entries(settings, "peers", Peer, ("optimizer",), path),
         control=bool(settings.get("control")),
         seeds=_seeds(settings.get("seeds"), trials, path),
-        metric=Metric("best_train_accuracy") if paper else Metric(metric, lower),
+        metric=Metric("best_train_accuracy") if benchmark_of(name) else Metric(metric, lower),
         trials=trials,
         run_again=run_again,
     )
@@ -389,9 +394,7 @@ def read_study(folder: Path) -> Study:
 
 
 def sweep_command(settings: Mapping[str, Any], path: Path) -> str:
-    """The command that runs a study: as it says itself, or as far as its settings tell it."""
-    if command := settings.get("command"):
-        return str(command)
+    """The command that runs a study, as far as its settings tell it."""
     words = ["hf-adalip", "sweep", str(settings.get("name", path))]
     scales = re.findall(r"(\d+)([a-z_]+)", str(settings.get("scale") or ""))
     if scales:

@@ -27,7 +27,8 @@ def spread(values: Sequence[float], lower: bool = False) -> Spread:
     MNIST) the other one is 0.43 or more, and 0.422 is printed.
 
     Args:
-        values: one for each learning rate; infinite where a loss is.
+        values: one for each learning rate; infinite where a loss is. Of one value, and of
+            infinite ones, the standard deviation is NaN.
         lower: whether lower is better, as for a loss.
 
     Examples:
@@ -35,7 +36,8 @@ def spread(values: Sequence[float], lower: bool = False) -> Spread:
         Spread(best=1.0, median=0.9, mean=0.8, std=0.216024689946...)
     """
     best = min(values) if lower else max(values)
-    std = statistics.pstdev(values) if all(map(math.isfinite, values)) else math.nan
+    known = len(values) > 1 and all(map(math.isfinite, values))
+    std = statistics.pstdev(values) if known else math.nan
     return Spread(best, statistics.median(values), statistics.fmean(values), std)
 
 

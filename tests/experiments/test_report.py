@@ -266,6 +266,17 @@ def test_a_loss_that_diverged_is_as_bad_as_can_be(tmp_path: Path) -> None:
     assert isinstance(figures.over_rates(study, "constant"), figures.Picture)
 
 
+def test_the_papers_numbers_are_not_beside_those_of_other_data(tmp_path: Path) -> None:
+    lines = trials()
+    for line in lines:
+        line["results"]["dataset_name"] = "digits"
+    study = read_study(write(tmp_path, lines))
+    assert study.measured == "digits, 10,000 training examples, 4 epochs, 3 seeds"
+    (table,) = tables.paper_tables(study, study.arms("constant"), printed=True)
+    assert table.title == "Over the learning rates: peak train accuracy"
+    assert not any(name == "paper" for _, name in table.head)
+
+
 # Pages
 
 
@@ -345,6 +356,9 @@ def test_every_caption_has_the_scale_and_numbers_have_their_origin(folder: Path)
 # Figures
 
 
+NORMS = ("weight_norm", "gradient_norm", "update_norm")
+
+
 def recorded(folder: Path, optimizer: str, rate: float, **files: Any) -> None:
     run = folder / "runs" / f"{optimizer}-constant-{rate:g}-0"
     run.mkdir(parents=True)
@@ -380,9 +394,7 @@ def test_figures_of_layers_and_of_variants(tmp_path: Path) -> None:
         0.1,
         layer_learning_rates={"steps": [1, 2, 3], "scale": table, "lr": table},
     )
-    recorded(
-        tmp_path, "sgd", 0.1, records={"steps": [1, 2, 3]} | dict.fromkeys(figures.NORMS, table)
-    )
+    recorded(tmp_path, "sgd", 0.1, records={"steps": [1, 2, 3]} | dict.fromkeys(NORMS, table))
     study = read_study(tmp_path)
     drawn = figures.draw(study, "constant", study.arms("constant"))
     pictures = {entry.name: entry for entry in drawn if isinstance(entry, figures.Picture)}
@@ -397,7 +409,7 @@ def test_figures_of_layers_and_of_variants(tmp_path: Path) -> None:
     )
     with_c = pictures["theoretical_c"].alt
     assert "AdaLip at 0.1, theoretical c_t: 0.450 at epoch 1, 0.900 at epoch 4" in with_c
-    recorded(tmp_path, "adam", 0.1, records={"steps": [1, 2]} | dict.fromkeys(figures.NORMS, table))
+    recorded(tmp_path, "adam", 0.1, records={"steps": [1, 2]} | dict.fromkeys(NORMS, table))
     damaged = figures.norms(study, "constant", batch_norm=False)
     assert isinstance(damaged, figures.Missing)
     assert damaged.reason == "records.json of adam-constant-0.1-0 cannot be read"
