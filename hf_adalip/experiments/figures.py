@@ -71,8 +71,8 @@ def draw(study: Study, schedule: str, arms: Sequence[Arm]) -> list[Picture | Mis
     return drawn
 
 
-_FIGURES = {"mnist": (1, 5), "cifar10": (1, 6, 8, 9), "cifar100": (1, 7, 10, 11)}
-"""Which of the figures that are drawn once the paper has, for each of its data sets."""
+_FIGURES = {"mnist": {1, 5}, "cifar10": {1, 5, 8, 9}, "cifar100": {1, 5, 10, 11}}
+"""Those that the paper has of each data set, 5 for 6 and 7 too: of others none is missed."""
 
 
 def _of_the_study(study: Study, schedule: str, arms: Sequence[Arm]) -> list[Picture | Missing]:
@@ -85,11 +85,13 @@ def _of_the_study(study: Study, schedule: str, arms: Sequence[Arm]) -> list[Pict
         9: lambda: theoretical_c(study),
         11: lambda: update_signal(study, arms),
     }
-    wanted = set(figures)
-    if study.benchmark:
-        wanted = set(_FIGURES[study.name.removeprefix("paper_")])
-        wanted = {5 if figure in (6, 7) else figure for figure in wanted}
-    return [make() for figure, make in figures.items() if figure in wanted]
+    expected = _FIGURES[study.benchmark.data] if study.benchmark else set(figures)
+    found = {figure: make() for figure, make in figures.items()}
+    return [
+        picture
+        for figure, picture in found.items()
+        if figure in expected or isinstance(picture, Picture)
+    ]
 
 
 # Curves
@@ -278,8 +280,8 @@ def update_signal(study: Study, arms: Sequence[Arm]) -> Picture | Missing:
 # Layers
 
 
-DRAWN_NORMS = {"gradient": "grad", "update": "update"}
-"""What is drawn of a record, and how the name of its table begins."""
+DRAWN_NORMS = {"gradient": "gradient_norm", "update": "update_norm"}
+"""What is drawn of a record, and the name of its table there."""
 
 
 def read_norms(path: Path) -> tuple[list[int], dict[str, dict[str, list[float | None]]]]:
@@ -290,14 +292,11 @@ def read_norms(path: Path) -> tuple[list[int], dict[str, dict[str, list[float | 
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        found = {
-            name: next(table for key, table in data.items() if key.startswith(start))
-            for name, start in DRAWN_NORMS.items()
-        }
+        found = {name: data[key] for name, key in DRAWN_NORMS.items()}
         columns = [column for table in found.values() for column in table.values()]
         if not all(len(column) == len(data["steps"]) for column in columns):
             raise ValueError
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a record of norms") from error
     return data["steps"], found
 
