@@ -69,7 +69,7 @@ def _lines(axes: Any, steps: Sequence[int], table: Table, label: str, legend: bo
         axes.axhline(1.0, color="0.4", linestyle="--", linewidth=1.0)
     unit = "S (a factor of the learning rate)" if label == SCALE else "A"
     axes.set(title=label, xlabel=STEP, ylabel=unit, yscale="log")
-    _plain_ticks(axes.yaxis)
+    plain_ticks(axes.yaxis)
     axes.grid(alpha=0.3)
     if legend and table:
         axes.legend(title="layer", fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -115,12 +115,12 @@ def _heat_map(
     else:
         axes.set_yticklabels([])
     bar = figure.colorbar(mesh, ax=axes, extend="both", pad=0.02, aspect=40)
-    _plain_ticks(bar.ax.yaxis)
+    plain_ticks(bar.ax.yaxis)
     if label == SCALE:
         bar.ax.axhline(1.0, color="black", linewidth=1.5)
 
 
-def _plain_ticks(axis: Any) -> None:
+def plain_ticks(axis: Any) -> None:
     """0.5, 1, 2 rather than 5×10⁻¹ on a logarithmic axis, a few of them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -220,7 +220,7 @@ def draw_runs(runs: Sequence[RunCurves]) -> Any:
         if label == SCALE:
             place.axhline(1.0, color="0.4", linestyle="--", linewidth=1.0)
         place.set(title=f"{label}: median and range of layers", xlabel=STEP, yscale="log")
-        _plain_ticks(place.yaxis)
+        plain_ticks(place.yaxis)
         place.grid(alpha=0.3)
     return figure
 

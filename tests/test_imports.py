@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "publish": {"registry", *LOW},
     "integrations": {"diagnose", "registry", "optim", "monitor", "plots", *LOW},
     "recipe": {"publish", "integrations", "diagnose", "registry", "monitor", *LOW},
-    "experiments": {"recipe", "registry", "monitor", *LOW},
+    "experiments": {"recipe", "registry", "monitor", "plots", *LOW},
     "run": {"integrations", *LOW},
     "timm": {"integrations"},
     "cli": {"experiments", "registry", *LOW},

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ..version import __version__
-from . import doctor, optimizers, plot, publish, sweep
+from . import doctor, optimizers, plot, publish, report, sweep
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="hf-adalip", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (optimizers, doctor, publish, plot, sweep):
+    for command in (optimizers, doctor, publish, plot, sweep, report):
         command.add_parser(commands).set_defaults(run=command.run)
     given, rest = sys.argv[1:], list[str]()
     if given[:1] == ["sweep"] and "--" in given:  # whose script gets the rest
