@@ -37,7 +37,7 @@ from .data import ImageData, load_image_dataset
 from .options import (
     Recipe,
     TrainingArguments,
-    expand_config,
+    make_parser,
     optimizer_arguments,
     parse,
     scheduler_factory,
@@ -180,7 +180,9 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_adalip").setLevel(logging.INFO)
     try:
-        training = train(recipe, given, shlex.join([sys.argv[0], *expand_config(given, recipe)]))
+        training = train(
+            recipe, given, shlex.join([sys.argv[0], *make_parser(recipe).expand(given)])
+        )
     except (UsageError, DataError) as error:
         if first:
             print(f"{recipe.name}: error: {error}", file=sys.stderr)

@@ -9,13 +9,11 @@ import argparse
 import atexit
 import dataclasses
 import difflib
-import json
-import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,12 +28,12 @@ from ...monitor import RATES
 from ..checkpoints import check_contents, find_checkpoint
 from ..data import shortened
 from ..options import (
-    OneLineErrors,
+    AT_LEAST,
+    RecipeParser,
     check_bounds,
     check_hub_options,
     check_optimizer,
     in_optim_args,
-    read_config,
 )
 from ..run import check_folder, check_publishing, default_folder, load_rates, make_folder
 from .files import check_rotation, own_files
@@ -123,8 +121,8 @@ class RecipeArguments(TrainingArguments):  # type: ignore[misc]
     publish_to: str | None = field(init=False, default=None)  # what --push_to_hub asks for
 
 
-class _Parser(OneLineErrors, HfArgumentParser):  # type: ignore[misc]
-    pass
+class _Parser(RecipeParser, HfArgumentParser):  # type: ignore[misc]
+    structured = True
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -150,17 +148,9 @@ def parse(
         UsageError: for an unknown option, a bad value, a folder with results. Nothing has been
             loaded or written then.
     """
-    parser = _Parser(
-        (kind, RecipeArguments), description=description, formatter_class=_Help, allow_abbrev=False
-    )
-    parser.add_argument("--config", help="YAML file of options, which the command line overrides")
+    parser = _Parser((kind, RecipeArguments), description=description, formatter_class=_Help)
     parser.set_defaults(**defaults)
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument("--config")
-    found, rest = config.parse_known_args(argv)
-    parts: tuple[Any, ...] = (kind, RecipeArguments)
-    known = [entry.name for part in parts for entry in dataclasses.fields(part)]
-    given = [*(_config_options(found.config, known) if found.config else ()), *rest]
+    given = parser.expand(argv)
     chosen = parser.parse_args(given)
     _check(chosen)
     own_folder = chosen.output_dir is None
@@ -229,28 +219,8 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _config_options(path: str, known: Collection[str]) -> list[str]:
-    """A YAML file as command-line options, so that both are read by the same rules."""
-    options: list[str] = []
-    for key, value in read_config(path, known).items():
-        if isinstance(value, list):
-            options += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            written = json.dumps(value) if isinstance(value, dict) else value
-            options.append(f"--{key}={'no' if value is False else written}")  # which YAML reads so
-    return options
-
-
-_AT_LEAST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "max_train_samples": 1,
-    "max_eval_samples": 1,
-    "seed": 0,
-    "data_seed": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
+_AT_LEAST = AT_LEAST | {
+    "max_grad_norm": 0.0,
     # the one before must outlive a save that is interrupted
     "save_total_limit": 2,
 }
@@ -258,10 +228,7 @@ _AT_LEAST = {
 
 def _check(chosen: argparse.Namespace) -> None:
     """What TrainingArguments would take, and Trainer fail with later or not do."""
-    check_bounds(chosen, _AT_LEAST)
-    for name in ("learning_rate", "num_train_epochs"):
-        if not 0 < (value := getattr(chosen, name)) < math.inf:
-            raise UsageError(f"--{name} must be a positive number, got {value}")
+    check_bounds(chosen, _AT_LEAST, positive=("learning_rate", "num_train_epochs"))
     if chosen.max_steps < 1 and chosen.max_steps != -1:  # Trainer would go by the epochs
         raise UsageError(
             f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {chosen.max_steps}"
