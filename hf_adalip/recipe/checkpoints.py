@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _REPLACED = ".replaced.partial"
 STAGED = f"results{PARTIAL}"
-_SAVED = re.compile(rf"(step|epoch)_[0-9]+({re.escape(PARTIAL)}|{re.escape(_REPLACED)})?")
+SAVED = rf"(step|epoch)_[0-9]+({re.escape(PARTIAL)}|{re.escape(_REPLACED)})?"
+"""The folders of checkpoints, whole or not, that saving makes in the recipes of images."""
 
 
 def write_manifest(folder: Path, step: int, settings: Mapping[str, Any]) -> None:
@@ -221,9 +222,9 @@ def finish_replacing(folder: Path) -> None:
 
 
 def saved_in(folder: Path) -> list[Path]:
-    """The folders of checkpoints, whole or not, or links to some, that saving makes."""
+    """The folders of checkpoints, whole or not, or links to some."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if _SAVED.fullmatch(path.name) and path.is_dir())
+    return sorted(path for path in found if re.fullmatch(SAVED, path.name) and path.is_dir())
 
 
 def check_distributed(folder: str | os.PathLike[str]) -> None:

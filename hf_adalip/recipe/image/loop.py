@@ -35,21 +35,23 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
 from ...diagnose.checks import Finding, diverged
-from ...errors import Interrupted, SaveError, UsageError
+from ...errors import SaveError, UsageError
 from ...files import PARTIAL, saving, whole
 from ...monitor import RATES, RECORDS, LayerRateHistory, layerwise, summary
-from ...publish.script import SCRIPT, running_script, versions
+from ...publish.script import running_script
 from ...registry import create_optimizer
 from ..checkpoints import check_contents, put_in_place, replacing, write_manifest
 from ..data import on_hub
 from ..run import (
-    VERSIONS,
     any_asked_to_stop,
     asked_to_stop,
     check_same_run,
-    device_name,
+    facts,
+    interrupted,
     load_rates,
-    write_results,
+    nonfinite_steps,
+    said_of_nonfinite,
+    write_run,
 )
 from .data import Batch, ImageData, ImageDataset
 from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
@@ -335,9 +337,7 @@ class Training:
         every = self.args.checkpointing_steps
         if every and every != "epoch" and progress.step % int(every) == 0:
             self.save(f"step_{progress.step}")
-        # processes ask one another now and then only
-        ask = self.accelerator.num_processes == 1 or progress.step % 20 == 0
-        if not self.done and ask and any_asked_to_stop(self, self.accelerator):
+        if not self.done and any_asked_to_stop(self, self.accelerator, progress.step):
             self._stop()
 
     def _record(self, loss: Tensor) -> None:
@@ -410,10 +410,7 @@ class Training:
         if step != self.progress.step:
             path = self.save(f"step_{self.progress.step}")
         self._write_results(finished=False)
-        raise Interrupted(
-            f"stopped at step {self.progress.step} of {self.total_steps} and saved {path}; to go "
-            "on, run the same command with --resume_from_checkpoint latest"
-        )
+        raise interrupted(self.progress.step, self.total_steps, path)
 
     def save(self, name: str) -> Path:
         """Saves a checkpoint in the folder; it has its name only when it is whole.
@@ -496,22 +493,15 @@ class Training:
             "train_samples": len(self.data.train),
             "eval_samples": len(self.data.test),
             "parameters": self.parameters,
-            "device": device_name(self.accelerator.device),
-            "versions": versions(*VERSIONS, *self.recipe.libraries) | {"torch": torch.__version__},
+            **facts(self.accelerator.device, *self.recipe.libraries),
             "nonfinite_steps": self.nonfinite_steps,
             "seconds": self.progress.seconds,
             "command": self.command,
             "epochs": epochs,
         }
 
-    def _nonfinite_steps(self) -> int:
-        """How many steps some layer was left out of, its gradient being inf or NaN."""
-        optimizer = layerwise(self.optimizer)
-        rates = optimizer.layer_learning_rates() if optimizer else {}
-        return max((rate.nonfinite_steps for rate in rates.values()), default=0)
-
     def _write_results(self, finished: bool) -> dict[str, Any]:
-        self.nonfinite_steps = self._nonfinite_steps()
+        self.nonfinite_steps = nonfinite_steps(self.optimizer)
         results = self.results(finished) if self.accelerator.is_main_process else {}
         model = getattr(self.model, "_orig_mod", self.model)  # torch.compile would rename weights
         # asked of all processes: where the model is sharded, each has a part of it
@@ -528,15 +518,7 @@ class Training:
                     if isinstance(config := getattr(model, "config", None), dict):
                         text = json.dumps(config, indent=2)
                         whole(folder / CONFIG, lambda path: path.write_text(text + "\n"))
-                if self.rates.steps:
-                    lr = f"lr {self.settings['learning_rate']:g}"
-                    self.rates.save(folder / f"{RATES}.json")
-                    with saving(folder / f"{RATES}.png"):
-                        title = f"{self.recipe.name}, {self.args.optim}, {lr}"
-                        self.rates.plot(folder / f"{RATES}.png", title)
-                if script := self.script:
-                    whole(folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
-                write_results(folder, results)
+                write_run(folder, results, self.rates, self.script)
         self.accelerator.wait_for_everyone()
         return results
 
@@ -572,12 +554,7 @@ class Training:
             known = [scale for scale in scales if scale is not None]
             last = f"{known[-1]:10.3f}{self.rates.lr[layer][-1] or math.nan:12.2e}"
             lines.append(f"{layer:{wide}}{statistics.median(known):10.3f}{last}")
-        if skipped := self.nonfinite_steps:
-            lines += [
-                "",
-                f"warning: in {skipped} of {self.progress.step} steps the gradient of a layer was "
-                "inf or NaN, and the layer was not trained; is the learning rate too large?",
-            ]
+        lines += said_of_nonfinite(self.nonfinite_steps, self.progress.step)
         return "\n".join(lines)
 
 

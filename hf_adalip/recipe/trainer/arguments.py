@@ -27,6 +27,7 @@ from ...integrations.trainer import ModelOptimizer, register, trainer_kwargs
 from ...monitor import RATES
 from ..checkpoints import check_contents, find_checkpoint
 from ..data import shortened
+from ..folder import check_folder, default_folder, make_folder
 from ..options import (
     AT_LEAST,
     RecipeParser,
@@ -35,8 +36,8 @@ from ..options import (
     check_optimizer,
     in_optim_args,
 )
-from ..run import check_folder, check_publishing, default_folder, load_rates, make_folder
-from .files import check_rotation, own_files
+from ..run import check_publishing, load_rates
+from .files import OWN_FILES, check_rotation
 
 try:
     from transformers import HfArgumentParser, Trainer, TrainingArguments
@@ -171,7 +172,7 @@ def parse(
     if training.fp16 and training.device.type == "cpu":
         raise UsageError("--fp16 needs a GPU; --bf16 does not")
     folder = Path(training.output_dir)
-    check_folder(folder, own_files, training)
+    check_folder(folder, OWN_FILES, training)
     fresh = own_folder and not folder.exists()
     if training.save_strategy != SaveStrategy.NO and (limit := training.save_total_limit):
         check_rotation(folder, limit)
@@ -305,7 +306,7 @@ def check_pretrained(option: str, name: str | None, training: RecipeArguments) -
         raise UsageError(f"--{option}: there is no folder {shortened(name)}")
     folder = Path(str(training.output_dir)).resolve()
     place = Path(name or "").resolve()
-    if name and (place == folder or any(map(place.is_relative_to, own_files(folder)))):
+    if name and (place == folder or any(map(place.is_relative_to, OWN_FILES(folder)))):
         raise UsageError(
             f"--{option} {name} is in the --output_dir, whose files the run replaces; choose "
             "another --output_dir"
