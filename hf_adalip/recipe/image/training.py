@@ -34,6 +34,7 @@ from .options import (
     scheduler_factory,
     trackers,
 )
+from .results import is_finite, said_of_end, table
 
 try:
     from accelerate.utils import broadcast_object_list, gather_object
@@ -159,12 +160,13 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
         command = shlex.join([sys.argv[0], *make_parser(recipe).expand(given)])
         training = train(recipe, given, command)
         if training.accelerator.is_main_process:
+            epochs = training.progress.epochs
             conclude(
                 recipe.name,
                 training.folder,
-                training.table(),
-                training.diverged(),
-                training.finite,
+                table(epochs, training.rates, training.nonfinite_steps),
+                said_of_end(epochs[-1], training.data.num_classes),
+                is_finite(epochs[-1]),
                 training.args.hub_model_id if training.args.push_to_hub else None,
                 training.args.hub_private_repo,
             )
