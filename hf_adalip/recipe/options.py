@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from ..errors import UsageError
+from ..integrations.arguments import parse_arguments
 from ..registry import create_optimizer
 
 try:
@@ -129,12 +130,35 @@ def check_bounds(args: Any, at_least: Mapping[str, float], positive: Collection[
             raise UsageError(f"--{name} must be a positive number, got {value}")
 
 
-def check_hub_options(push: bool, model_id: str | None, private: bool) -> None:
-    """Raises UsageError if one of the options for publishing, of either loop, lacks another."""
-    if push and model_id is None:
+def check_run_options(args: Any, private: bool) -> None:
+    """Raises UsageError if one of the options of a run excludes another, or lacks it.
+
+    Args:
+        args: the options, as attributes.
+        private: whether only some may have what is published.
+    """
+    if args.resume_from_checkpoint and args.overwrite_output_dir:
+        raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
+    if args.push_to_hub and args.hub_model_id is None:
         raise UsageError("--push_to_hub needs --hub_model_id USER/NAME")
-    if not push and (model_id or private):
+    if not args.push_to_hub and (args.hub_model_id or private):
         raise UsageError("--hub_model_id and --hub_private_repo need --push_to_hub")
+
+
+def parse_optim_args(text: str, own_option: Mapping[str, str]) -> dict[str, Any]:
+    """What --optim_args says.
+
+    Args:
+        text: its value.
+        own_option: of the arguments that have an option of their own, the option.
+
+    Raises:
+        ValueError: if it cannot be read, or has one of those.
+    """
+    given = parse_arguments(text)
+    for key in set(given) & set(own_option):
+        raise UsageError(f"--optim_args: give {key} as --{own_option[key]}")
+    return given
 
 
 def in_optim_args(given: Mapping[str, Any]) -> dict[str, str]:

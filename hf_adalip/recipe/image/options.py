@@ -13,16 +13,17 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from ...errors import UsageError
-from ...integrations.arguments import convert_arguments, parse_arguments
+from ...integrations.arguments import convert_arguments
 from ...registry import get_optimizer_info
 from ..options import (
     AT_LEAST,
     HIGHEST,
     RecipeParser,
     check_bounds,
-    check_hub_options,
     check_optimizer,
+    check_run_options,
     in_optim_args,
+    parse_optim_args,
 )
 from .augment import Augmentation
 
@@ -221,11 +222,9 @@ def _check_values(args: TrainingArguments) -> None:
     every = args.checkpointing_steps
     if every not in (None, "epoch") and not (every.isdecimal() and 0 < int(every[:11]) <= HIGHEST):
         raise UsageError(f"--checkpointing_steps must be a number of steps or epoch, got {every!r}")
-    if args.resume_from_checkpoint and args.overwrite_output_dir:
-        raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
     if args.report_to is not None and not args.with_tracking:
         raise UsageError("--report_to needs --with_tracking")
-    check_hub_options(args.push_to_hub, args.hub_model_id, args.hub_private_repo)
+    check_run_options(args, args.hub_private_repo)
 
 
 def trackers(args: TrainingArguments) -> list[str]:
@@ -257,9 +256,7 @@ def optimizer_arguments(args: TrainingArguments, recipe: Recipe) -> dict[str, An
     """
     try:
         info = get_optimizer_info(args.optim)
-        given = parse_arguments(args.optim_args)
-        for key in set(given) & set(OWN_OPTION):
-            raise UsageError(f"--optim_args: give {key} as --{OWN_OPTION[key]}")
+        given = parse_optim_args(args.optim_args, OWN_OPTION)
         info.check_names(given)
         arguments = {**recipe.optimizer_defaults.get(info.base or info.optimizer_class, {})}
         arguments |= {**given, "weight_decay": args.weight_decay}

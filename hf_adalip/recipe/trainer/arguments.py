@@ -22,7 +22,6 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ...errors import UsageError
-from ...integrations.arguments import parse_arguments
 from ...integrations.trainer import ModelOptimizer, register, trainer_kwargs
 from ...monitor import RATES
 from ..checkpoints import check_contents, find_checkpoint
@@ -32,9 +31,10 @@ from ..options import (
     AT_LEAST,
     RecipeParser,
     check_bounds,
-    check_hub_options,
     check_optimizer,
+    check_run_options,
     in_optim_args,
+    parse_optim_args,
 )
 from ..run import check_publishing, load_rates
 from .files import OWN_FILES, check_rotation
@@ -246,8 +246,6 @@ def _check(chosen: argparse.Namespace) -> None:
         near = near[:3] or difflib.get_close_matches(chosen.optim, names, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names)}"
         raise UsageError(f"--optim: unknown optimizer {chosen.optim!r}; {hint}")
-    if chosen.resume_from_checkpoint and chosen.overwrite_output_dir:
-        raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
 
 
 def _check_publishing(chosen: argparse.Namespace) -> None:
@@ -256,7 +254,7 @@ def _check_publishing(chosen: argparse.Namespace) -> None:
         if value != default:
             raise UsageError(f"--{name} {value}: a run is published once, when it is finished")
     private = chosen.hub_private_repo and "trackio" not in str(chosen.report_to)
-    check_hub_options(chosen.push_to_hub, chosen.hub_model_id, private)
+    check_run_options(chosen, private)
     check_publishing(cast("Any", chosen))
 
 
@@ -270,9 +268,7 @@ def optimizer_kwargs(training: TrainingArguments) -> dict[str, Any]:
         ValueError, TypeError: for an argument that the optimizer does not take, or ignores
             (UsageError, which is one, if it is one of ours).
     """
-    given = parse_arguments(training.optim_args or "")
-    for key in set(given) & set(_OWN_OPTION):
-        raise ValueError(f"--optim_args: give {key} as --{_OWN_OPTION[key]}")
+    given = parse_optim_args(training.optim_args or "", _OWN_OPTION)
     factory, arguments = Trainer.get_optimizer_cls_and_kwargs(training)
     if factory is ModelOptimizer:
         own = {key: value for key, value in arguments.items() if key != "name"}
