@@ -174,7 +174,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    on_step_end = training._Run.on_step_end
+    on_step_end = training.RunCallback.on_step_end
 
     def press(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step:
@@ -184,7 +184,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     folder = tmp_path / "out"
     run = options(text, folder, *RUN)
     with monkeypatch.context() as patched:
-        patched.setattr(training._Run, "on_step_end", press)
+        patched.setattr(training.RunCallback, "on_step_end", press)
         assert recipe(run) == 130
     message = capsys.readouterr().err
     assert f"stopped at step {step} of 14" in message

@@ -19,7 +19,7 @@ from ..errors import SaveError, UsageError
 from ..files import MANIFEST, PARTIAL, RESULTS, saving, whole
 
 if TYPE_CHECKING:
-    from .image.options import TrainingArguments
+    from .folder import RunOptions
 
 _REPLACED = ".replaced.partial"
 STAGED = f"results{PARTIAL}"
@@ -152,7 +152,7 @@ def _check_random_states(found: Mapping[str, Any]) -> None:
         set_state(found[accelerates] if accelerates in found else found[trainers])
 
 
-def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def find_checkpoint(args: RunOptions, folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to resume from and its manifest; None to start from the beginning.
 
     That is if none was asked for, or the latest of a folder without checkpoints and results:

@@ -20,7 +20,7 @@ from ..monitor import RATES
 from ..publish.script import SCRIPT
 
 
-class Run(Protocol):
+class RunOptions(Protocol):
     """The options of a run that both loops have."""
 
     push_to_hub: bool
@@ -66,7 +66,7 @@ class OwnFiles:
                 path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
 
 
-def default_folder(name: str, args: Run) -> Path:
+def default_folder(name: str, args: RunOptions) -> Path:
     """Where a run without an --output_dir writes: a folder of its own, outputs/NAME-DATE-TIME.
 
     With `--resume_from_checkpoint latest` it is the newest of those that are there, if any is.
@@ -99,7 +99,7 @@ def _numbered(folder: Path) -> Iterator[Path]:
         yield folder.with_name(f"{folder.name}-{number}")
 
 
-def check_folder(folder: Path, own_files: OwnFiles, args: Run) -> None:
+def check_folder(folder: Path, own_files: OwnFiles, args: RunOptions) -> None:
     """Raises UsageError if a run cannot write in the folder, or would replace what is there and
     nobody said what to do: that is not what `latest` asks for where there is no checkpoint.
 
@@ -132,7 +132,7 @@ def check_folder(folder: Path, own_files: OwnFiles, args: Run) -> None:
         )
 
 
-def _goes_on_in(folder: Path, args: Run) -> bool:
+def _goes_on_in(folder: Path, args: RunOptions) -> bool:
     """Whether what is in the folder is of the run that is resumed."""
     checkpoint = args.resume_from_checkpoint
     if not checkpoint or checkpoint == "latest":

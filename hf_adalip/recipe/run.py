@@ -22,7 +22,7 @@ from ..files import RESULTS, saving, whole
 from ..monitor import RATES, LayerRateHistory, layerwise
 from ..publish import hub
 from ..publish.script import SCRIPT, versions
-from .folder import Run
+from .folder import RunOptions
 
 VERSIONS = (
     *("accelerate", "datasets", "evaluate", "huggingface_hub", "matplotlib", "numpy", "pillow"),
@@ -92,7 +92,7 @@ def interrupted(step: int, steps: int, saved: Path, on: str = GO_ON) -> Interrup
     return Interrupted(f"stopped at step {step} of {steps} and saved {saved}; {on}")
 
 
-def check_publishing(args: Run) -> None:
+def check_publishing(args: RunOptions) -> None:
     """Raises UsageError when a run starts for what would be wrong when it is published."""
     if args.push_to_hub:
         try:
@@ -254,6 +254,6 @@ def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequenc
         return 1
     except (Interrupted, KeyboardInterrupt) as stop:
         if first:
-            print(f"{recipe}: {stop or 'stopped, nothing saved'}", file=sys.stderr)
+            print(f"{recipe}: {str(stop) or 'stopped, nothing saved'}", file=sys.stderr)
         return INTERRUPTED
     return 0

@@ -180,24 +180,31 @@ def parse(
     training.publish_to = training.hub_model_id if training.push_to_hub else None
     training.push_to_hub = False
     training.hub_private_repo = training.hub_private_repo or None  # trackio's False is public
-    checkpoint = find_checkpoint(cast("Any", training), folder)
-    # of those that Trainer leaves out of a checkpoint then, the ones that every engine has
-    if checkpoint and not any(checkpoint[0].glob("rng_state*.pth")):
-        raise UsageError(
-            f"--resume_from_checkpoint: {checkpoint[0]} has the model alone (--save_only_model), "
-            "without the optimizer and the schedule to go on with; choose another, or begin again"
-        )
-    if checkpoint:
-        size = training.world_size
-        states = [f"rng_state_{process}.pth" for process in range(size)]
-        states = states if size > 1 else ["rng_state.pth"]
-        check_contents(checkpoint[0], [*states, f"{RATES}.json"])
-        load_rates(checkpoint[0])
-    training.resume_from_checkpoint = str(checkpoint[0]) if checkpoint else None
+    training.resume_from_checkpoint = _checkpoint(training, folder)
     training.command = shlex.join([sys.argv[0], *given])
     if own_folder:
         training.output_dir = _own_folder(folder, fresh, training)
     return own, training
+
+
+def _checkpoint(training: RecipeArguments, folder: Path) -> str | None:
+    """The checkpoint to resume from, which has all that is needed; None for the beginning."""
+    found = find_checkpoint(training, folder)
+    if found is None:
+        return None
+    path, _ = found
+    # of those that Trainer leaves out of a checkpoint then, the ones that every engine has
+    if not any(path.glob("rng_state*.pth")):
+        raise UsageError(
+            f"--resume_from_checkpoint: {path} has the model alone (--save_only_model), "
+            "without the optimizer and the schedule to go on with; choose another, or begin again"
+        )
+    size = training.world_size
+    states = [f"rng_state_{process}.pth" for process in range(size)]
+    states = states if size > 1 else ["rng_state.pth"]
+    check_contents(path, [*states, f"{RATES}.json"])
+    load_rates(path)
+    return str(path)
 
 
 def _own_folder(folder: Path, fresh: bool, training: TrainingArguments) -> str:

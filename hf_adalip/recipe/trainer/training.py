@@ -36,7 +36,7 @@ from .files import clear
 from .results import best_step, evaluated, facts_of, scores, table
 
 
-class _Run(TrainerCallback):  # type: ignore[misc]
+class RunCallback(TrainerCallback):  # type: ignore[misc]
     """Records the layers' learning rates, makes checkpoints whole, and stops when asked."""
 
     def __init__(self, trainer: Trainer, settings: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
             f"--dataloader_drop_last leaves nothing of {size} samples to train on: a batch has "
             f"{batch}; choose a smaller --per_device_train_batch_size"
         )
-    watch = _Run(trainer, same)
+    watch = RunCallback(trainer, same)
     if checkpoint:
         saved = json.loads(Path(checkpoint, MANIFEST).read_text())["settings"]
         check_same_run(Path(checkpoint), saved, same)
@@ -158,7 +158,7 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _finish(
     trainer: Trainer,
-    watch: _Run,
+    watch: RunCallback,
     settings: Mapping[str, Any],
     script: str | None,
     seconds: float,
