@@ -52,6 +52,7 @@ except ImportError as error:
 
 from hf_adalip import attach
 from hf_adalip.errors import DataError, UsageError
+from hf_adalip.recipe.options import check_bounds
 from hf_adalip.recipe.trainer import (
     RecipeArguments,
     check_pretrained,
@@ -198,9 +199,7 @@ def check(args: Arguments, training: RecipeArguments) -> None:
     check_pretrained("tokenizer_name", args.tokenizer_name, training)
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     # the first token of a block is not predicted
-    for name, least in {"block_size": 2, **dict.fromkeys(sizes, 1)}.items():
-        if (value := getattr(args, name)) < least:
-            raise UsageError(f"--{name} must be at least {least}, got {value}")
+    check_bounds(args, {"block_size": 2, **dict.fromkeys(sizes, 1)})
     if not 0 < args.validation_split_percentage < 100:
         value = args.validation_split_percentage
         raise UsageError(f"--validation_split_percentage must be between 0 and 100, got {value}")

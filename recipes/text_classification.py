@@ -57,6 +57,7 @@ except ImportError as error:
 from hf_adalip import attach
 from hf_adalip.errors import DataError, UsageError
 from hf_adalip.recipe.data import load_splits
+from hf_adalip.recipe.options import check_bounds
 from hf_adalip.recipe.trainer import (
     RecipeArguments,
     check_pretrained,
@@ -310,13 +311,9 @@ def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def check(args: Arguments, training: RecipeArguments) -> None:
     check_pretrained("model_name_or_path", args.model_name_or_path, training)
-    if args.max_seq_length < 1:
-        raise UsageError(f"--max_seq_length must be at least 1, got {args.max_seq_length}")
+    check_bounds(args, dict.fromkeys(("max_seq_length", "lora_r", "lora_alpha"), 1))
     if args.lora_alpha is not None and args.lora_r is None:
         raise UsageError("--lora_alpha needs --lora_r")
-    for name in ("lora_r", "lora_alpha"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}")
     if args.lora_r is not None:
         args.lora_alpha = args.lora_alpha or 2 * args.lora_r
         if find_spec("peft") is None:

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from hf_adalip.errors import UsageError
 from hf_adalip.recipe.image.options import option
 from hf_adalip.recipe.image.training import Recipe, TrainingArguments, main, output_dir
+from hf_adalip.recipe.options import check_bounds
 
 try:
     import timm
@@ -78,10 +79,7 @@ class Arguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise UsageError(f"--{name} must be a number between 0 and 1, got {value}")
-        for name in ("mixup", "cutmix"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UsageError(f"--{name} must be a positive number, got {value}")
+        check_bounds(self, {}, positive=("mixup", "cutmix"))
         if not 0 <= self.smoothing < 1:
             raise UsageError(f"--smoothing must be from 0 to below 1, got {self.smoothing}")
         if self.layer_decay is not None and self.head_only:

@@ -27,9 +27,8 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_adalip.recipe import run as recipe_run
 from hf_adalip.recipe.checkpoints import MANIFEST, write_manifest
-from hf_adalip.recipe.trainer import training
+from hf_adalip.recipe.trainer import exit_status, training
 
 from .hub import LoopbackHub
 
@@ -76,7 +75,7 @@ SHORT = ["--max_steps=2", "--save_strategy=no", "--eval_strategy=no"]
 def recipe(argv: list[str]) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return training.exit_status("causal_lm", causal_lm.main, argv)
+    return exit_status("causal_lm", causal_lm.main, argv)
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +174,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    on_step_end = training._Run.on_step_end
+    on_step_end = training.RunCallback.on_step_end
 
     def press(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step:
@@ -185,7 +184,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     folder = tmp_path / "out"
     run = options(text, folder, *RUN)
     with monkeypatch.context() as patched:
-        patched.setattr(training._Run, "on_step_end", press)
+        patched.setattr(training.RunCallback, "on_step_end", press)
         assert recipe(run) == 130
     message = capsys.readouterr().err
     assert f"stopped at step {step} of 14" in message
@@ -389,7 +388,7 @@ def test_without_a_folder_every_run_has_a_fresh_one(
     """Also two that start in the same second; `latest` goes on in the newest."""
     monkeypatch.chdir(tmp_path)
     run = [option for option in options(text, tmp_path, *SHORT) if "output_dir" not in option]
-    monkeypatch.setattr(recipe_run.time, "strftime", lambda form: "20261129-213045")
+    monkeypatch.setattr("hf_adalip.recipe.folder.time.strftime", lambda form: "20261129-213045")
     for seed in (0, 1):
         assert recipe([*run, f"--seed={seed}"]) == 0
     first = Path("outputs/causal_lm-adamlip-20261129-213045")

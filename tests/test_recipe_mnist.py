@@ -24,7 +24,6 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_adalip.recipe import run as recipe_run
 from hf_adalip.recipe.checkpoints import MANIFEST, write_manifest
 from hf_adalip.recipe.image import training
 from hf_adalip.recipe.image.training import main
@@ -495,7 +494,7 @@ def test_without_a_folder_every_run_has_a_fresh_one(
 ) -> None:
     """Also two that start in the same second; `latest` goes on in the newest."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recipe_run.time, "strftime", lambda form: "20261129-213045")
+    monkeypatch.setattr("hf_adalip.recipe.folder.time.strftime", lambda form: "20261129-213045")
     saving = (*SHORT, "--checkpointing_steps=2")
     for seed in (0, 1):
         assert recipe(*saving, f"--seed={seed}") == 0

@@ -35,7 +35,7 @@ from transformers import (
 from hf_adalip import AdamLip
 from hf_adalip.errors import DataError, UsageError
 from hf_adalip.monitor import layerwise
-from hf_adalip.recipe.trainer import training
+from hf_adalip.recipe.trainer import exit_status, training
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +104,7 @@ def options(encoder: Path, data: Path, folder: Path, *more: str) -> list[str]:
 def recipe(argv: list[str]) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return training.exit_status("text_classification", recipe_module.main, argv)
+    return exit_status("text_classification", recipe_module.main, argv)
 
 
 def results(folder: Path) -> dict[str, Any]:

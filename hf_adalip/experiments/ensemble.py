@@ -26,8 +26,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from ..errors import UsageError
 from ..files import whole
 from ..monitor import RECORDS, layerwise
+from ..recipe.image.batches import EpochSampler, augmentation_draws
 from ..recipe.image.data import ImageData, ImageDataset
-from ..recipe.image.loop import EpochSampler, augmentation_draws
 from ..recipe.image.options import Recipe, TrainingArguments, optimizer_arguments
 from ..registry import create_optimizer
 

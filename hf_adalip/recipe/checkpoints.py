@@ -19,11 +19,12 @@ from ..errors import SaveError, UsageError
 from ..files import MANIFEST, PARTIAL, RESULTS, saving, whole
 
 if TYPE_CHECKING:
-    from .image.options import TrainingArguments
+    from .folder import RunOptions
 
 _REPLACED = ".replaced.partial"
 STAGED = f"results{PARTIAL}"
-_SAVED = re.compile(rf"(step|epoch)_[0-9]+({re.escape(PARTIAL)}|{re.escape(_REPLACED)})?")
+SAVED = rf"(step|epoch)_[0-9]+({re.escape(PARTIAL)}|{re.escape(_REPLACED)})?"
+"""The folders of checkpoints, whole or not, that saving makes in the recipes of images."""
 
 
 def write_manifest(folder: Path, step: int, settings: Mapping[str, Any]) -> None:
@@ -151,7 +152,7 @@ def _check_random_states(found: Mapping[str, Any]) -> None:
         set_state(found[accelerates] if accelerates in found else found[trainers])
 
 
-def find_checkpoint(args: TrainingArguments, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def find_checkpoint(args: RunOptions, folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to resume from and its manifest; None to start from the beginning.
 
     That is if none was asked for, or the latest of a folder without checkpoints and results:
@@ -221,9 +222,9 @@ def finish_replacing(folder: Path) -> None:
 
 
 def saved_in(folder: Path) -> list[Path]:
-    """The folders of checkpoints, whole or not, or links to some, that saving makes."""
+    """The folders of checkpoints, whole or not, or links to some."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if _SAVED.fullmatch(path.name) and path.is_dir())
+    return sorted(path for path in found if re.fullmatch(SAVED, path.name) and path.is_dir())
 
 
 def check_distributed(folder: str | os.PathLike[str]) -> None:

@@ -1,16 +1,13 @@
-"""What a run is to its user, whichever loop trains: how it is stopped, and what it writes down."""
+"""What a run is to its user, whichever loop trains: how it is stopped, what it writes, and what it
+says at its end."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
-import re
 import signal
-import stat
-import tempfile
-import time
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +16,13 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import UsageError
-from ..files import MANIFEST, PARTIAL, RESULTS, whole
-from ..monitor import RATES, LayerRateHistory
+from ..diagnose.checks import Finding
+from ..errors import DataError, DivergedError, Interrupted, PublishError, SaveError, UsageError
+from ..files import RESULTS, saving, whole
+from ..monitor import RATES, LayerRateHistory, layerwise
 from ..publish import hub
+from ..publish.script import SCRIPT, versions
+from .folder import RunOptions
 
 VERSIONS = (
     *("accelerate", "datasets", "evaluate", "huggingface_hub", "matplotlib", "numpy", "pillow"),
@@ -59,136 +59,46 @@ def asked_to_stop(run: Stoppable) -> Iterator[None]:
             signal.signal(key, handler)
 
 
-def any_asked_to_stop(run: Stoppable, accelerator: Any) -> bool:
-    """Whether any process was asked: what is asked of one must be done by all at the same step."""
-    if accelerator.num_processes == 1:
+def any_asked_to_stop(run: Stoppable, accelerator: Any, step: int | None = None) -> bool:
+    """Whether any process was asked: what is asked of one must be done by all at the same step.
+
+    Args:
+        run: of this process.
+        accelerator: that the run trains with.
+        step: the step that was done; several processes ask one another every 20 only. None to ask
+            in any case.
+    """
+    if accelerator.num_processes == 1:  # the trigger is a tensor, and reading it waits for a GPU
         return run.stop_asked
-    asked = torch.tensor(float(run.stop_asked), device=accelerator.device)
-    return bool(accelerator.reduce(asked, reduction="sum").item())
+    if step is not None and step % 20:
+        return False
+    if run.stop_asked:
+        accelerator.set_trigger()
+    return bool(accelerator.check_trigger())
 
 
-class Run(Protocol):
-    """The options of a run that both loops have."""
-
-    push_to_hub: bool
-    hub_model_id: str | None
-    resume_from_checkpoint: str | None
-    overwrite_output_dir: bool
+GO_ON = "to go on, run the same command with --resume_from_checkpoint latest"
 
 
-def check_publishing(args: Run) -> None:
+def interrupted(step: int, steps: int, saved: Path, on: str = GO_ON) -> Interrupted:
+    """What is raised when a run that was asked to stop has been saved.
+
+    Args:
+        step: the last that was done.
+        steps: how many there would have been.
+        saved: the checkpoint.
+        on: how to go on.
+    """
+    return Interrupted(f"stopped at step {step} of {steps} and saved {saved}; {on}")
+
+
+def check_publishing(args: RunOptions) -> None:
     """Raises UsageError when a run starts for what would be wrong when it is published."""
     if args.push_to_hub:
         try:
             hub.check_run(str(args.hub_model_id))
         except hub.PublishError as error:
             raise UsageError(f"--push_to_hub: {error}") from error
-
-
-def default_folder(name: str, args: Run) -> Path:
-    """Where a run without an --output_dir writes: a folder of its own, outputs/NAME-DATE-TIME.
-
-    With `--resume_from_checkpoint latest` it is the newest of those that are there, if any is.
-
-    Args:
-        name: of recipe and optimizer.
-        args: of the run.
-
-    Raises:
-        UsageError: for an --overwrite_output_dir, which has nothing to overwrite.
-    """
-    if args.overwrite_output_dir:
-        raise UsageError(
-            "--overwrite_output_dir needs --output_dir: without one, a run has a fresh folder"
-        )
-    if args.resume_from_checkpoint == "latest":
-        pattern = re.compile(rf"{re.escape(name)}-([0-9]{{8}}-[0-9]{{6}}(-[0-9]+)*)")
-        found = [(pattern.fullmatch(path.name), path) for path in Path("outputs").glob("*")]
-        ages = [([int(x) for x in match[1].split("-")], path) for match, path in found if match]
-        if ages:
-            return max(ages)[1]
-    folder = Path("outputs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return next(path for path in _numbered(folder) if not os.path.lexists(path))
-
-
-def _numbered(folder: Path) -> Iterator[Path]:
-    """The folder, and the names that it gets if another run has it."""
-    yield folder
-    for number in itertools.count(2):
-        yield folder.with_name(f"{folder.name}-{number}")
-
-
-def check_folder(folder: Path, own_files: Callable[[Path], Sequence[Path]], args: Run) -> None:
-    """Raises UsageError if a run cannot write in the folder, or would replace what is there and
-    nobody said what to do: that is not what `latest` asks for where there is no checkpoint.
-
-    Args:
-        folder: to be made, or there already.
-        own_files: those of a folder that a run writes.
-        args: of the run.
-    """
-    try:
-        nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
-        if not stat.S_ISDIR(nearest.stat().st_mode):
-            raise UsageError(f"--output_dir {folder}: {nearest} is a file; choose another")
-        with tempfile.TemporaryDirectory(dir=nearest):  # root may write anywhere but in /proc
-            files = own_files(folder)
-    except OSError as error:  # a name too long, a link to nowhere
-        raise _no_folder(folder, error) from error
-    saved = any((path / MANIFEST).exists() for path in files)
-    if files and not args.overwrite_output_dir and not _goes_on_in(folder, args):
-        ways = ["choose another --output_dir"]
-        if not args.resume_from_checkpoint:  # which excludes the next one
-            ways.append("--overwrite_output_dir")
-        if saved:
-            ways.append("--resume_from_checkpoint latest")
-        raise UsageError(f"{folder} has results already ({files[0].name}): {', or '.join(ways)}")
-    others = [path.name for path in files if not _of_first_save(path)]
-    if args.resume_from_checkpoint == "latest" and others and not saved:
-        raise UsageError(
-            f"--resume_from_checkpoint latest: nothing to resume in {folder}: there is no "
-            f"checkpoint, and a run would replace {', '.join(others)}; choose another --output_dir"
-        )
-
-
-def _goes_on_in(folder: Path, args: Run) -> bool:
-    """Whether what is in the folder is of the run that is resumed."""
-    checkpoint = args.resume_from_checkpoint
-    if not checkpoint or checkpoint == "latest":
-        return bool(checkpoint)
-    return folder.resolve() in Path(checkpoint).resolve().parents
-
-
-def _of_first_save(path: Path) -> bool:
-    """Whether it is all that a run leaves that was killed before it had a checkpoint (Trainer's
-    has its name from the start)."""
-    return path.is_dir() and (path.suffix == PARTIAL or path.name.startswith("checkpoint-"))
-
-
-def make_folder(folder: Path, fresh: bool = False) -> Path:
-    """Makes the folder that `check_folder` has seen, and returns it.
-
-    Args:
-        folder: of the run.
-        fresh: no other run may have it. If one that started in the same second was faster, this
-            one gets a number behind its name.
-
-    Raises:
-        UsageError: if it cannot be made any more.
-    """
-    names = _numbered(folder)
-    while True:
-        path = next(names)
-        try:
-            path.mkdir(parents=True, exist_ok=not fresh)
-            return path
-        except OSError as error:
-            if not (fresh and isinstance(error, FileExistsError)):
-                raise _no_folder(path, error) from error
-
-
-def _no_folder(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"--output_dir {path} cannot be made: {error.strerror}; choose another")
 
 
 def check_same_run(path: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -210,11 +120,26 @@ def load_rates(checkpoint: Path) -> LayerRateHistory:
         raise UsageError(f"{error}: it is damaged; resume from another checkpoint") from error
 
 
-NOT_SAVED = (
-    "checkpoints and results of before are as they were: make room, and run the same command with "
-    "--resume_from_checkpoint latest"
-)
-"""What is said after a SaveError."""
+def write_run(
+    folder: Path, results: Mapping[str, Any], rates: LayerRateHistory, script: str | None
+) -> None:
+    """Writes what every run leaves besides its model: results, script, the layers' learning rates.
+
+    Args:
+        folder: a temporary one, of `replacing`.
+        results: of the run.
+        rates: of the layers; none, if the optimizer has no S.
+        script: the source of what ran, if it can be published.
+    """
+    if rates.steps:
+        rates.save(folder / f"{RATES}.json")
+        lr = f"lr {results['learning_rate']:g}"
+        with saving(folder / f"{RATES}.png"):
+            title = f"{results['recipe']}, {results['optimizer']}, {lr}"
+            rates.plot(folder / f"{RATES}.png", title)
+    if script:
+        whole(folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
+    write_results(folder, results)
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
@@ -235,3 +160,100 @@ def _finite(value: Any) -> Any:
 def device_name(device: torch.device) -> str:
     """The name of a GPU; of anything else its type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def facts(device: torch.device, *libraries: str) -> dict[str, Any]:
+    """What results say of the place: the device, and the versions of these libraries too."""
+    found = versions(*VERSIONS, *libraries) | {"torch": torch.__version__}
+    return {"device": device_name(device), "versions": found}
+
+
+def nonfinite_steps(optimizer: Any) -> int:
+    """How many steps some layer was left out of, its gradient being inf or NaN; to be asked of all
+    processes."""
+    ours = layerwise(optimizer)
+    rates = ours.layer_learning_rates() if ours else {}
+    return max((rate.nonfinite_steps for rate in rates.values()), default=0)
+
+
+def said_of_nonfinite(skipped: int, steps: int) -> list[str]:
+    """The lines at the end of a run's table if there were such steps."""
+    if not skipped:
+        return []
+    return [
+        "",
+        f"warning: in {skipped} of {steps} steps the gradient of a layer was inf or NaN, and the "
+        "layer was not trained; is the learning rate too large?",
+    ]
+
+
+def conclude(
+    recipe: str,
+    folder: Path,
+    table: str,
+    ended: Finding | None,
+    finite: bool,
+    repo_id: str | None,
+    private: bool,
+) -> None:
+    """Says what a finished run came to, and publishes it; on the main process.
+
+    Args:
+        recipe: its name.
+        folder: of the run.
+        table: the run in a few lines.
+        ended: what is to be said of the losses that it ended with.
+        finite: whether they are; if not, it is not published.
+        repo_id: where to publish, or None.
+        private: for those with access only.
+
+    Raises:
+        DivergedError: if the losses are not finite.
+        PublishError: if it was not published as asked.
+    """
+    print(f"\n{table}\n\nresults in {folder}")
+    if not finite:
+        raise DivergedError(str(ended))
+    if ended is not None:
+        print(f"{recipe}: {ended}", file=sys.stderr)
+    if repo_id is not None:
+        hub.publish_run(folder, repo_id, private)
+
+
+NOT_SAVED = (
+    "checkpoints and results of before are as they were: make room, and run the same command with "
+    "--resume_from_checkpoint latest"
+)
+"""What is said after a SaveError."""
+
+
+def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
+    """Runs a recipe's `main(argv)`.
+
+    Returns:
+        0 when the run is finished, 1 if its loss is not finite (then it is not published), it was
+        not published as asked or there was no room for what it writes, 2 for bad options or data
+        (one line on stderr says what), 130 when the user stopped it.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        main(argv)
+    except (UsageError, DataError) as error:
+        if first:
+            print(f"{recipe}: error: {error}", file=sys.stderr)
+        return 2
+    except SaveError as error:  # of any process
+        print(f"{recipe}: error: {error}; {NOT_SAVED}", file=sys.stderr)
+        return 1
+    except DivergedError as error:
+        if first:
+            print(f"{recipe}: {error}", file=sys.stderr)
+        return 1
+    except PublishError as error:  # of the main process, which alone publishes
+        print(error, file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if first:
+            print(f"{recipe}: {str(stop) or 'stopped, nothing saved'}", file=sys.stderr)
+        return INTERRUPTED
+    return 0

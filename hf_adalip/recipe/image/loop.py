@@ -8,16 +8,13 @@ that changes; and it gets its name only when it is whole, with the sha256 of eac
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
-import operator
 import shutil
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,34 +23,36 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import MultiProcessAdapter
-from accelerate.utils import DistributedType, broadcast, set_seed
+from accelerate.utils import DistributedType, set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
-from ...diagnose.checks import Finding, diverged
-from ...errors import Interrupted, SaveError, UsageError
+from ...errors import SaveError, UsageError
 from ...files import PARTIAL, saving, whole
 from ...monitor import RATES, RECORDS, LayerRateHistory, layerwise, summary
-from ...publish.script import SCRIPT, running_script, versions
+from ...publish.script import running_script
 from ...registry import create_optimizer
 from ..checkpoints import check_contents, put_in_place, replacing, write_manifest
 from ..data import on_hub
 from ..run import (
-    VERSIONS,
     any_asked_to_stop,
     asked_to_stop,
     check_same_run,
-    device_name,
+    facts,
+    interrupted,
     load_rates,
-    write_results,
+    nonfinite_steps,
+    write_run,
 )
-from .data import Batch, ImageData, ImageDataset
+from .batches import EpochSampler, augmentation, batches_left, make_loader, share_of_step
+from .data import ImageData
 from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
+from .normalisation import check_batches, share_buffers, train_mode
 from .options import Recipe, TrainingArguments, scheduler_factory
+from .results import METRICS, scores
 
 
 class _OfMainProcess(MultiProcessAdapter):  # type: ignore[misc]
@@ -85,31 +84,6 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-
-
-def _generator(key: str) -> torch.Generator:
-    digest = hashlib.sha256(key.encode()).digest()[:8]
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def augmentation_draws(seed: int, epoch: int, images: int, draws: int) -> Tensor:
-    """What augmentation draws for each image in an epoch: [images, draws], uniform in [0, 1)."""
-    return torch.rand(images, draws, generator=_generator(f"augment {seed} {epoch}"))
-
-
-class EpochSampler(torch.utils.data.Sampler[int]):
-    """A random order that is a function of (seed, epoch) alone."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-        self.epoch = 0  # no set_epoch(): accelerate would call it with a count of its own
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = _generator(f"{self.seed} {self.epoch}")
-        yield from torch.randperm(self.size, generator=generator).tolist()
 
 
 class Training:
@@ -151,7 +125,7 @@ class Training:
             optimizer = create_optimizer(params, args.optim, **arguments)
         except (ValueError, TypeError) as error:
             raise UsageError(str(error)) from error
-        _check_batches(model, data, args, accelerator.num_processes)
+        check_batches(model, data, args, accelerator.num_processes)
         self.recipe = recipe
         self.parameters = sum(p.numel() for p in model.parameters())  # ZeRO-3 leaves none
         self.average = self._average(model)
@@ -159,8 +133,8 @@ class Training:
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             cast_around(model)
         self.sampler = EpochSampler(len(data.train), args.seed)
-        loader = _loader(data.train, args.per_device_train_batch_size, self.sampler)
-        eval_loader = _loader(data.test, args.per_device_eval_batch_size)
+        loader = make_loader(data.train, args.per_device_train_batch_size, self.sampler)
+        eval_loader = make_loader(data.test, args.per_device_eval_batch_size)
         self.model, self.optimizer, self.loader, self.eval_loader = accelerator.prepare(
             model, optimizer, loader, eval_loader
         )
@@ -262,15 +236,17 @@ class Training:
     def _train_epoch(self, started: float) -> None:
         accelerator, progress = self.accelerator, self.progress
         self.sampler.epoch = progress.epoch
-        augment = self._augmentation()
-        _train_mode(self.model)
-        for batch in self._batches_left():
+        size, images = self.args.per_device_train_batch_size, len(self.data.train)
+        drawn = self.args.seed, progress.epoch, images, accelerator.device
+        augment = augmentation(self.recipe.augment, *drawn)
+        train_mode(self.model)
+        for batch in batches_left(self.loader, progress.batch, accelerator):
             with accelerator.accumulate(self.model):
                 labels = batch["labels"]
-                images, targets = augment(batch)
-                logits = self.model(images)
+                pixels, targets = augment(batch)
+                logits = self.model(pixels)
                 losses = F.cross_entropy(logits.float(), targets, reduction="none")
-                own, share = self._share_of_step(len(labels))
+                own, share = share_of_step(len(labels), progress.batch, size, images, accelerator)
                 accelerator.backward(losses[:own].sum() * share)
                 if accelerator.sync_gradients and self.args.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
@@ -284,45 +260,6 @@ class Training:
                 self._after_step(losses.mean(), started)
                 if self.done:
                     break
-
-    def _share_of_step(self, rows: int) -> tuple[int, float]:
-        """How many rows of a batch are not filled up with images that the epoch has had, which are
-        the last ones; and the factor that makes a step's gradient the mean over its images.
-
-        accelerate divides a loss by the batches of a step and the gradient by the processes,
-        however few of them an epoch has left for its last step.
-        """
-        accelerator, size = self.accelerator, self.args.per_device_train_batch_size
-        together = size * accelerator.num_processes
-        steps, batch = accelerator.gradient_accumulation_steps, self.progress.batch
-        left = self.sampler.size - batch * together
-        own = min(rows, max(left - accelerator.process_index * size, 0))
-        left_of_step = self.sampler.size - batch // steps * steps * together
-        images = min(left_of_step, steps * together)
-        return own, steps * accelerator.num_processes / images
-
-    def _augmentation(self) -> Callable[[Batch], tuple[Tensor, Tensor]]:
-        """Images and targets of a batch of this epoch, as the recipe wants them."""
-        augment = self.recipe.augment
-        if augment is None:
-            return lambda batch: (batch["pixel_values"], batch["labels"])
-        # of all images, in the order of the dataset: whichever process an image is on, and
-        # however many of them are left, it finds its own
-        size = len(self.data.train), augment.draws
-        table = augmentation_draws(self.args.seed, self.progress.epoch, *size)
-        table = table.to(self.accelerator.device)
-        return lambda batch: augment(
-            batch["pixel_values"], batch["labels"], table[batch["indices"]]
-        )
-
-    def _batches_left(self) -> Any:
-        """The batches of this epoch that a resumed run has not seen."""
-        seen = self.progress.batch
-        if not seen:
-            return self.loader
-        if seen == len(self.loader):
-            return ()
-        return self.accelerator.skip_first_batches(self.loader, seen)
 
     def _after_step(self, loss: Tensor, started: float) -> None:
         progress = self.progress
@@ -340,9 +277,7 @@ class Training:
         every = self.args.checkpointing_steps
         if every and every != "epoch" and progress.step % int(every) == 0:
             self.save(f"step_{progress.step}")
-        # processes ask one another now and then only
-        ask = self.accelerator.num_processes == 1 or progress.step % 20 == 0
-        if not self.done and ask and any_asked_to_stop(self, self.accelerator):
+        if not self.done and any_asked_to_stop(self, self.accelerator, progress.step):
             self._stop()
 
     def _record(self, loss: Tensor) -> None:
@@ -380,7 +315,7 @@ class Training:
             self.totals.zero_()
         self.accelerator.log(entry, step=progress.step)
         if self.accelerator.is_main_process:
-            shown = [f"{name} {entry[name]:.4f}" for name in _METRICS]
+            shown = [f"{name} {entry[name]:.4f}" for name in METRICS]
             logger.info(f"epoch {entry['epoch']:g}: {', '.join(shown)} ({progress.seconds:.0f} s)")
         if self.args.checkpointing_steps == "epoch" and not progress.batch:
             self.save(f"epoch_{progress.epoch - 1}")
@@ -393,7 +328,7 @@ class Training:
         from .metrics import Accuracy  # evaluate takes long to import, also for --help
 
         model = self.model if self.average is None else self.average.module
-        _share_buffers(model)
+        share_buffers(model)
         model.eval()
         metric, total = Accuracy(keep_in_memory=True), 0.0
         for batch in self.eval_loader:
@@ -415,10 +350,7 @@ class Training:
         if step != self.progress.step:
             path = self.save(f"step_{self.progress.step}")
         self._write_results(finished=False)
-        raise Interrupted(
-            f"stopped at step {self.progress.step} of {self.total_steps} and saved {path}; to go "
-            "on, run the same command with --resume_from_checkpoint latest"
-        )
+        raise interrupted(self.progress.step, self.total_steps, path)
 
     def save(self, name: str) -> Path:
         """Saves a checkpoint in the folder; it has its name only when it is whole.
@@ -429,7 +361,7 @@ class Training:
         accelerator, path = self.accelerator, self.folder / name
         partial = path.with_name(f"{name}{PARTIAL}")
         self.progress.totals = accelerator.gather(self.totals[None]).tolist()
-        _share_buffers(self.model)
+        share_buffers(self.model)
         try:
             with saving(path):
                 if accelerator.is_main_process:
@@ -477,16 +409,8 @@ class Training:
 
     def results(self, finished: bool) -> dict[str, Any]:
         """What all_results.json has."""
-        epochs = self.progress.epochs
-        last = epochs[-1] if epochs else {}
-        best = {
-            f"best_{name}": (max if name.endswith("accuracy") else min)(values)
-            for name in _METRICS
-            if (values := [e[name] for e in epochs if math.isfinite(e[name])])
-        }
         return {
-            **{name: last.get(name) for name in _METRICS},
-            **best,
+            **scores(self.progress.epochs),
             "task": "image-classification",
             "finished": finished,
             "epoch": self.progress.epoch + self.progress.batch / len(self.loader),
@@ -501,22 +425,15 @@ class Training:
             "train_samples": len(self.data.train),
             "eval_samples": len(self.data.test),
             "parameters": self.parameters,
-            "device": device_name(self.accelerator.device),
-            "versions": versions(*VERSIONS, *self.recipe.libraries) | {"torch": torch.__version__},
+            **facts(self.accelerator.device, *self.recipe.libraries),
             "nonfinite_steps": self.nonfinite_steps,
             "seconds": self.progress.seconds,
             "command": self.command,
-            "epochs": epochs,
+            "epochs": self.progress.epochs,
         }
 
-    def _nonfinite_steps(self) -> int:
-        """How many steps some layer was left out of, its gradient being inf or NaN."""
-        optimizer = layerwise(self.optimizer)
-        rates = optimizer.layer_learning_rates() if optimizer else {}
-        return max((rate.nonfinite_steps for rate in rates.values()), default=0)
-
     def _write_results(self, finished: bool) -> dict[str, Any]:
-        self.nonfinite_steps = self._nonfinite_steps()
+        self.nonfinite_steps = nonfinite_steps(self.optimizer)
         results = self.results(finished) if self.accelerator.is_main_process else {}
         model = getattr(self.model, "_orig_mod", self.model)  # torch.compile would rename weights
         # asked of all processes: where the model is sharded, each has a part of it
@@ -533,126 +450,9 @@ class Training:
                     if isinstance(config := getattr(model, "config", None), dict):
                         text = json.dumps(config, indent=2)
                         whole(folder / CONFIG, lambda path: path.write_text(text + "\n"))
-                if self.rates.steps:
-                    lr = f"lr {self.settings['learning_rate']:g}"
-                    self.rates.save(folder / f"{RATES}.json")
-                    with saving(folder / f"{RATES}.png"):
-                        title = f"{self.recipe.name}, {self.args.optim}, {lr}"
-                        self.rates.plot(folder / f"{RATES}.png", title)
-                if script := self.script:
-                    whole(folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
-                write_results(folder, results)
+                write_run(folder, results, self.rates, self.script)
         self.accelerator.wait_for_everyone()
         return results
-
-    @property
-    def finite(self) -> bool:
-        """Whether the losses of the last epoch are."""
-        last = self.progress.epochs[-1]
-        return math.isfinite(last["train_loss"]) and math.isfinite(last["eval_loss"])
-
-    def diverged(self) -> Finding | None:
-        """What is to be said of a finished run whose losses are not finite, or whose last epoch,
-        trained on and evaluated after it, came to no more than guessing."""
-        last = self.progress.epochs[-1]
-        losses = last["train_loss"], last["eval_loss"]
-        classes = self.data.num_classes if last["epoch"] >= 1 else 1
-        chance = math.log(classes) if classes > 1 else None
-        worst = next((loss for loss in losses if not math.isfinite(loss)), min(losses))
-        return diverged(worst, "loss of the last epoch", chance)
-
-    def table(self) -> str:
-        """The run in a few lines."""
-        epochs = self.progress.epochs
-        lines = [f"{'':16}{'final':>10}{'best':>10}  in epoch"]
-        for name in _METRICS:
-            better = max if name.endswith("accuracy") else min
-            entry = better(epochs, key=operator.itemgetter(name))
-            numbers = "".join(_shown(e[name]) for e in (epochs[-1], entry))
-            lines.append(f"{name:16}{numbers}  {entry['epoch']:g}")
-        wide = max(16, *(len(layer) + 1 for layer in self.rates.scale), 0)
-        if self.rates.steps:
-            lines += ["", f"{'layer':{wide}}{'median S':>10}{'last S':>10}{'last A':>12}"]
-        for layer, scales in self.rates.scale.items():
-            known = [scale for scale in scales if scale is not None]
-            last = f"{known[-1]:10.3f}{self.rates.lr[layer][-1] or math.nan:12.2e}"
-            lines.append(f"{layer:{wide}}{statistics.median(known):10.3f}{last}")
-        if skipped := self.nonfinite_steps:
-            lines += [
-                "",
-                f"warning: in {skipped} of {self.progress.step} steps the gradient of a layer was "
-                "inf or NaN, and the layer was not trained; is the learning rate too large?",
-            ]
-        return "\n".join(lines)
-
-
-_METRICS = ("train_accuracy", "train_loss", "eval_accuracy", "eval_loss")
-
-
-def _train_mode(model: nn.Module) -> None:
-    """Training mode, but evaluation mode for what is frozen: no dropout, no batch statistics."""
-    model.train()
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()
-
-
-def _share_buffers(model: nn.Module) -> None:
-    """Gives all processes the first one's batch statistics, which are each one's own."""
-    for buffer in model.buffers():
-        broadcast(buffer)
-
-
-def _shown(number: float) -> str:
-    return f"{number:10.4f}" if abs(number) < 1e4 else f"{number:10.2e}"
-
-
-def _check_batches(
-    model: nn.Module, data: ImageData, args: TrainingArguments, num_processes: int
-) -> None:
-    """Batch normalisation of one value per image and channel takes no batch of one image.
-
-    Raises:
-        UsageError: if there would be one, perhaps at the end of the first epoch only.
-    """
-    batch_size, size = args.per_device_train_batch_size, len(data.train)
-    last = size % batch_size if num_processes == 1 else batch_size  # accelerate fills up the others
-    if 1 in (batch_size, last) and _normalises_single_values(model, data.image_shape):
-        raise UsageError(
-            f"--per_device_train_batch_size {batch_size} makes a batch of one of {size} images, "
-            "which the network's batch normalisation cannot take; choose another number"
-        )
-
-
-def _normalises_single_values(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
-    _train_mode(model)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
-    found: list[bool] = []
-
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0].numel() == 2 * inputs[0].shape[1])
-
-    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
-    with torch.no_grad():
-        model.eval()(torch.zeros(2, *image_shape))  # evaluation leaves the statistics as they are
-    for hook in hooks:
-        hook.remove()
-    return any(found)
-
-
-def _loader(
-    dataset: ImageDataset, batch_size: int, sampler: EpochSampler | None = None
-) -> torch.utils.data.DataLoader[Any]:
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        collate_fn=dataset.collate,
-        # of its own: an iterator draws a number when it is made, and a resumed run makes one more
-        generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(),
-    )
 
 
 def _scheduler(args: TrainingArguments, optimizer: Optimizer, total_steps: int) -> Any:

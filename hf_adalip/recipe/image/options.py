@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +13,17 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from ...errors import UsageError
-from ...integrations.arguments import convert_arguments, parse_arguments
+from ...integrations.arguments import convert_arguments
 from ...registry import get_optimizer_info
 from ..options import (
+    AT_LEAST,
     HIGHEST,
-    OneLineErrors,
+    RecipeParser,
     check_bounds,
-    check_hub_options,
     check_optimizer,
+    check_run_options,
     in_optim_args,
-    read_config,
+    parse_optim_args,
 )
 from .augment import Augmentation
 
@@ -154,28 +154,17 @@ class Recipe:
     average: Callable[[nn.Module], Any] | None = None
 
 
-AT_LEAST = {
+_AT_LEAST = AT_LEAST | {
     "image_size": 1,
-    "max_train_samples": 1,
-    "max_eval_samples": 1,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
     "num_train_epochs": 1,
     "max_train_steps": 1,
-    "gradient_accumulation_steps": 1,
     "num_warmup_steps": 0,
-    "seed": 0,
 }
-
 
 OWN_OPTION = {"lr": "learning_rate"} | {
     name: name for name in ("weight_decay", "layers", "scale_bounds")
 }
 """Arguments of optimizers that have an option of their own."""
-
-
-class _Parser(OneLineErrors, argparse.ArgumentParser):
-    pass
 
 
 def parse(recipe: Recipe, argv: Sequence[str]) -> TrainingArguments:
@@ -184,12 +173,23 @@ def parse(recipe: Recipe, argv: Sequence[str]) -> TrainingArguments:
     Raises:
         UsageError: for an unknown option or a bad value. Optimizer and folders are not looked at.
     """
-    parser = _Parser(
-        description=recipe.description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = make_parser(recipe)
+    given = vars(parser.parse_args(parser.expand(argv)))
+    del given["config"]
+    args = recipe.arguments(**given)
+    _check_values(args)
+    args.check()
+    return args
+
+
+def make_parser(recipe: Recipe) -> RecipeParser:
+    """A parser of the recipe's options, with its defaults.
+
+    Not transformers' HfArgumentParser, which the recipes of images do without.
+    """
+    parser = RecipeParser(
+        description=recipe.description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", help="YAML file of options, which the command line overrides")
     for entry in dataclasses.fields(recipe.arguments):
         text, kind = entry.metadata["help"], entry.metadata["type"]
         default = recipe.defaults.get(entry.name, entry.default)
@@ -203,50 +203,11 @@ def parse(recipe: Recipe, argv: Sequence[str]) -> TrainingArguments:
             text += f" (default: {default})"
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(f"--{entry.name}", default=default, help=text, **how)
-    given = vars(parser.parse_args(expand_config(argv, recipe)))
-    del given["config"]
-    args = recipe.arguments(**given)
-    _check_values(args)
-    args.check()
-    return args
-
-
-def expand_config(argv: Sequence[str], recipe: Recipe) -> list[str]:
-    """A command line with what its --config file says, before what it says itself, for the file.
-
-    Raises:
-        UsageError: if the file cannot be read, or has what is no option.
-    """
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    found, rest = parser.parse_known_args(argv)
-    return [*(_config_options(found.config, recipe) if found.config else ()), *rest]
-
-
-def _config_options(path: str, recipe: Recipe) -> list[str]:
-    """A YAML file as command-line options, so that both are read by the same rules."""
-    kinds = {entry.name: entry.metadata["type"] for entry in dataclasses.fields(recipe.arguments)}
-    options = []
-    for key, value in read_config(path, kinds).items():
-        if kinds[key] is bool and not isinstance(value, bool):
-            raise UsageError(f"--config {path}: {key} must be true or false, got {value!r}")
-        if kinds[key] is bool:
-            options.append(f"--{key}" if value else f"--no-{key}")
-        elif isinstance(value, (list, dict)):
-            raise UsageError(f"--config {path}: {key} must be one value, got {value!r}")
-        elif value is not None:
-            options.append(f"--{key}={'no' if value is False else value}")  # which YAML reads so
-    return options
+    return parser
 
 
 def _check_values(args: TrainingArguments) -> None:
-    check_bounds(args, AT_LEAST)
-    for name in ("learning_rate", "max_grad_norm"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"--{name} must be a positive number, got {value}")
-    if not 0 <= args.weight_decay < math.inf:
-        raise UsageError(f"--weight_decay must be a number from 0 on, got {args.weight_decay}")
+    check_bounds(args, _AT_LEAST, positive=("learning_rate", "max_grad_norm"))
     choices = {
         "mixed_precision": (None, "no", "fp16", "bf16"),
         "layers": (None, "tensor", "module"),
@@ -261,11 +222,9 @@ def _check_values(args: TrainingArguments) -> None:
     every = args.checkpointing_steps
     if every not in (None, "epoch") and not (every.isdecimal() and 0 < int(every[:11]) <= HIGHEST):
         raise UsageError(f"--checkpointing_steps must be a number of steps or epoch, got {every!r}")
-    if args.resume_from_checkpoint and args.overwrite_output_dir:
-        raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
     if args.report_to is not None and not args.with_tracking:
         raise UsageError("--report_to needs --with_tracking")
-    check_hub_options(args.push_to_hub, args.hub_model_id, args.hub_private_repo)
+    check_run_options(args, args.hub_private_repo)
 
 
 def trackers(args: TrainingArguments) -> list[str]:
@@ -297,9 +256,7 @@ def optimizer_arguments(args: TrainingArguments, recipe: Recipe) -> dict[str, An
     """
     try:
         info = get_optimizer_info(args.optim)
-        given = parse_arguments(args.optim_args)
-        for key in set(given) & set(OWN_OPTION):
-            raise UsageError(f"--optim_args: give {key} as --{OWN_OPTION[key]}")
+        given = parse_optim_args(args.optim_args, OWN_OPTION)
         info.check_names(given)
         arguments = {**recipe.optimizer_defaults.get(info.base or info.optimizer_class, {})}
         arguments |= {**given, "weight_decay": args.weight_decay}

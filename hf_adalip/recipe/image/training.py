@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,31 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from ...diagnose.checks import TRIAL
-from ...errors import DataError, Interrupted, PublishError, SaveError, UsageError
-from ...files import PARTIAL, RESULTS, saving
-from ...monitor import RATES
-from ...publish import hub
-from ...publish.script import SCRIPT
-from ..checkpoints import find_checkpoint, finish_replacing, saved_in
+from ...errors import DataError, UsageError
+from ...files import PARTIAL, saving
+from ..checkpoints import SAVED, find_checkpoint, finish_replacing
 from ..data import DIGITS
-from ..run import (
-    INTERRUPTED,
-    NOT_SAVED,
-    check_folder,
-    check_publishing,
-    default_folder,
-    make_folder,
-)
+from ..folder import OwnFiles, check_folder, default_folder, make_folder
+from ..run import check_publishing, conclude, exit_status
 from .data import ImageData, load_image_dataset
 from .options import (
     Recipe,
     TrainingArguments,
-    expand_config,
+    make_parser,
     optimizer_arguments,
     parse,
     scheduler_factory,
     trackers,
 )
+from .results import is_finite, said_of_end, table
 
 try:
     from accelerate.utils import broadcast_object_list, gather_object
@@ -57,6 +49,9 @@ except ImportError as error:
 __all__ = ["Recipe", "Training", "TrainingArguments", "main", "output_dir", "train"]
 
 
+OWN_FILES = OwnFiles(f"{re.escape(WEIGHTS)}|{re.escape(CONFIG)}", SAVED)
+
+
 def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
     """Where the run is to write.
 
@@ -66,7 +61,7 @@ def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:
     """
     name = f"{recipe.name}-{args.optim.lower()}"
     path = Path(args.output_dir) if args.output_dir else default_folder(name, args)
-    check_folder(path, _own_files, args)
+    check_folder(path, OWN_FILES, args)
     return path
 
 
@@ -83,13 +78,6 @@ def _elsewhere_in_a_trial(args: TrainingArguments) -> TrainingArguments:
         with_tracking=False,
         push_to_hub=False,
     )
-
-
-def _own_files(folder: Path) -> list[Path]:
-    """What a run leaves in its folder; what else is there is the user's."""
-    names = (RESULTS, WEIGHTS, CONFIG, SCRIPT, f"{RATES}.json", f"{RATES}.png")
-    files = [folder / name for name in names]
-    return [path for path in files if path.is_file()] + saved_in(folder)
 
 
 def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
@@ -126,11 +114,7 @@ def train(recipe: Recipe, argv: Sequence[str], command: str = "") -> Training:
         logger.info(f"no checkpoint in {folder} yet: starting from the beginning")
     if accelerator.is_main_process:
         folder = make_folder(folder, fresh)
-        for path in _own_files(folder):
-            if path.suffix == PARTIAL or (
-                args.overwrite_output_dir and path.name != SCRIPT  # which may be what is running
-            ):
-                path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+        OWN_FILES.clear(folder, args.overwrite_output_dir, lambda path: path.suffix == PARTIAL)
     training.folder = broadcast_object_list([folder])[0]  # each process has read its own clock
     places = accelerator.project_configuration
     places.project_dir = places.logging_dir = str(training.folder)
@@ -168,44 +152,26 @@ def _load(args: TrainingArguments, accelerator: Any) -> ImageData:
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
-    """The command line of a recipe; returns the exit status.
-
-    0 when the run is finished, 1 if its loss is not finite (then it is not published), it was not
-    published as asked or there was no room for what it writes, 2 for bad options or data (one line
-    on stderr says what), 130 when the user
-    stopped it.
-    """
-    given = list(sys.argv[1:] if argv is None else argv)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    """The command line of a recipe; returns the exit status, as `exit_status` has it."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_adalip").setLevel(logging.INFO)
-    try:
-        training = train(recipe, given, shlex.join([sys.argv[0], *expand_config(given, recipe)]))
-    except (UsageError, DataError) as error:
-        if first:
-            print(f"{recipe.name}: error: {error}", file=sys.stderr)
-        return 2
-    except SaveError as error:  # of any process
-        print(f"{recipe.name}: error: {error}; {NOT_SAVED}", file=sys.stderr)
-        return 1
-    except (Interrupted, KeyboardInterrupt) as stop:
-        if first:
-            print(f"{recipe.name}: {stop or 'stopped, nothing saved'}", file=sys.stderr)
-        return INTERRUPTED
-    if training.accelerator.is_main_process:
-        print(f"\n{training.table()}\n\nresults in {training.folder}")
-        args = training.args
-        if (ended := training.diverged()) is not None:
-            print(f"{recipe.name}: {ended}", file=sys.stderr)
-            if not training.finite:
-                return 1
-        if args.push_to_hub:
-            try:
-                hub.publish_run(training.folder, str(args.hub_model_id), args.hub_private_repo)
-            except PublishError as error:
-                print(error, file=sys.stderr)
-                return 1
-    return 0
+
+    def run(given: Sequence[str]) -> None:
+        command = shlex.join([sys.argv[0], *make_parser(recipe).expand(given)])
+        training = train(recipe, given, command)
+        if training.accelerator.is_main_process:
+            epochs = training.progress.epochs
+            conclude(
+                recipe.name,
+                training.folder,
+                table(epochs, training.rates, training.nonfinite_steps),
+                said_of_end(epochs[-1], training.data.num_classes),
+                is_finite(epochs[-1]),
+                training.args.hub_model_id if training.args.push_to_hub else None,
+                training.args.hub_private_repo,
+            )
+
+    return exit_status(recipe.name, run, list(sys.argv[1:] if argv is None else argv))
 
 
 def _say_what(training: Training) -> None:

@@ -13,8 +13,9 @@ A recipe makes its model and data and a Trainer; the rest is here:
 Importing it registers the optimizers with transformers.
 """
 
+from ..run import exit_status
 from .arguments import RecipeArguments, check_pretrained, optimizer_kwargs, parse
-from .training import exit_status, run
+from .training import run
 
 __all__ = [
     "RecipeArguments",

@@ -9,13 +9,11 @@ import argparse
 import atexit
 import dataclasses
 import difflib
-import json
-import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,21 +22,22 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ...errors import UsageError
-from ...integrations.arguments import parse_arguments
 from ...integrations.trainer import ModelOptimizer, register, trainer_kwargs
 from ...monitor import RATES
 from ..checkpoints import check_contents, find_checkpoint
 from ..data import shortened
+from ..folder import check_folder, default_folder, make_folder
 from ..options import (
-    OneLineErrors,
+    AT_LEAST,
+    RecipeParser,
     check_bounds,
-    check_hub_options,
     check_optimizer,
+    check_run_options,
     in_optim_args,
-    read_config,
+    parse_optim_args,
 )
-from ..run import check_folder, check_publishing, default_folder, load_rates, make_folder
-from .files import check_rotation, own_files
+from ..run import check_publishing, load_rates
+from .files import OWN_FILES, check_rotation
 
 try:
     from transformers import HfArgumentParser, Trainer, TrainingArguments
@@ -123,8 +122,8 @@ class RecipeArguments(TrainingArguments):  # type: ignore[misc]
     publish_to: str | None = field(init=False, default=None)  # what --push_to_hub asks for
 
 
-class _Parser(OneLineErrors, HfArgumentParser):  # type: ignore[misc]
-    pass
+class _Parser(RecipeParser, HfArgumentParser):  # type: ignore[misc]
+    structured = True
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -150,17 +149,9 @@ def parse(
         UsageError: for an unknown option, a bad value, a folder with results. Nothing has been
             loaded or written then.
     """
-    parser = _Parser(
-        (kind, RecipeArguments), description=description, formatter_class=_Help, allow_abbrev=False
-    )
-    parser.add_argument("--config", help="YAML file of options, which the command line overrides")
+    parser = _Parser((kind, RecipeArguments), description=description, formatter_class=_Help)
     parser.set_defaults(**defaults)
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument("--config")
-    found, rest = config.parse_known_args(argv)
-    parts: tuple[Any, ...] = (kind, RecipeArguments)
-    known = [entry.name for part in parts for entry in dataclasses.fields(part)]
-    given = [*(_config_options(found.config, known) if found.config else ()), *rest]
+    given = parser.expand(argv)
     chosen = parser.parse_args(given)
     _check(chosen)
     own_folder = chosen.output_dir is None
@@ -181,7 +172,7 @@ def parse(
     if training.fp16 and training.device.type == "cpu":
         raise UsageError("--fp16 needs a GPU; --bf16 does not")
     folder = Path(training.output_dir)
-    check_folder(folder, own_files, training)
+    check_folder(folder, OWN_FILES, training)
     fresh = own_folder and not folder.exists()
     if training.save_strategy != SaveStrategy.NO and (limit := training.save_total_limit):
         check_rotation(folder, limit)
@@ -189,24 +180,31 @@ def parse(
     training.publish_to = training.hub_model_id if training.push_to_hub else None
     training.push_to_hub = False
     training.hub_private_repo = training.hub_private_repo or None  # trackio's False is public
-    checkpoint = find_checkpoint(cast("Any", training), folder)
-    # of those that Trainer leaves out of a checkpoint then, the ones that every engine has
-    if checkpoint and not any(checkpoint[0].glob("rng_state*.pth")):
-        raise UsageError(
-            f"--resume_from_checkpoint: {checkpoint[0]} has the model alone (--save_only_model), "
-            "without the optimizer and the schedule to go on with; choose another, or begin again"
-        )
-    if checkpoint:
-        size = training.world_size
-        states = [f"rng_state_{process}.pth" for process in range(size)]
-        states = states if size > 1 else ["rng_state.pth"]
-        check_contents(checkpoint[0], [*states, f"{RATES}.json"])
-        load_rates(checkpoint[0])
-    training.resume_from_checkpoint = str(checkpoint[0]) if checkpoint else None
+    training.resume_from_checkpoint = _checkpoint(training, folder)
     training.command = shlex.join([sys.argv[0], *given])
     if own_folder:
         training.output_dir = _own_folder(folder, fresh, training)
     return own, training
+
+
+def _checkpoint(training: RecipeArguments, folder: Path) -> str | None:
+    """The checkpoint to resume from, which has all that is needed; None for the beginning."""
+    found = find_checkpoint(training, folder)
+    if found is None:
+        return None
+    path, _ = found
+    # of those that Trainer leaves out of a checkpoint then, the ones that every engine has
+    if not any(path.glob("rng_state*.pth")):
+        raise UsageError(
+            f"--resume_from_checkpoint: {path} has the model alone (--save_only_model), "
+            "without the optimizer and the schedule to go on with; choose another, or begin again"
+        )
+    size = training.world_size
+    states = [f"rng_state_{process}.pth" for process in range(size)]
+    states = states if size > 1 else ["rng_state.pth"]
+    check_contents(path, [*states, f"{RATES}.json"])
+    load_rates(path)
+    return str(path)
 
 
 def _own_folder(folder: Path, fresh: bool, training: TrainingArguments) -> str:
@@ -229,28 +227,8 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _config_options(path: str, known: Collection[str]) -> list[str]:
-    """A YAML file as command-line options, so that both are read by the same rules."""
-    options: list[str] = []
-    for key, value in read_config(path, known).items():
-        if isinstance(value, list):
-            options += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            written = json.dumps(value) if isinstance(value, dict) else value
-            options.append(f"--{key}={'no' if value is False else written}")  # which YAML reads so
-    return options
-
-
-_AT_LEAST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "max_train_samples": 1,
-    "max_eval_samples": 1,
-    "seed": 0,
-    "data_seed": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
+_AT_LEAST = AT_LEAST | {
+    "max_grad_norm": 0.0,
     # the one before must outlive a save that is interrupted
     "save_total_limit": 2,
 }
@@ -258,10 +236,7 @@ _AT_LEAST = {
 
 def _check(chosen: argparse.Namespace) -> None:
     """What TrainingArguments would take, and Trainer fail with later or not do."""
-    check_bounds(chosen, _AT_LEAST)
-    for name in ("learning_rate", "num_train_epochs"):
-        if not 0 < (value := getattr(chosen, name)) < math.inf:
-            raise UsageError(f"--{name} must be a positive number, got {value}")
+    check_bounds(chosen, _AT_LEAST, positive=("learning_rate", "num_train_epochs"))
     if chosen.max_steps < 1 and chosen.max_steps != -1:  # Trainer would go by the epochs
         raise UsageError(
             f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {chosen.max_steps}"
@@ -278,8 +253,6 @@ def _check(chosen: argparse.Namespace) -> None:
         near = near[:3] or difflib.get_close_matches(chosen.optim, names, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names)}"
         raise UsageError(f"--optim: unknown optimizer {chosen.optim!r}; {hint}")
-    if chosen.resume_from_checkpoint and chosen.overwrite_output_dir:
-        raise UsageError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
 
 
 def _check_publishing(chosen: argparse.Namespace) -> None:
@@ -288,7 +261,7 @@ def _check_publishing(chosen: argparse.Namespace) -> None:
         if value != default:
             raise UsageError(f"--{name} {value}: a run is published once, when it is finished")
     private = chosen.hub_private_repo and "trackio" not in str(chosen.report_to)
-    check_hub_options(chosen.push_to_hub, chosen.hub_model_id, private)
+    check_run_options(chosen, private)
     check_publishing(cast("Any", chosen))
 
 
@@ -302,9 +275,7 @@ def optimizer_kwargs(training: TrainingArguments) -> dict[str, Any]:
         ValueError, TypeError: for an argument that the optimizer does not take, or ignores
             (UsageError, which is one, if it is one of ours).
     """
-    given = parse_arguments(training.optim_args or "")
-    for key in set(given) & set(_OWN_OPTION):
-        raise ValueError(f"--optim_args: give {key} as --{_OWN_OPTION[key]}")
+    given = parse_optim_args(training.optim_args or "", _OWN_OPTION)
     factory, arguments = Trainer.get_optimizer_cls_and_kwargs(training)
     if factory is ModelOptimizer:
         own = {key: value for key, value in arguments.items() if key != "name"}
@@ -338,7 +309,7 @@ def check_pretrained(option: str, name: str | None, training: RecipeArguments) -
         raise UsageError(f"--{option}: there is no folder {shortened(name)}")
     folder = Path(str(training.output_dir)).resolve()
     place = Path(name or "").resolve()
-    if name and (place == folder or any(map(place.is_relative_to, own_files(folder)))):
+    if name and (place == folder or any(map(place.is_relative_to, OWN_FILES(folder)))):
         raise UsageError(
             f"--{option} {name} is in the --output_dir, whose files the run replaces; choose "
             "another --output_dir"

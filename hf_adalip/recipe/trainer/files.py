@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 from ...errors import UsageError
-from ...files import MANIFEST, RESULTS
-from ...monitor import RATES
-from ...publish.script import SCRIPT
+from ...files import MANIFEST
+from ..folder import OwnFiles
 
-_OWN = re.compile(
-    rf"{re.escape(RESULTS)}|{RATES}\.(json|png)|{re.escape(SCRIPT)}|checkpoint-[0-9]+"
-    r"|config\.json|training_args\.bin|tokenizer(_config)?\.json|special_tokens_map\.json"
+OWN_FILES = OwnFiles(
+    files=r"config\.json|training_args\.bin|tokenizer(_config)?\.json|special_tokens_map\.json"
     r"|added_tokens\.json|chat_template\.jinja|vocab\.(txt|json)|merges\.txt"
     r"|generation_config\.json|adapter_config\.json|adapter_model\.safetensors"
-    r"|model(-[0-9]+-of-[0-9]+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|model(-[0-9]+-of-[0-9]+)?\.safetensors|model\.safetensors\.index\.json",
+    checkpoints="checkpoint-[0-9]+",
 )
-
-
-def own_files(folder: Path) -> list[Path]:
-    """What a run leaves in its folder; what else is there is the user's."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if _OWN.fullmatch(path.name))
 
 
 def check_rotation(folder: Path, limit: int) -> None:
@@ -41,13 +33,12 @@ def check_rotation(folder: Path, limit: int) -> None:
         )
 
 
-def clean(folder: Path, checkpoint: str | None, overwrite: bool) -> None:
-    """Removes what --overwrite_output_dir replaces, or the checkpoints whose saving was cut off,
-    which Trainer would count among those to keep."""
-    # the script may be what is running; it is replaced at the end
-    stale = [path for path in own_files(folder) if overwrite and path.name != SCRIPT]
-    if checkpoint and Path(checkpoint).parent == folder:
-        checkpoints = [path for path in own_files(folder) if path.name.startswith("checkpoint-")]
-        stale = [path for path in checkpoints if not (path / MANIFEST).exists()]
-    for path in stale:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def clear(folder: Path, checkpoint: str | None, overwrite: bool) -> None:
+    """Removes what --overwrite_output_dir replaces, or, from the folder of the run that is resumed,
+    the checkpoints whose saving was cut off, which Trainer would count among those to keep."""
+    here = checkpoint is not None and Path(checkpoint).parent == folder
+    OWN_FILES.clear(
+        folder,
+        overwrite,
+        unfinished=lambda path: here and path.is_dir() and not (path / MANIFEST).exists(),
+    )

@@ -7,12 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import Trainer
 
-from ...monitor import LayerRateHistory, layerwise
-from ...publish.script import versions
-from ..run import VERSIONS, device_name
+from ...monitor import LayerRateHistory
+from ..run import facts, nonfinite_steps, said_of_nonfinite
 
 
 def best_step(trainer: Trainer) -> int | None:
@@ -53,18 +51,15 @@ def scores(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 _LIBRARIES = ("transformers", "scipy", "peft")  # besides those of every recipe
 
 
-def facts(trainer: Trainer) -> dict[str, Any]:
-    """What the results say of data, model, place and versions."""
-    optimizer = layerwise(trainer.optimizer)
-    rates = optimizer.layer_learning_rates() if optimizer else {}
+def facts_of(trainer: Trainer) -> dict[str, Any]:
+    """What the results say of data, model and place."""
     return {
         "train_samples": len(trainer.train_dataset),
         "eval_samples": len(trainer.eval_dataset),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "trainable_parameters": trainer.get_num_trainable_parameters(),
-        "device": device_name(trainer.args.device),
-        "versions": versions(*VERSIONS, *_LIBRARIES) | {"torch": torch.__version__},
-        "nonfinite_steps": max((rate.nonfinite_steps for rate in rates.values()), default=0),
+        **facts(trainer.args.device, *_LIBRARIES),
+        "nonfinite_steps": nonfinite_steps(trainer.optimizer),
     }
 
 
@@ -82,10 +77,5 @@ def table(results: Mapping[str, Any], rates: LayerRateHistory) -> str:
         lines += ["", f"median of S over the run, of {len(ordered)} layers:"]
         for what, at in (("lowest", 0), ("middle", len(ordered) // 2), ("highest", -1)):
             lines.append(f"  {what:10}{medians[ordered[at]]:8.3f}  {ordered[at]}")
-    if results["nonfinite_steps"]:
-        lines += [
-            "",
-            f"warning: in {results['nonfinite_steps']} of {results['step']} steps the gradient of "
-            "a layer was inf or NaN, and it was not trained; is the learning rate too large?",
-        ]
+    lines += said_of_nonfinite(results["nonfinite_steps"], results["step"])
     return "\n".join(lines)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -16,29 +14,29 @@ from typing import Any, cast
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ...diagnose.checks import diverged
-from ...errors import DataError, DivergedError, Interrupted, SaveError, UsageError
-from ...files import MANIFEST, saving, whole
+from ...errors import DataError, DivergedError, SaveError
+from ...files import MANIFEST, saving
 from ...monitor import RATES, RECORDS, LayerRateHistory, layerwise
-from ...publish import hub
-from ...publish.script import SCRIPT, running_script
+from ...publish.script import running_script
 from ..checkpoints import STAGED, replacing, write_manifest
 from ..data import on_hub
+from ..folder import make_folder
 from ..run import (
-    INTERRUPTED,
-    NOT_SAVED,
+    GO_ON,
     any_asked_to_stop,
     asked_to_stop,
     check_same_run,
+    conclude,
+    interrupted,
     load_rates,
-    make_folder,
-    write_results,
+    write_run,
 )
 from .arguments import RecipeArguments, registered
-from .files import clean
-from .results import best_step, evaluated, facts, scores, table
+from .files import clear
+from .results import best_step, evaluated, facts_of, scores, table
 
 
-class _Run(TrainerCallback):  # type: ignore[misc]
+class RunCallback(TrainerCallback):  # type: ignore[misc]
     """Records the layers' learning rates, makes checkpoints whole, and stops when asked."""
 
     def __init__(self, trainer: Trainer, settings: Mapping[str, Any]) -> None:
@@ -53,10 +51,8 @@ class _Run(TrainerCallback):  # type: ignore[misc]
             optimizer = layerwise(kwargs["optimizer"])
             if optimizer and state.is_world_process_zero:
                 self.rates.record(step, optimizer.layer_learning_rates())
-        # processes ask one another now and then only
-        accelerator = self.trainer.accelerator
-        ask = accelerator.num_processes == 1 or step % 20 == 0
-        if ask and any_asked_to_stop(self, accelerator) and step < state.max_steps:
+        asked = any_asked_to_stop(self, self.trainer.accelerator, step)
+        if asked and step < state.max_steps:
             self.stopped = control.should_training_stop = control.should_save = True
         if state.epoch == int(state.epoch):  # a run resumed from here would not evaluate
             self.save_after_evaluation, control.should_save = control.should_save, False
@@ -113,14 +109,14 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
             f"--dataloader_drop_last leaves nothing of {size} samples to train on: a batch has "
             f"{batch}; choose a smaller --per_device_train_batch_size"
         )
-    watch = _Run(trainer, same)
+    watch = RunCallback(trainer, same)
     if checkpoint:
         saved = json.loads(Path(checkpoint, MANIFEST).read_text())["settings"]
         check_same_run(Path(checkpoint), saved, same)
         watch.rates = load_rates(Path(checkpoint))
     if args.should_save:
         make_folder(folder)
-        clean(folder, checkpoint, args.overwrite_output_dir)
+        clear(folder, checkpoint, args.overwrite_output_dir)
     trainer.add_callback(watch)
     try:
         with asked_to_stop(watch), saving(folder):
@@ -137,26 +133,32 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         results = _finish(trainer, watch, settings, script, seconds, staged)
         trainer.accelerator.wait_for_everyone()  # each process may have written a part
     if watch.stopped:
-        on = "to go on, run the same command with --resume_from_checkpoint latest"
-        if args.save_only_model:
-            on = "with --save_only_model, no run can go on from there"
-        raise Interrupted(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} and saved "
-            f"{folder / f'checkpoint-{trainer.state.global_step}'}; {on}"
+        step = trainer.state.global_step
+        on = (
+            "with --save_only_model, no run can go on from there" if args.save_only_model else GO_ON
         )
-    if args.should_save:
-        print(f"\n{table(results, watch.rates)}\n\nresults in {folder}")
+        raise interrupted(step, trainer.state.max_steps, folder / f"checkpoint-{step}", on)
     losses = [results[name] for name in ("train_loss", "eval_loss") if name in results]
-    if bad := [loss for loss in losses if not math.isfinite(loss)]:
-        raise DivergedError(str(diverged(bad[0], "loss of the finished run", None)))
-    if args.should_save and args.publish_to:
-        hub.publish_run(folder, args.publish_to, bool(args.hub_private_repo))
+    bad = [loss for loss in losses if not math.isfinite(loss)]
+    ended = diverged(bad[0], "loss of the finished run", None) if bad else None
+    if args.should_save:
+        conclude(
+            settings["recipe"],
+            folder,
+            table(results, watch.rates),
+            ended,
+            finite=not bad,
+            repo_id=args.publish_to,
+            private=bool(args.hub_private_repo),
+        )
+    elif bad:
+        raise DivergedError(str(ended))
     return results
 
 
 def _finish(
     trainer: Trainer,
-    watch: _Run,
+    watch: RunCallback,
     settings: Mapping[str, Any],
     script: str | None,
     seconds: float,
@@ -186,21 +188,14 @@ def _finish(
         "step": trainer.state.global_step,
         **settings,
         "on_hub": on_hub(settings["dataset_name"], settings.get("model_name_or_path")),
-        **facts(trainer),
+        **facts_of(trainer),
         "resumed_from": checkpoint,
         "seconds_since_then" if checkpoint else "seconds": seconds,
         "command": args.command,
         "epochs": epochs,
     }
     if args.should_save:
-        if watch.rates.steps:
-            watch.rates.save(folder / f"{RATES}.json")
-            title = f"{settings['recipe']}, {settings['optimizer']}, lr {args.learning_rate:g}"
-            with saving(folder / f"{RATES}.png"):
-                watch.rates.plot(folder / f"{RATES}.png", title)
-        if script:
-            whole(folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
-        write_results(folder, results)
+        write_run(folder, results, watch.rates, script)
     return results
 
 
@@ -248,35 +243,3 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
         "num_processes": args.world_size,
         "mixed_precision": trainer.accelerator.mixed_precision,
     }
-
-
-def exit_status(recipe: str, main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> int:
-    """Runs a recipe's `main(argv)`.
-
-    Returns:
-        0 when the run is finished, 1 if its loss is not finite, it was not published as asked or
-        there was no room for what it writes, 2 for bad options or data (one line on stderr says
-        what), 130 when the user stopped it.
-    """
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        main(argv)
-    except (UsageError, DataError) as error:
-        if first:
-            print(f"{recipe}: error: {error}", file=sys.stderr)
-        return 2
-    except SaveError as error:  # of any process
-        print(f"{recipe}: error: {error}; {NOT_SAVED}", file=sys.stderr)
-        return 1
-    except DivergedError as error:
-        if first:
-            print(f"{recipe}: {error}", file=sys.stderr)
-        return 1
-    except hub.PublishError as error:  # of the main process, which alone publishes
-        print(error, file=sys.stderr)
-        return 1
-    except (Interrupted, KeyboardInterrupt) as stop:
-        if first:
-            print(f"{recipe}: {stop or 'stopped, nothing saved'}", file=sys.stderr)
-        return INTERRUPTED
-    return 0
