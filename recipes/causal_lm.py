@@ -60,6 +60,7 @@ from hf_adalip.integrations.recipes import (
     parse,
     run,
 )
+from hf_adalip.integrations.trainer import attachable
 from hf_adalip.options import UsageError
 
 NAME = "causal_lm"
@@ -232,7 +233,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         data_collator=default_data_collator,
         **optimizer,
     )
-    if optimizer:
+    if attachable(trainer):
         attach(trainer)
     settings = {"recipe": NAME, "task": "text-generation", "dataset_name": args.train_file}
     settings |= dataclasses.asdict(args)

@@ -64,6 +64,7 @@ from hf_adalip.integrations.recipes import (
     parse,
     run,
 )
+from hf_adalip.integrations.trainer import attachable
 from hf_adalip.options import UsageError
 
 NAME = "text_classification"
@@ -369,7 +370,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     # the loss is a mean over the batch: Trainer must not take it for a sum over all processes' and
     # accumulated batches divided already, as it does for every model that takes **kwargs
     trainer.model_accepts_loss_kwargs = False
-    if optimizer:
+    if attachable(trainer):
         attach(trainer)
     settings = {"recipe": NAME, "task": "text-classification", **dataclasses.asdict(args)}
     settings |= {"eval_split": data.eval_split, "dataset_fingerprint": data.fingerprint()}
