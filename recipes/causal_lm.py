@@ -50,7 +50,7 @@ except ImportError as error:
         "this recipe needs transformers: pip install 'hf-adalip[recipes,trainer]'"
     ) from error
 
-from hf_adalip import attach
+from hf_adalip import attach, get_optimizer_info
 from hf_adalip.data import DataError
 from hf_adalip.integrations.recipes import (
     RecipeArguments,
@@ -60,7 +60,6 @@ from hf_adalip.integrations.recipes import (
     parse,
     run,
 )
-from hf_adalip.integrations.trainer import attachable
 from hf_adalip.options import UsageError
 
 NAME = "causal_lm"
@@ -233,7 +232,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         data_collator=default_data_collator,
         **optimizer,
     )
-    if attachable(trainer):
+    if optimizer and get_optimizer_info(training.optim.value).takes_layers:
         attach(trainer)
     settings = {"recipe": NAME, "task": "text-generation", "dataset_name": args.train_file}
     settings |= dataclasses.asdict(args)

@@ -42,15 +42,23 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="NAME,...",
         help="run extras of the study too; control: every base at α × median(S)",
     )
-    parser.add_argument("--script", help="another script for it, a file or the name of a module")
+    parser.add_argument("--script", help="another script, a file or the name of a module")
     parser.add_argument(
         "--optim",
         nargs="+",
         metavar="NAME",
-        help="other optimizers: with an S, as adamlip, which comes with its base, or BASE/FORM",
+        help="these optimizers alone: with S as adamlip, which comes with its base, or as "
+        "BASE/FORM, or any other that the script has",
     )
     parser.add_argument(
-        "--learning_rate", nargs="+", type=float, metavar="α", help="other learning rates"
+        "--learning_rate",
+        nargs="+",
+        type=float,
+        metavar="α",
+        help="learning rates, but of an optimizer that has its own in the study",
+    )
+    parser.add_argument(
+        "--schedules", nargs="+", metavar="NAME", help="these of the study's alone, as constant"
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="other seeds")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
@@ -83,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..experiments.study import load_study
+    from ..experiments.reading import Changes, load_study
     from ..experiments.sweep import Place, check_workers, sweep
 
     check_workers(args.workers)
@@ -91,12 +99,7 @@ def _run(args: argparse.Namespace) -> int:
         load_study,
         args.study,
         _scale(args.scale),
-        changes={
-            "script": args.script,
-            "optimizers": args.optim,
-            "learning_rates": args.learning_rate,
-            "seeds": args.seeds,
-        },
+        changes=Changes(args.script, args.optim, args.learning_rate, args.schedules, args.seeds),
         rest=args.rest,
     )
     study = load(extras=[extra for extra in args.extras.split(",") if extra])

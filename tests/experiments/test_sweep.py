@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import yaml
 
 from hf_adalip.errors import UsageError
 from hf_adalip.experiments import storage, sweep
-from hf_adalip.experiments.study import Cell, load_study, shipped
+from hf_adalip.experiments.reading import Changes, load_study, shipped
+from hf_adalip.experiments.study import Cell
 from hf_adalip.experiments.trial import without_places
 
 pytest.importorskip("optuna", reason="extra [experiments]")
@@ -128,13 +130,16 @@ def test_what_is_behind_the_dashes_comes_last_but_for_the_folder() -> None:
     assert options[-4:] == ["--cpu", "--dataset_name", "digits", "--output_dir=there"]
 
 
-def test_other_optimizers_learning_rates_and_seeds() -> None:
-    changes = {"optimizers": ["rmslip", "mine/yours", "lion"], "learning_rates": [0.5]}
-    study = load_study("compare", changes=changes | {"seeds": [7]})
+def test_other_optimizers_learning_rates_schedules_and_seeds() -> None:
+    changes = Changes(None, ["rmslip", "mine/yours", "prodigy", "lion"], [0.5], ["constant"], [7])
+    study = load_study("compare", changes=changes)
+    assert study.full_name == "compare-rmslip-mine-yours-prodigy-lion"
     assert [pair.name for pair in study.pairs] == ["rmsprop/rmslip", "mine/yours"]
-    assert [peer.optimizer for peer in study.peers][-1] == "lion"
-    assert {cell.seed for cell in study.cells()} == {7}
+    rates = {peer.optimizer: peer.learning_rates for peer in study.peers}
+    assert rates == {"prodigy": (1.0,), "lion": (0.5,)}  # Prodigy's own is the study's
     assert {pair.learning_rates for pair in study.pairs} == {(0.5,)}
+    assert {(cell.seed, cell.schedule) for cell in study.cells()} == {(7, "constant")}
+    assert {cell.role for cell in study.cells()} == {"base", "form", "control", "peer"}
 
 
 def test_tuning_draws_the_same_learning_rates_for_all() -> None:
@@ -409,6 +414,7 @@ def test_ctrl_c_ends_the_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         ({"direction": "up"}, "direction must be maximize or minimize"),
         ({"tune": {"low": 1, "high": 0.1, "trials": 3}}, "tune must have low, high"),
         ({"pairs": "adam"}, "pairs must be a list"),
+        ({"record": [{"seed": 0}]}, "each of record must have arguments, learning_rate"),
     ],
 )
 def test_a_study_that_is_none_is_an_error_in_a_line(change: dict[str, Any], message: str) -> None:
@@ -429,6 +435,15 @@ def test_a_study_that_is_none_is_an_error_in_a_line(change: dict[str, Any], mess
             "--scale: tiny has no 'images'; there are epochs, s",
         ),
         (["tiny.yaml", "--with", "more"], "there is no extra 'more'; there are control"),
+        (
+            ["tiny.yaml", "--learning_rate", "1"],
+            "--learning_rate: the optimizers of tiny have lear",
+        ),
+        (
+            ["compare", "--learning_rate", "-1"],
+            "learning_rates of adamlip must be positive numbers",
+        ),
+        (["compare", "--schedules", "cosine"], "adamlip: no schedule 'cosine' in schedules"),
         (["tiny.yaml", "--script", "no.py"], "there is no script no.py"),
         (["paper_mnist"], "there is no recipe recipes/mnist.py: recipes are not in the installed"),
         (["tiny.yaml", "--storage", "oracle9://x"], "--storage cannot be used: "),
@@ -494,13 +509,11 @@ def test_a_script_that_does_not_write_what_is_needed(
 def test_a_recipe_with_the_control(monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = ["--recipes", str(ROOT / "recipes")]
     options = ["--optim", "adalip", "--learning_rate", "0.1", "--seeds", "0"]
-    options += ["--scale", "images=300,epochs=1"]
+    options += ["--scale", "images=300,epochs=1", "--schedules", "constant"]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    study = yaml.safe_load(shipped()["compare"].read_text())
-    write({**study, "peers": [], "pairs": [{"base": "a", "form": "b"}]}, "compare")
-    words = ["compare.yaml", *options, *recipes, "--", "--dataset_name", "digits", "--cpu"]
+    words = ["compare", *options, *recipes, "--", "--dataset_name", "digits", "--cpu"]
     assert call(monkeypatch, *words) == 0
-    found = {row["role"]: row for row in rows("studies/compare-300images-1epochs")}
+    found = {row["role"]: row for row in rows("studies/compare-adalip-300images-1epochs")}
     assert set(found) == {"base", "form", "control"}
     scale = found["form"]["median_scale"]
     assert found["control"]["results"]["learning_rate"] == pytest.approx(0.1 * scale)
@@ -508,3 +521,24 @@ def test_a_recipe_with_the_control(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["results"]["dataset_fingerprint"] for row in found.values()} == {
         found["base"]["results"]["dataset_fingerprint"]
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["adalip", "rmslip", "adamlip", "adamlipu"])
+def test_base_and_form_of_one_seed_begin_with_the_same_weights(form: str, tmp_path: Path) -> None:
+    """In a step too small to change anything, both leave what they began with."""
+    training = pytest.importorskip("hf_adalip.training")
+    from safetensors.torch import load_file
+
+    recipe = runpy.run_path(str(ROOT / "recipes" / "mnist.py"))["RECIPE"]
+    base = {"adalip": "sgd", "rmslip": "rmsprop"}.get(form, "adam")
+    data = ["--dataset_name=digits", "--cpu", "--max_train_samples=100", "--max_eval_samples=10"]
+    weights = {}
+    for name, seed in ((base, 0), (form, 0), (form, 1)):
+        folder = tmp_path / f"{name}-{seed}"
+        options = [f"--optim={name}", f"--seed={seed}", f"--output_dir={folder}"]
+        training.train(recipe, [*options, *data, "--learning_rate=1e-30", "--max_train_steps=1"])
+        weights[name, seed] = load_file(folder / "model.safetensors")
+    first = weights[base, 0]
+    assert all(bool((x == weights[form, 0][key]).all()) for key, x in first.items())
+    assert any(bool((x != weights[form, 1][key]).any()) for key, x in first.items())
