@@ -45,7 +45,7 @@ from .diagnose.checks import Finding, diverged
 from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
 from .errors import Interrupted, SaveError, UsageError
 from .files import PARTIAL, saving, whole
-from .monitor import LayerRateHistory, layerwise, summary
+from .monitor import NORMS, LayerRateHistory, NormHistory, layerwise, summary
 from .options import Recipe, TrainingArguments, scheduler_factory
 from .publish.script import SCRIPT, running_script, versions
 from .registry import create_optimizer
@@ -172,6 +172,7 @@ class Training:
         self.settings = self._settings(arguments)  # before a scheduler changes the learning rate
         self.scheduler = _scheduler(args, optimizer, self.total_steps)
         self.progress, self.rates = Progress(), LayerRateHistory()
+        self.norms = self._norms(model, optimizer)
         accelerator.register_for_checkpointing(self.progress)
         if self.average is not None:
             accelerator.register_for_checkpointing(self.average)
@@ -198,6 +199,16 @@ class Training:
                 "them over the processes; leave it out"
             )
         return self.recipe.average(model.to(self.accelerator.device))
+
+    def _norms(self, model: nn.Module, optimizer: Optimizer) -> NormHistory | None:
+        if self.args.record != "norms":
+            return None
+        kind = self.accelerator.distributed_type
+        if kind not in WHOLE_ON_EVERY_PROCESS:
+            raise UsageError(
+                f"--record norms: {kind.value} spreads the weights over the processes; leave it out"
+            )
+        return NormHistory(model, optimizer, self.total_steps)
 
     def _settings(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """What a run and the one that it resumes must have in common."""
@@ -265,6 +276,7 @@ class Training:
         self.sampler.epoch = progress.epoch
         augment = self._augmentation()
         _train_mode(self.model)
+        self.optimizer.train()  # for schedule-free ones, whose weights differ in evaluation
         for batch in self._batches_left():
             with accelerator.accumulate(self.model):
                 labels = batch["labels"]
@@ -396,6 +408,7 @@ class Training:
         model = self.model if self.average is None else self.average.module
         _share_buffers(model)
         model.eval()
+        self.optimizer.eval()
         metric, total = Accuracy(keep_in_memory=True), 0.0
         for batch in self.eval_loader:
             with self.accelerator.autocast():
@@ -540,6 +553,8 @@ class Training:
                     with saving(folder / f"{RATES}.png"):
                         title = f"{self.recipe.name}, {self.args.optim}, {lr}"
                         self.rates.plot(folder / f"{RATES}.png", title)
+                if self.norms is not None:
+                    self.norms.save(folder / NORMS)
                 if script := self.script:
                     whole(folder / SCRIPT, lambda path: path.write_bytes(script.encode()))
                 write_results(folder, results)

@@ -26,6 +26,7 @@ from .data import DIGITS, ImageData, load_image_dataset
 from .diagnose.checks import TRIAL
 from .errors import DataError, Interrupted, PublishError, SaveError, UsageError
 from .files import PARTIAL, RESULTS, saving
+from .monitor import NORMS
 from .options import (
     Recipe,
     TrainingArguments,
@@ -90,7 +91,7 @@ def _elsewhere_in_a_trial(args: TrainingArguments) -> TrainingArguments:
 
 def _own_files(folder: Path) -> list[Path]:
     """What a run leaves in its folder; what else is there is the user's."""
-    names = (RESULTS, WEIGHTS, CONFIG, SCRIPT, f"{RATES}.json", f"{RATES}.png")
+    names = (RESULTS, WEIGHTS, CONFIG, SCRIPT, f"{RATES}.json", f"{RATES}.png", NORMS)
     files = [folder / name for name in names]
     return [path for path in files if path.is_file()] + saved_in(folder)
 
