@@ -21,7 +21,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         description="Runs a study: every optimizer, learning rate and seed that it has is one run "
         "of its script. Call it again to go on after it was stopped or killed, and call it on "
         "other machines with the same --storage to share the work. What comes behind -- goes to "
-        "the script. The exit status is 1 if runs failed, 130 if it was stopped.",
+        "the script. The exit status is 1 if runs failed, 2 if nothing can be run, 130 if it was "
+        "stopped.",
     )
     parser.add_argument(
         "study", metavar="STUDY", help="the name of one of the package's, or a YAML file"
@@ -85,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
     except (UsageError, ImportError) as error:
         print(f"hf-adalip sweep: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # no room, or no right to write there
+        print(f"hf-adalip sweep: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("hf-adalip sweep: stopped; the same command goes on", file=sys.stderr)
         return INTERRUPTED

@@ -151,14 +151,21 @@ def without_places(value: Any, words: Sequence[str] = ()) -> Any:
     if (home := f"{Path.home()}{os.sep}") != os.sep * 2:
         places[home] = f"~{os.sep}"
 
+    ends = {place: "" if place.endswith(os.sep) else r"(?![\w-])" for place in places}
+    longest_first = sorted(places, key=len, reverse=True)
+    pattern = re.compile(
+        r"(?<![\w.~-])(?:"
+        + "|".join(re.escape(place) + ends[place] for place in longest_first)
+        + ")"
+    )
+
     def replaced(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {replaced(key): replaced(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [replaced(item) for item in value]
         if isinstance(value, str):
-            for place in sorted(places, key=len, reverse=True):
-                value = value.replace(place, places[place])
+            return pattern.sub(lambda match: places[match[0]], value)
         return value
 
     return replaced(value)

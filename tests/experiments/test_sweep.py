@@ -4,25 +4,26 @@ import json
 import os
 import runpy
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+pytest.importorskip("optuna", reason="extra [experiments]")
+
+from hf_adalip.cli import main
 from hf_adalip.errors import UsageError
 from hf_adalip.experiments import storage, sweep
 from hf_adalip.experiments.reading import Changes, load_study, shipped
 from hf_adalip.experiments.study import Cell
 from hf_adalip.experiments.trial import without_places
-
-pytest.importorskip("optuna", reason="extra [experiments]")
-
-from hf_adalip.cli import main
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("script.py")
@@ -220,7 +221,14 @@ def test_nothing_of_this_machine_is_written_down(monkeypatch: pytest.MonkeyPatch
         assert str(Path.cwd()) not in text
     assert rows()[0]["results"]["data"] == "mnist"
     assert rows()[0]["command"].startswith("python ")
-    assert without_places(f"File {sys.executable}, {Path.cwd()}/a/b.py") == "File python, a/b.py"
+
+
+def test_a_path_is_replaced_where_it_begins() -> None:
+    here = Path.cwd()
+    text = f"File {sys.executable}, {here}/a/b.py, {here}, {here}s, /data, x/data, /data/y, /dat"
+    words = ["--dataset_name=/data", "--x=1"]
+    expected = f"File python, a/b.py, ., {here}s, data, x/data, data/y, /dat"
+    assert without_places(text, words) == expected
 
 
 def test_a_diverged_run_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,6 +480,21 @@ def test_a_damaged_journal_is_an_error_in_a_line(
     assert call(monkeypatch, write(TINY)) == 2
     said = capsys.readouterr().err
     assert "studies/tiny/journal.log is damaged, and cannot be read" in said
+    assert said.count("\n") == 1
+
+
+def test_a_locked_database_is_an_error_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, url = write(ONE), "sqlite:///trials.db?timeout=0.1"
+    assert call(monkeypatch, name, "--storage", url) == 0
+    capsys.readouterr()
+    with closing(sqlite3.connect("trials.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert call(monkeypatch, name, "--storage", url, "--seeds", "1") == 2
+    said = capsys.readouterr().err
+    assert "--storage cannot be used" in said
+    assert "database is locked" in said
     assert said.count("\n") == 1
 
 
