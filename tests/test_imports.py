@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "publish": {"registry", *LOW},
     "integrations": {"diagnose", "registry", "optim", "monitor", "plots", *LOW},
     "recipe": {"publish", "integrations", "diagnose", "registry", "monitor", *LOW},
-    "experiments": {"recipe", "registry", *LOW},
+    "experiments": {"registry", "monitor", "plots", *LOW},
     "run": {"integrations", *LOW},
     "timm": {"integrations"},
     "cli": {"experiments", "registry", *LOW},

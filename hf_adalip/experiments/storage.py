@@ -180,9 +180,9 @@ class Storage:
         """Ends a trial that came to nothing; its cell is free again, unless another has it."""
         _unless_ended(lambda: self.optuna.tell(trial, state=TrialState.FAIL))
 
-    def alive(self, trial: Trial, beats: int) -> None:
-        """Says that a trial is being run."""
-        _unless_ended(lambda: trial.set_user_attr(ALIVE, beats))
+    def alive(self, trial: Trial, beats: int) -> bool:
+        """Says that a trial is being run; False if it was taken for dead, and is void."""
+        return _unless_ended(lambda: trial.set_user_attr(ALIVE, beats))
 
     def finish(self, trial: Trial, row: Mapping[str, Any], value: float | None) -> bool:
         """Writes down what a trial came to; False if it was taken for dead, and is void."""

@@ -149,18 +149,19 @@ class Workers:
         command = [sys.executable, *self.words, *options]
         seconds, beats, said = 0.0, 0, time.monotonic()
 
-        def alive() -> None:
+        def wanted() -> bool:
             nonlocal beats, said
-            if time.monotonic() - said > trials.BEAT:
-                beats, said = beats + 1, time.monotonic()
-                self.found.alive(trial, beats)
+            if time.monotonic() - said < trials.BEAT:
+                return True
+            beats, said = beats + 1, time.monotonic()
+            return self.found.alive(trial, beats)
 
         if cell.role == "control" and scale is None:
             error = f"no run of {cell.pair} at this learning rate has an S to take the median of"
             found = {"state": "failed", "error": error, "median_scale": None, "results": None}
         else:
             try:
-                status, seconds = runs.run(command, folder, self.threads, self.stop, alive)
+                status, seconds = runs.run(command, folder, self.threads, self.stop, wanted)
             except runs.Stopped:
                 return self.found.drop(trial)
             found = runs.outcome(self.study, folder, status)

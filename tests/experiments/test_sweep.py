@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import closing
@@ -23,7 +24,7 @@ from hf_adalip.errors import UsageError
 from hf_adalip.experiments import storage, sweep
 from hf_adalip.experiments.reading import Changes, load_study, shipped
 from hf_adalip.experiments.study import Cell
-from hf_adalip.experiments.trial import without_places
+from hf_adalip.experiments.trial import Stopped, run, without_places
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("script.py")
@@ -361,9 +362,17 @@ def test_a_trial_whose_worker_gives_no_sign_is_free_again(
     again = mine.claim(study.cells())
     assert again is not None
     assert again[1] == cell
-    # it was not dead: what it found comes too late
+    # it was not dead: it is to end, and what it found comes too late
+    assert not theirs.alive(trial, 2)
     assert not theirs.finish(trial, {"state": "complete"}, 1.0)
     assert mine.finish(again[0], {"state": "complete"}, 2.0)
+
+
+def test_a_run_that_is_not_wanted_any_more_is_ended() -> None:
+    command = [sys.executable, str(SCRIPT), "--sleep=30", "--begun=begun", "--output_dir=there"]
+    with pytest.raises(Stopped):
+        run(command, Path("there"), 1, threading.Event(), wanted=lambda: not begun())
+    wait_for(lambda: not Path(f"/proc/{begun()[0][1]}").exists(), 20)
 
 
 def test_two_sweeps_run_each_cell_once() -> None:
