@@ -157,6 +157,16 @@ def test_tuning_draws_the_same_learning_rates_for_all() -> None:
     assert decades == {-4: 2, -3: 2, -2: 2, -1: 2}  # evenly spread
 
 
+@pytest.mark.parametrize("name", ["char_lm", "finetune_text"])
+def test_a_constant_learning_rate_is_one_for_trainer_too(name: str) -> None:
+    """Whose own default is a linear decay."""
+    study = load_study(name)
+    asked = {cell.schedule: study.options(cell, 0.1, "there") for cell in study.cells()}
+    assert set(asked) == {"constant", "linear"}
+    for schedule, options in asked.items():
+        assert f"--lr_scheduler_type={schedule}" in options
+
+
 def test_a_record_is_of_the_runs_that_it_names() -> None:
     wanted = {"optimizer": "adam", "learning_rate": 0.2, "seed": 0}
     study = load_study(write({**ONE, "record": [{**wanted, "arguments": {"record": "norms"}}]}))
