@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .files import whole
 from .optim import LayerRate, LayerwiseOptimizer
@@ -128,3 +132,74 @@ class LayerRateHistory:
         from .plots import draw_rates, save_figure
 
         save_figure(draw_rates(self, title), path)
+
+
+NORMS = "records.json"
+"""The file with the layers' norms in a run's folder."""
+
+_NORM_RECORDS = 60
+
+
+class NormHistory:
+    """Euclidean norms of every layer's weights, gradient and update (Figs. 1 and 10).
+
+    At up to 60 steps, evenly spread over a run. A layer is a parameter here: the γ and the β of
+    batch normalisation are two. The weights are those that the gradient was taken at.
+
+    Args:
+        model: whose parameters are whole on this process.
+        optimizer: that steps them.
+        total_steps: of the run.
+
+    Examples:
+        >>> import torch
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> norms = NormHistory(model, optimizer, total_steps=1)
+        >>> model(torch.tensor([[3.0, 4.0]])).sum().backward()
+        >>> optimizer.step()
+        >>> norms.gradient_norm, norms.update_norm
+        ({'weight': [5.0]}, {'weight': [2.5]})
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+        self.steps: list[int] = []
+        self._params = dict(model.named_parameters())
+        self.weight_norm: dict[str, list[float | None]] = {name: [] for name in self._params}
+        self.gradient_norm: dict[str, list[float | None]] = {name: [] for name in self._params}
+        self.update_norm: dict[str, list[float | None]] = {name: [] for name in self._params}
+        self._every = math.ceil(total_steps / _NORM_RECORDS)
+        self._step = 0
+        self._before: list[Tensor] | None = None
+        optimizer.register_step_pre_hook(self._begin)
+        optimizer.register_step_post_hook(self._end)
+
+    def _begin(self, *_: Any) -> None:
+        if self._step % self._every == 0:
+            self._before = [param.detach().clone() for param in self._params.values()]
+            self._add(self.weight_norm, self._before)
+            self._add(self.gradient_norm, (param.grad for param in self._params.values()))
+        self._step += 1
+
+    def _end(self, *_: Any) -> None:
+        if self._before is not None:
+            after = (param.detach() for param in self._params.values())
+            pairs = zip(after, self._before, strict=True)
+            self._add(self.update_norm, (new - old for new, old in pairs))
+            self.steps.append(self._step)
+            self._before = None
+
+    def _add(self, table: dict[str, list[float | None]], found: Iterable[Tensor | None]) -> None:
+        norms = [math.nan if x is None else x.float().norm().item() for x in found]
+        for name, norm in zip(self._params, norms, strict=True):
+            table[name].append(norm if math.isfinite(norm) else None)  # as JSON has it
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON with steps, weight_norm, gradient_norm and update_norm, whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written, naming it.
+        """
+        names = ("steps", "weight_norm", "gradient_norm", "update_norm")
+        text = json.dumps({name: getattr(self, name) for name in names})
+        whole(Path(path), lambda partial: partial.write_text(text))

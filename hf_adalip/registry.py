@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Mapping
@@ -43,6 +44,13 @@ _WHAT_AND_WHICH = {"model_or_params", "params", "optimizer", "name", "defaults"}
 
 _UNSUITED = {"lbfgs", "sparseadam", "asgd"}
 """Several gradients a step; sparse gradients; iterates of its own."""
+
+
+PEERS = {
+    "prodigy": ("prodigyopt", "Prodigy"),
+    "adamwschedulefree": ("schedulefree", "AdamWScheduleFree"),
+}
+"""Optimizers of other packages to compare with: package and class by name."""
 
 
 @dataclass(frozen=True)
@@ -187,11 +195,13 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     """The record of a name.
 
     A registered name; `lip-NAME`, for `Lipschitz` over the optimizer NAME of torch or, if it is
-    installed, timm; or the plain name of a torch optimizer ("adam", "sgd"), to compare with. Not
-    LBFGS, SparseAdam and ASGD, which S cannot be put on top of.
+    installed, timm; or, to compare with, the plain name of a torch optimizer ("adam", "sgd"),
+    "prodigy" of prodigyopt or "adamwschedulefree" of schedulefree. Not LBFGS, SparseAdam and ASGD,
+    which S cannot be put on top of.
 
     Raises:
-        ValueError: for an unknown name, with the nearest known ones.
+        ValueError: for an unknown name, with the nearest known ones; for one of a package that is
+            not installed.
         TypeError: for what is no name.
     """
     if not isinstance(name, str):
@@ -199,7 +209,7 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     key = name.lower()
     if (info := _find(key)) is not None:
         return info
-    known = [*list_optimizers(), *_torch_optimizers()]
+    known = [*list_optimizers(), *_torch_optimizers(), *PEERS]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise ValueError(
@@ -227,6 +237,13 @@ def _find(key: str) -> OptimizerInfo | None:
     elif key in _torch_optimizers():
         cls = _torch_optimizers()[key]
         return OptimizerInfo(key, cls, base=cls, description=f"torch.optim.{cls.__name__}")
+    elif key in PEERS:
+        package, name = PEERS[key]
+        try:
+            cls = getattr(importlib.import_module(package), name)
+        except ImportError as error:
+            raise ValueError(f"{key} needs {package}: pip install {package}") from error
+        return OptimizerInfo(key, cls, base=cls, description=f"{package}.{name}")
     return None
 
 

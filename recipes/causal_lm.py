@@ -50,7 +50,7 @@ except ImportError as error:
         "this recipe needs transformers: pip install 'hf-adalip[recipes,trainer]'"
     ) from error
 
-from hf_adalip import attach
+from hf_adalip import attach, get_optimizer_info
 from hf_adalip.errors import DataError, UsageError
 from hf_adalip.recipe.options import check_bounds
 from hf_adalip.recipe.trainer import (
@@ -230,7 +230,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         data_collator=default_data_collator,
         **optimizer,
     )
-    if optimizer:
+    if optimizer and get_optimizer_info(training.optim.value).takes_layers:
         attach(trainer)
     settings = {"recipe": NAME, "task": "text-generation", "dataset_name": args.train_file}
     settings |= dataclasses.asdict(args)

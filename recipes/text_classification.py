@@ -54,7 +54,7 @@ except ImportError as error:
         "this recipe needs transformers: pip install 'hf-adalip[recipes,trainer]'"
     ) from error
 
-from hf_adalip import attach
+from hf_adalip import attach, get_optimizer_info
 from hf_adalip.errors import DataError, UsageError
 from hf_adalip.recipe.data import load_splits
 from hf_adalip.recipe.options import check_bounds
@@ -366,7 +366,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     # the loss is a mean over the batch: Trainer must not take it for a sum over all processes' and
     # accumulated batches divided already, as it does for every model that takes **kwargs
     trainer.model_accepts_loss_kwargs = False
-    if optimizer:
+    if optimizer and get_optimizer_info(training.optim.value).takes_layers:
         attach(trainer)
     settings = {"recipe": NAME, "task": "text-classification", **dataclasses.asdict(args)}
     settings |= {"eval_split": data.eval_split, "dataset_fingerprint": data.fingerprint()}

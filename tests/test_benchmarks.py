@@ -19,9 +19,9 @@ pytest.importorskip("transformers", reason="and transformers': extra [trainer]")
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 pytestmark = pytest.mark.slow
-peers, measuring, benchmark_step, benchmark_training, compare = map(
+peers, measuring, benchmark_step, benchmark_training = map(
     importlib.import_module,
-    ("peers", "measuring", "benchmark_step", "benchmark_training", "compare_with_control"),
+    ("peers", "measuring", "benchmark_step", "benchmark_training"),
 )
 
 
@@ -38,11 +38,6 @@ peers, measuring, benchmark_step, benchmark_training, compare = map(
         (benchmark_training, ["--model", "llama_0.5b"], "is for benchmark_step.py only"),
         (benchmark_step, ["--model", "resnet5000"], "no model 'resnet5000'; did you mean resnet50"),
         (benchmark_training, ["--model", "nope"], "timm has no model 'nope'; "),
-        (compare, ["--learning_rate=1", "--optim=sgd"], "--optim sgd has no learning rate per lay"),
-        (compare, ["--learning_rate=1", "--optim=nope"], "--optim: unknown optimizer 'nope'"),
-        (compare, ["--learning_rate=1", "--optim=lip-lamb"], "unknown optimizer 'lamb'"),
-        (compare, ["--learning_rate=-1", "--", "--cpu"], "--learning_rate must be a positive num"),
-        (compare, ["--learning_rate=1", "--seeds", *"01234567899"], "--seeds takes 1 to 10 values"),
     ],
 )
 def test_a_bad_argument_is_an_error_in_a_line(script, arguments, message, capsys):

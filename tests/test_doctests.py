@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 MODULES = [
+    "hf_adalip.experiments.reading",
     "hf_adalip.layers",
     "hf_adalip.monitor",
     "hf_adalip.optim.release",

@@ -27,6 +27,7 @@ from torch import nn
 from hf_adalip.recipe.checkpoints import MANIFEST, write_manifest
 from hf_adalip.recipe.image import training
 from hf_adalip.recipe.image.training import main
+from hf_adalip.recipe.image.data import load_image_dataset
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "mnist.py"
@@ -605,6 +606,39 @@ def test_a_config_file_is_under_the_command_line(tmp_path: Path) -> None:
     assert "--optim_args=gamma=0.7 --scale_bounds=0.5:2 --seed=2" in found["command"]
 
 
+def test_norms_are_recorded_and_change_nothing(tmp_path: Path) -> None:
+    options = [*BASE, "--optim=sgd", "--learning_rate=0.1", "--max_train_samples=130"]
+    options += ["--per_device_train_batch_size=1", "--num_train_epochs=1"]
+    assert recipe(*options, f"--output_dir={tmp_path / 'a'}") == 0
+    assert recipe(*options, f"--output_dir={tmp_path / 'b'}", "--record=norms") == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in "ab"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not (tmp_path / "a" / "records.json").exists()
+    found = json.loads((tmp_path / "b" / "records.json").read_text())
+    assert found["steps"] == list(range(1, 131, 3))
+    for name in ("weight_norm", "gradient_norm", "update_norm"):
+        assert set(found[name]) == set(weights[0])
+        assert {len(norms) for norms in found[name].values()} == {len(found["steps"])}
+    for name, norms in found["update_norm"].items():  # of SGD
+        expected = [0.1 * norm for norm in found["gradient_norm"][name]]
+        assert norms == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_schedule_free_optimizer_is_evaluated_and_saved_at_its_average(tmp_path: Path) -> None:
+    pytest.importorskip("schedulefree")
+    options = ["--optim=adamwschedulefree", "--learning_rate=0.01", "--num_train_epochs=3"]
+    assert recipe(*BASE, *options, f"--output_dir={tmp_path}") == 0
+    model = mnist.build_model((1, 8, 8), 10)
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    test = load_image_dataset("digits").test
+    batch = test.__getitems__(list(range(len(test))))
+    with torch.no_grad():
+        correct = model(batch["pixel_values"]).argmax(-1) == batch["labels"]
+    accuracy = correct.float().mean().item()
+    assert results(tmp_path)["eval_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert accuracy > 0.5
+
+
 def test_trackers_get_the_layers_rates(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -676,6 +710,8 @@ def test_a_run_at_chance_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("--report_to=tensorboard", "--report_to needs --with_tracking"),
         ("--resume_from_checkpoint=/no/such", "there is no folder /no/such"),
         ("--resume_from_checkpoint=latest --overwrite_output_dir", "exclude each other"),
+        ("--record=norm", "--record must be one of norms, got 'norm'"),
+        ("--resume_from_checkpoint=latest --record=norms", "--record and --resume_from_checkpoint"),
         ("--config=/no/such.yaml", "cannot read --config /no/such.yaml"),
         ("--learning-rate=1", "unrecognized arguments: --learning-rate=1"),
         ("--dataset_name=/no/such/folder", "there is no folder /no/such/folder"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from hf_adalip import (
 )
 from hf_adalip.layers import parameter_groups
 from hf_adalip.optim.forms.kernels import cpu
-from hf_adalip.registry import _REGISTRY, describe_optimizer
+from hf_adalip.registry import _REGISTRY, PEERS, describe_optimizer
 
 SIX = {
     "adalip": hf_adalip.AdaLip,
@@ -157,6 +159,20 @@ def test_plain_names_are_the_base_optimizers_to_compare_with():
     optimizer = create_optimizer(model(), "adamw", lr=0.1, weight_decay=0.0)
     assert type(optimizer) is torch.optim.AdamW
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_optimizers_of_other_packages_to_compare_with(name, monkeypatch):
+    package, cls = PEERS[name]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"{name} needs {package}: pip install {package}"):
+        create_optimizer(model(), name)
+    monkeypatch.undo()
+    pytest.importorskip(package)
+    optimizer = create_optimizer(model(), name, lr=0.1)
+    assert type(optimizer).__name__ == cls
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
+    assert name not in list_optimizers()  # they have no S
 
 
 @pytest.mark.parametrize("name", ["adamlp", "lip-nadamm", "nothing-like-it", "lip-lbfgs"])

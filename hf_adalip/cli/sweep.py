@@ -21,7 +21,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         description="Runs a study: every optimizer, learning rate and seed that it has is one run "
         "of its script. Call it again to go on after it was stopped or killed, and call it on "
         "other machines with the same --storage to share the work. What comes behind -- goes to "
-        "the script. The exit status is 1 if runs failed, 130 if it was stopped.",
+        "the script. The exit status is 1 if runs failed, 2 if nothing can be run, 130 if it was "
+        "stopped.",
     )
     parser.add_argument(
         "study", metavar="STUDY", help="the name of one of the package's, or a YAML file"
@@ -42,15 +43,23 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="NAME,...",
         help="run extras of the study too; control: every base at α × median(S)",
     )
-    parser.add_argument("--script", help="another script for it, a file or the name of a module")
+    parser.add_argument("--script", help="another script, a file or the name of a module")
     parser.add_argument(
         "--optim",
         nargs="+",
         metavar="NAME",
-        help="other optimizers: with an S, as adamlip, which comes with its base, or BASE/FORM",
+        help="these optimizers alone: with S as adamlip, which comes with its base, or as "
+        "BASE/FORM, or any other that the script has",
     )
     parser.add_argument(
-        "--learning_rate", nargs="+", type=float, metavar="α", help="other learning rates"
+        "--learning_rate",
+        nargs="+",
+        type=float,
+        metavar="α",
+        help="learning rates, but of an optimizer that has its own in the study",
+    )
+    parser.add_argument(
+        "--schedules", nargs="+", metavar="NAME", help="these of the study's alone, as constant"
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="other seeds")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
@@ -77,13 +86,16 @@ def run(args: argparse.Namespace) -> int:
     except (UsageError, ImportError) as error:
         print(f"hf-adalip sweep: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # no room, or no right to write there
+        print(f"hf-adalip sweep: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("hf-adalip sweep: stopped; the same command goes on", file=sys.stderr)
         return INTERRUPTED
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..experiments.study import load_study
+    from ..experiments.reading import Changes, load_study
     from ..experiments.sweep import Place, check_workers, sweep
 
     check_workers(args.workers)
@@ -91,12 +103,7 @@ def _run(args: argparse.Namespace) -> int:
         load_study,
         args.study,
         _scale(args.scale),
-        changes={
-            "script": args.script,
-            "optimizers": args.optim,
-            "learning_rates": args.learning_rate,
-            "seeds": args.seeds,
-        },
+        changes=Changes(args.script, args.optim, args.learning_rate, args.schedules, args.seeds),
         rest=args.rest,
     )
     study = load(extras=[extra for extra in args.extras.split(",") if extra])

@@ -180,9 +180,9 @@ class Storage:
         """Ends a trial that came to nothing; its cell is free again, unless another has it."""
         _unless_ended(lambda: self.optuna.tell(trial, state=TrialState.FAIL))
 
-    def alive(self, trial: Trial, beats: int) -> None:
-        """Says that a trial is being run."""
-        _unless_ended(lambda: trial.set_user_attr(ALIVE, beats))
+    def alive(self, trial: Trial, beats: int) -> bool:
+        """Says that a trial is being run; False if it was taken for dead, and is void."""
+        return _unless_ended(lambda: trial.set_user_attr(ALIVE, beats))
 
     def finish(self, trial: Trial, row: Mapping[str, Any], value: float | None) -> bool:
         """Writes down what a trial came to; False if it was taken for dead, and is void."""
@@ -212,12 +212,11 @@ class Storage:
         if owner.get("machine") == here["machine"] and not _exists(owner["pid"]):
             return True
         # by this machine's clock alone: those of others may go wrong
-        beats, now = trial.user_attrs.get(ALIVE), time.monotonic()
-        seen, since = self._seen.get(trial.number, (None, now))
-        if (seen, trial.number in self._seen) != (beats, True):
-            since = now
-        self._seen[trial.number] = beats, since
-        return now - since > GRACE
+        beats, known = trial.user_attrs.get(ALIVE), self._seen.get(trial.number)
+        if known is None or known[0] != beats:
+            self._seen[trial.number] = beats, time.monotonic()
+            return False
+        return time.monotonic() - known[1] > GRACE
 
 
 def _last(value: Any) -> Any:
@@ -293,11 +292,28 @@ def cut_half_line(path: Path) -> None:
 
 
 @contextmanager
-def _readable(where: str | Path) -> Iterator[None]:
-    """Makes a UsageError of whatever is wrong with a storage."""
+def usable(where: str | Path) -> Iterator[None]:
+    """Makes a UsageError of what a storage raises that is not there, is full or stays locked."""
     name = where if isinstance(where, Path) else "--storage"
     try:
         yield
+    except Exception as error:
+        of_storage = isinstance(error, (OptunaError, StorageInternalError))
+        library = type(error).__module__.partition(".")[0]
+        if not of_storage and library not in ("sqlalchemy", "redis", "sqlite3"):
+            raise
+        cause = error.__cause__ or error  # Optuna says that there was one, the database which
+        reason = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise UsageError(f"{name} cannot be used: {reason[0]}") from error
+
+
+@contextmanager
+def _readable(where: str | Path) -> Iterator[None]:
+    """The same, and of what is raised when it is opened and has something else in it."""
+    name = where if isinstance(where, Path) else "--storage"
+    try:
+        with usable(where):
+            yield
     except UsageError:
         raise
     except (KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -305,10 +321,6 @@ def _readable(where: str | Path) -> Iterator[None]:
             f"{name} is damaged, and cannot be read ({type(error).__name__}: {error}); move it "
             "away, or choose another --output_dir"
         ) from error
-    except (OptunaError, StorageInternalError, ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(f"{name} cannot be used: {reason[0]}") from error
-    except Exception as error:  # of the database's own
-        if type(error).__module__.partition(".")[0] not in ("sqlalchemy", "redis"):
-            raise
-        raise UsageError(f"{name} cannot be used: {str(error).splitlines()[0]}") from error

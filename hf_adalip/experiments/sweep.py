@@ -64,21 +64,19 @@ def sweep(
         KeyboardInterrupt: on Ctrl-C and SIGTERM, when the runs have been told to end.
     """
     words = command_words(study.script, place.recipes)
-    found = trials.Storage(study, place.storage or place.output_dir / JOURNAL)
-    if (extras := found.extras(study.extras)) != list(study.extras):
-        study = with_extras(extras)
-        found = trials.Storage(study, place.storage or place.output_dir / JOURNAL)
-    again = found.retry_failed() if retry_failed else 0
-    freed = found.free_dead()
-    writer = Writer(study, place, found)
-    writer.begin()
-    progress = Progress(study, found, place.workers, say)
-    progress.begin(again, freed)
-    workers = Workers(study, place, words, found, writer, progress)
-    with ended_by_signals():
-        workers.run()
-    writer.rewrite()
-    return progress.end()
+    where = place.storage or place.output_dir / JOURNAL
+    found = trials.Storage(study, where)
+    with trials.usable(where), ended_by_signals():
+        if (extras := found.extras(study.extras)) != list(study.extras):
+            study = with_extras(extras)
+            found = trials.Storage(study, where)
+        writer = Writer(study, place, found)
+        writer.begin()
+        progress = Progress(study, found, place.workers, say)
+        progress.begin(found.retry_failed() if retry_failed else 0, found.free_dead())
+        Workers(study, place, words, found, writer, progress).run()
+        writer.rewrite()
+        return progress.end()
 
 
 class Workers:
@@ -118,11 +116,9 @@ class Workers:
         try:
             while not self.stop.is_set():
                 self.found.free_dead()
-                rows = self.found.finished()
-                ready, impossible = self._ready(rows)
-                claimed = self.found.claim(ready)
+                claimed = self.found.claim(self._ready())
                 if claimed is not None:
-                    self._run(*claimed, impossible)
+                    self._run(*claimed)
                 elif len(self.found.finished()) == len(self.found.cells):
                     return
                 else:
@@ -131,18 +127,14 @@ class Workers:
             self.errors.append(error)
             self.stop.set()
 
-    def _ready(self, rows: Mapping[str, Mapping[str, Any]]) -> tuple[list[Cell], set[str]]:
-        """The cells that can be run, and the keys of the controls that have no S to go by."""
-        ready, impossible = [], set()
-        for cell in self.found.cells.values():
-            if cell.role == "control":
-                forms = [form.key for form in self.study.forms_of(cell)]
-                if not all(key in rows for key in forms):
-                    continue
-                if self._scale(cell, rows) is None:
-                    impossible.add(cell.key)
-            ready.append(cell)
-        return ready, impossible
+    def _ready(self) -> list[Cell]:
+        """The cells that can be run: controls when all runs of their form are finished."""
+        rows = self.found.finished()
+        return [
+            cell
+            for cell in self.found.cells.values()
+            if cell.role != "control" or all(form.key in rows for form in self.study.forms_of(cell))
+        ]
 
     def _scale(self, control: Cell, rows: Mapping[str, Mapping[str, Any]]) -> float | None:
         """The median over the seeds of the median of S in the form's runs."""
@@ -150,25 +142,26 @@ class Workers:
         known = [row["median_scale"] for row in forms if row["median_scale"] is not None]
         return statistics.median(known) if known else None
 
-    def _run(self, trial: Any, cell: Cell, impossible: set[str]) -> None:
+    def _run(self, trial: Any, cell: Cell) -> None:
         folder = self.place.output_dir / RUNS / cell.key
         scale = self._scale(cell, self.found.finished()) if cell.role == "control" else None
         options = self.study.options(cell, cell.learning_rate * (scale or 1.0), str(folder))
         command = [sys.executable, *self.words, *options]
         seconds, beats, said = 0.0, 0, time.monotonic()
 
-        def alive() -> None:
+        def wanted() -> bool:
             nonlocal beats, said
-            if time.monotonic() - said > trials.BEAT:
-                beats, said = beats + 1, time.monotonic()
-                self.found.alive(trial, beats)
+            if time.monotonic() - said < trials.BEAT:
+                return True
+            beats, said = beats + 1, time.monotonic()
+            return self.found.alive(trial, beats)
 
-        if cell.key in impossible:
+        if cell.role == "control" and scale is None:
             error = f"no run of {cell.pair} at this learning rate has an S to take the median of"
             found = {"state": "failed", "error": error, "median_scale": None, "results": None}
         else:
             try:
-                status, seconds = runs.run(command, folder, self.threads, self.stop, alive)
+                status, seconds = runs.run(command, folder, self.threads, self.stop, wanted)
             except runs.Stopped:
                 return self.found.drop(trial)
             found = runs.outcome(self.study, folder, status)

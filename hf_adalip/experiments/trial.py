@@ -19,11 +19,11 @@ from threading import Event
 from typing import Any
 
 from ..files import RESULTS
+from ..monitor import RATES
 from . import guard
 from .study import Study
 
 LOG = "log.txt"
-RATES = "layer_learning_rates.json"
 _LINES = 5  # of the log of a failed run that are written down
 
 
@@ -32,7 +32,7 @@ class Stopped(Exception):  # noqa: N818 (it is no error)
 
 
 def run(
-    command: Sequence[str], folder: Path, threads: int, stop: Event, alive: Callable[[], None]
+    command: Sequence[str], folder: Path, threads: int, stop: Event, wanted: Callable[[], bool]
 ) -> tuple[int, float]:
     """Runs a command with its output in `log.txt` of an empty folder.
 
@@ -41,7 +41,7 @@ def run(
         folder: of the run; what is in it is removed.
         threads: of OpenMP.
         stop: set to end it.
-        alive: called again and again while it runs.
+        wanted: called again and again while it runs, and asked whether it is to go on.
 
     Returns:
         the exit status, and how many seconds it took.
@@ -67,9 +67,8 @@ def run(
                 try:
                     return process.wait(0.5), time.monotonic() - started
                 except subprocess.TimeoutExpired:
-                    alive()
-                if stop.is_set():
-                    raise Stopped
+                    if stop.is_set() or not wanted():
+                        raise Stopped from None
         finally:
             process.stdin.close()
             process.wait()
@@ -117,7 +116,7 @@ def _failure(status: int, folder: Path) -> str:
 def median_scale(folder: Path) -> float | None:
     """The median of S over the layers and steps that a run recorded; None if it has no S."""
     try:
-        recorded = json.loads((folder / RATES).read_text(encoding="utf-8"))["scale"]
+        recorded = json.loads((folder / f"{RATES}.json").read_text(encoding="utf-8"))["scale"]
         scales = [s for layer in recorded.values() for s in layer if s is not None]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -151,14 +150,21 @@ def without_places(value: Any, words: Sequence[str] = ()) -> Any:
     if (home := f"{Path.home()}{os.sep}") != os.sep * 2:
         places[home] = f"~{os.sep}"
 
+    ends = {place: "" if place.endswith(os.sep) else r"(?![\w-])" for place in places}
+    longest_first = sorted(places, key=len, reverse=True)
+    pattern = re.compile(
+        r"(?<![\w.~-])(?:"
+        + "|".join(re.escape(place) + ends[place] for place in longest_first)
+        + ")"
+    )
+
     def replaced(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {replaced(key): replaced(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [replaced(item) for item in value]
         if isinstance(value, str):
-            for place in sorted(places, key=len, reverse=True):
-                value = value.replace(place, places[place])
+            return pattern.sub(lambda match: places[match[0]], value)
         return value
 
     return replaced(value)

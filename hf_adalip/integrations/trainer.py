@@ -27,7 +27,13 @@ from ..diagnose.checks import (
 )
 from ..monitor import RATES, RECORDS, LayerRateHistory, layerwise, summary
 from ..plots import figure_of
-from ..registry import create_optimizer, describe_optimizer, get_optimizer_info, list_optimizers
+from ..registry import (
+    PEERS,
+    create_optimizer,
+    describe_optimizer,
+    get_optimizer_info,
+    list_optimizers,
+)
 from .arguments import convert_arguments
 
 if TYPE_CHECKING:
@@ -124,7 +130,7 @@ def register() -> None:
         from transformers.training_args import OptimizerNames
     except ImportError as error:
         raise ImportError(f"cannot register with transformers: {error}. {_NEEDS}") from error
-    names = list_optimizers()
+    names = [*list_optimizers(), *PEERS]
     for name in names:
         if name in OptimizerNames._value2member_map_:
             handler = _OPTIMIZER_HANDLERS.get(OptimizerNames(name))

@@ -2,25 +2,29 @@
 
 import json
 import os
+import runpy
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from hf_adalip.errors import UsageError
-from hf_adalip.experiments import storage, sweep
-from hf_adalip.experiments.study import Cell, load_study, shipped
-from hf_adalip.experiments.trial import without_places
-
 pytest.importorskip("optuna", reason="extra [experiments]")
 
 from hf_adalip.cli import main
+from hf_adalip.errors import UsageError
+from hf_adalip.experiments import storage, sweep
+from hf_adalip.experiments.reading import Changes, load_study, shipped
+from hf_adalip.experiments.study import Cell
+from hf_adalip.experiments.trial import Stopped, run, without_places
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("script.py")
@@ -128,13 +132,16 @@ def test_what_is_behind_the_dashes_comes_last_but_for_the_folder() -> None:
     assert options[-4:] == ["--cpu", "--dataset_name", "digits", "--output_dir=there"]
 
 
-def test_other_optimizers_learning_rates_and_seeds() -> None:
-    changes = {"optimizers": ["rmslip", "mine/yours", "lion"], "learning_rates": [0.5]}
-    study = load_study("compare", changes=changes | {"seeds": [7]})
+def test_other_optimizers_learning_rates_schedules_and_seeds() -> None:
+    changes = Changes(None, ["rmslip", "mine/yours", "prodigy", "lion"], [0.5], ["constant"], [7])
+    study = load_study("compare", changes=changes)
+    assert study.full_name == "compare-rmslip-mine-yours-prodigy-lion"
     assert [pair.name for pair in study.pairs] == ["rmsprop/rmslip", "mine/yours"]
-    assert [peer.optimizer for peer in study.peers][-1] == "lion"
-    assert {cell.seed for cell in study.cells()} == {7}
+    rates = {peer.optimizer: peer.learning_rates for peer in study.peers}
+    assert rates == {"prodigy": (1.0,), "lion": (0.5,)}  # Prodigy's own is the study's
     assert {pair.learning_rates for pair in study.pairs} == {(0.5,)}
+    assert {(cell.seed, cell.schedule) for cell in study.cells()} == {(7, "constant")}
+    assert {cell.role for cell in study.cells()} == {"base", "form", "control", "peer"}
 
 
 def test_tuning_draws_the_same_learning_rates_for_all() -> None:
@@ -148,6 +155,16 @@ def test_tuning_draws_the_same_learning_rates_for_all() -> None:
     assert len(rates) == 8
     decades = Counter(int(f"{rate:e}".partition("e")[2]) for rate in rates)
     assert decades == {-4: 2, -3: 2, -2: 2, -1: 2}  # evenly spread
+
+
+@pytest.mark.parametrize("name", ["char_lm", "finetune_text"])
+def test_a_constant_learning_rate_is_one_for_trainer_too(name: str) -> None:
+    """Whose own default is a linear decay."""
+    study = load_study(name)
+    asked = {cell.schedule: study.options(cell, 0.1, "there") for cell in study.cells()}
+    assert set(asked) == {"constant", "linear"}
+    for schedule, options in asked.items():
+        assert f"--lr_scheduler_type={schedule}" in options
 
 
 def test_a_record_is_of_the_runs_that_it_names() -> None:
@@ -215,7 +232,14 @@ def test_nothing_of_this_machine_is_written_down(monkeypatch: pytest.MonkeyPatch
         assert str(Path.cwd()) not in text
     assert rows()[0]["results"]["data"] == "mnist"
     assert rows()[0]["command"].startswith("python ")
-    assert without_places(f"File {sys.executable}, {Path.cwd()}/a/b.py") == "File python, a/b.py"
+
+
+def test_a_path_is_replaced_where_it_begins() -> None:
+    here = Path.cwd()
+    text = f"File {sys.executable}, {here}/a/b.py, {here}, {here}s, /data, x/data, /data/y, /dat"
+    words = ["--dataset_name=/data", "--x=1"]
+    expected = f"File python, a/b.py, ., {here}s, data, x/data, data/y, /dat"
+    assert without_places(text, words) == expected
 
 
 def test_a_diverged_run_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,9 +372,17 @@ def test_a_trial_whose_worker_gives_no_sign_is_free_again(
     again = mine.claim(study.cells())
     assert again is not None
     assert again[1] == cell
-    # it was not dead: what it found comes too late
+    # it was not dead: it is to end, and what it found comes too late
+    assert not theirs.alive(trial, 2)
     assert not theirs.finish(trial, {"state": "complete"}, 1.0)
     assert mine.finish(again[0], {"state": "complete"}, 2.0)
+
+
+def test_a_run_that_is_not_wanted_any_more_is_ended() -> None:
+    command = [sys.executable, str(SCRIPT), "--sleep=30", "--begun=begun", "--output_dir=there"]
+    with pytest.raises(Stopped):
+        run(command, Path("there"), 1, threading.Event(), wanted=lambda: not begun())
+    wait_for(lambda: not Path(f"/proc/{begun()[0][1]}").exists(), 20)
 
 
 def test_two_sweeps_run_each_cell_once() -> None:
@@ -409,6 +441,7 @@ def test_ctrl_c_ends_the_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         ({"direction": "up"}, "direction must be maximize or minimize"),
         ({"tune": {"low": 1, "high": 0.1, "trials": 3}}, "tune must have low, high"),
         ({"pairs": "adam"}, "pairs must be a list"),
+        ({"record": [{"seed": 0}]}, "each of record must have arguments, learning_rate"),
     ],
 )
 def test_a_study_that_is_none_is_an_error_in_a_line(change: dict[str, Any], message: str) -> None:
@@ -429,6 +462,15 @@ def test_a_study_that_is_none_is_an_error_in_a_line(change: dict[str, Any], mess
             "--scale: tiny has no 'images'; there are epochs, s",
         ),
         (["tiny.yaml", "--with", "more"], "there is no extra 'more'; there are control"),
+        (
+            ["tiny.yaml", "--learning_rate", "1"],
+            "--learning_rate: the optimizers of tiny have lear",
+        ),
+        (
+            ["compare", "--learning_rate", "-1"],
+            "learning_rates of adamlip must be positive numbers",
+        ),
+        (["compare", "--schedules", "cosine"], "adamlip: no schedule 'cosine' in schedules"),
         (["tiny.yaml", "--script", "no.py"], "there is no script no.py"),
         (["paper_mnist"], "there is no recipe recipes/mnist.py: recipes are not in the installed"),
         (["tiny.yaml", "--storage", "oracle9://x"], "--storage cannot be used: "),
@@ -457,6 +499,21 @@ def test_a_damaged_journal_is_an_error_in_a_line(
     assert call(monkeypatch, write(TINY)) == 2
     said = capsys.readouterr().err
     assert "studies/tiny/journal.log is damaged, and cannot be read" in said
+    assert said.count("\n") == 1
+
+
+def test_a_locked_database_is_an_error_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, url = write(ONE), "sqlite:///trials.db?timeout=0.1"
+    assert call(monkeypatch, name, "--storage", url) == 0
+    capsys.readouterr()
+    with closing(sqlite3.connect("trials.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert call(monkeypatch, name, "--storage", url, "--seeds", "1") == 2
+    said = capsys.readouterr().err
+    assert "--storage cannot be used" in said
+    assert "database is locked" in said
     assert said.count("\n") == 1
 
 
@@ -494,13 +551,11 @@ def test_a_script_that_does_not_write_what_is_needed(
 def test_a_recipe_with_the_control(monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = ["--recipes", str(ROOT / "recipes")]
     options = ["--optim", "adalip", "--learning_rate", "0.1", "--seeds", "0"]
-    options += ["--scale", "images=300,epochs=1"]
+    options += ["--scale", "images=300,epochs=1", "--schedules", "constant"]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    study = yaml.safe_load(shipped()["compare"].read_text())
-    write({**study, "peers": [], "pairs": [{"base": "a", "form": "b"}]}, "compare")
-    words = ["compare.yaml", *options, *recipes, "--", "--dataset_name", "digits", "--cpu"]
+    words = ["compare", *options, *recipes, "--", "--dataset_name", "digits", "--cpu"]
     assert call(monkeypatch, *words) == 0
-    found = {row["role"]: row for row in rows("studies/compare-300images-1epochs")}
+    found = {row["role"]: row for row in rows("studies/compare-adalip-300images-1epochs")}
     assert set(found) == {"base", "form", "control"}
     scale = found["form"]["median_scale"]
     assert found["control"]["results"]["learning_rate"] == pytest.approx(0.1 * scale)
@@ -508,3 +563,24 @@ def test_a_recipe_with_the_control(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["results"]["dataset_fingerprint"] for row in found.values()} == {
         found["base"]["results"]["dataset_fingerprint"]
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["adalip", "rmslip", "adamlip", "adamlipu"])
+def test_base_and_form_of_one_seed_begin_with_the_same_weights(form: str, tmp_path: Path) -> None:
+    """In a step too small to change anything, both leave what they began with."""
+    training = pytest.importorskip("hf_adalip.training")
+    from safetensors.torch import load_file
+
+    recipe = runpy.run_path(str(ROOT / "recipes" / "mnist.py"))["RECIPE"]
+    base = {"adalip": "sgd", "rmslip": "rmsprop"}.get(form, "adam")
+    data = ["--dataset_name=digits", "--cpu", "--max_train_samples=100", "--max_eval_samples=10"]
+    weights = {}
+    for name, seed in ((base, 0), (form, 0), (form, 1)):
+        folder = tmp_path / f"{name}-{seed}"
+        options = [f"--optim={name}", f"--seed={seed}", f"--output_dir={folder}"]
+        training.train(recipe, [*options, *data, "--learning_rate=1e-30", "--max_train_steps=1"])
+        weights[name, seed] = load_file(folder / "model.safetensors")
+    first = weights[base, 0]
+    assert all(bool((x == weights[form, 0][key]).all()) for key, x in first.items())
+    assert any(bool((x != weights[form, 1][key]).any()) for key, x in first.items())

@@ -32,7 +32,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-un
 
 from ...errors import SaveError, UsageError
 from ...files import PARTIAL, saving, whole
-from ...monitor import RATES, RECORDS, LayerRateHistory, layerwise, summary
+from ...monitor import NORMS, RATES, RECORDS, LayerRateHistory, NormHistory, layerwise, summary
 from ...publish.script import running_script
 from ...registry import create_optimizer
 from ..checkpoints import check_contents, put_in_place, replacing, write_manifest
@@ -145,6 +145,7 @@ class Training:
         self.settings = self._settings(arguments)  # before a scheduler changes the learning rate
         self.scheduler = _scheduler(args, optimizer, self.total_steps)
         self.progress, self.rates = Progress(), LayerRateHistory()
+        self.norms = self._norms(model, optimizer)
         accelerator.register_for_checkpointing(self.progress)
         if self.average is not None:
             accelerator.register_for_checkpointing(self.average)
@@ -171,6 +172,16 @@ class Training:
                 "them over the processes; leave it out"
             )
         return self.recipe.average(model.to(self.accelerator.device))
+
+    def _norms(self, model: nn.Module, optimizer: Optimizer) -> NormHistory | None:
+        if self.args.record != "norms":
+            return None
+        kind = self.accelerator.distributed_type
+        if kind not in WHOLE_ON_EVERY_PROCESS:
+            raise UsageError(
+                f"--record norms: {kind.value} spreads the weights over the processes; leave it out"
+            )
+        return NormHistory(model, optimizer, self.total_steps)
 
     def _settings(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """What a run and the one that it resumes must have in common."""
@@ -240,6 +251,7 @@ class Training:
         drawn = self.args.seed, progress.epoch, images, accelerator.device
         augment = augmentation(self.recipe.augment, *drawn)
         train_mode(self.model)
+        self.optimizer.train()  # for schedule-free ones, whose weights differ in evaluation
         for batch in batches_left(self.loader, progress.batch, accelerator):
             with accelerator.accumulate(self.model):
                 labels = batch["labels"]
@@ -330,6 +342,7 @@ class Training:
         model = self.model if self.average is None else self.average.module
         share_buffers(model)
         model.eval()
+        self.optimizer.eval()
         metric, total = Accuracy(keep_in_memory=True), 0.0
         for batch in self.eval_loader:
             with self.accelerator.autocast():
@@ -450,6 +463,8 @@ class Training:
                     if isinstance(config := getattr(model, "config", None), dict):
                         text = json.dumps(config, indent=2)
                         whole(folder / CONFIG, lambda path: path.write_text(text + "\n"))
+                if self.norms is not None:
+                    self.norms.save(folder / NORMS)
                 write_run(folder, results, self.rates, self.script)
         self.accelerator.wait_for_everyone()
         return results

@@ -103,6 +103,9 @@ class TrainingArguments:
         "folder of a checkpoint, or latest for the last whole one in the output_dir "
         "(from the beginning if there is none yet)",
     )
+    record: str | None = option(
+        None, "norms: of each layer's weights, gradient and update at 60 steps, in records.json"
+    )
     with_tracking: bool = option(False, "log to trackers", bool)
     report_to: str | None = option(
         None, "tensorboard (default), trackio, wandb, ...; several with commas, or all"
@@ -212,6 +215,7 @@ def _check_values(args: TrainingArguments) -> None:
         "mixed_precision": (None, "no", "fp16", "bf16"),
         "layers": (None, "tensor", "module"),
         "lr_scheduler_type": SCHEDULERS,
+        "record": (None, "norms"),
     }
     for name, allowed in choices.items():
         if (value := getattr(args, name)) not in allowed:
@@ -222,6 +226,8 @@ def _check_values(args: TrainingArguments) -> None:
     every = args.checkpointing_steps
     if every not in (None, "epoch") and not (every.isdecimal() and 0 < int(every[:11]) <= HIGHEST):
         raise UsageError(f"--checkpointing_steps must be a number of steps or epoch, got {every!r}")
+    if args.record and args.resume_from_checkpoint:
+        raise UsageError("--record and --resume_from_checkpoint exclude each other")
     if args.report_to is not None and not args.with_tracking:
         raise UsageError("--report_to needs --with_tracking")
     check_run_options(args, args.hub_private_repo)

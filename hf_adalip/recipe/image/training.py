@@ -20,6 +20,7 @@ from typing import Any
 from ...diagnose.checks import TRIAL
 from ...errors import DataError, UsageError
 from ...files import PARTIAL, saving
+from ...monitor import NORMS
 from ..checkpoints import SAVED, find_checkpoint, finish_replacing
 from ..data import DIGITS
 from ..folder import OwnFiles, check_folder, default_folder, make_folder
@@ -49,7 +50,7 @@ except ImportError as error:
 __all__ = ["Recipe", "Training", "TrainingArguments", "main", "output_dir", "train"]
 
 
-OWN_FILES = OwnFiles(f"{re.escape(WEIGHTS)}|{re.escape(CONFIG)}", SAVED)
+OWN_FILES = OwnFiles("|".join(map(re.escape, (WEIGHTS, CONFIG, NORMS))), SAVED)
 
 
 def output_dir(args: TrainingArguments, recipe: Recipe) -> Path:

@@ -1,0 +1,310 @@
+"""Studies in YAML: those that are shipped, and anybody's."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UsageError
+from ..registry import get_optimizer_info
+from .study import CONSTANT, Pair, Peer, Study
+
+try:
+    import yaml  # type: ignore[import-untyped]
+except ImportError as error:
+    raise ImportError(
+        "hf_adalip.experiments needs pyyaml: pip install 'hf-adalip[experiments]'"
+    ) from error
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a user has instead of a study's own; None for no change."""
+
+    script: str | None = None
+    optimizers: Sequence[str] | None = None
+    learning_rates: Sequence[float] | None = None
+    schedules: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
+
+    @property
+    def name(self) -> str:
+        """What is added to the study's name, so that it is not taken for the study itself."""
+        script = [Path(self.script.split()[0]).stem] if self.script else []
+        return "".join(f"-{word.replace('/', '-')}" for word in [*script, *(self.optimizers or ())])
+
+
+def shipped() -> dict[str, Any]:
+    """The studies that come with the package, by name."""
+    folder = files(__package__) / "studies"
+    found = {entry.name: entry for entry in folder.iterdir()}
+    return {name[:-5]: found[name] for name in sorted(found) if name.endswith(".yaml")}
+
+
+def load_study(
+    name: str,
+    scale: Mapping[str, int] | None = None,
+    extras: Collection[str] = (),
+    changes: Changes | None = None,
+    rest: Sequence[str] = (),
+) -> Study:
+    """A study by the name of one that is shipped, or the path of a YAML file.
+
+    Args:
+        name: a name or a path.
+        scale: numbers that make it smaller: of seeds, and of what the study has a `scale` for.
+        extras: which of its `extras` are run too; "control" there is for any study with pairs.
+        changes: what to use instead of the study's own.
+        rest: further arguments of the script, which win over the study's.
+
+    Raises:
+        UsageError: for an unknown name, or a file that is no study, saying what is wrong.
+
+    Examples:
+        >>> study = load_study("paper_mnist", scale={"images": 1000, "seeds": 2})
+        >>> study.full_name, len(study.cells())
+        ('paper_mnist-1000images-2seeds', 72)
+    """
+    text, name = _text(name)
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
+    return _Reader(name, found, changes or Changes()).read(scale or {}, extras, tuple(rest))
+
+
+def _text(name: str) -> tuple[str, str]:
+    path, known = Path(name), shipped()
+    if name in known:
+        return known[name].read_text(encoding="utf-8"), name
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            return path.read_text(encoding="utf-8"), path.stem
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the study {name}: {error}") from error
+    raise UsageError(
+        f"unknown study {name!r}; {_near(name, known)}there are {', '.join(known)}, or give a "
+        "YAML file"
+    )
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+class _Reader:
+    """What a YAML file says, checked."""
+
+    def __init__(self, name: str, found: Any, changes: Changes) -> None:
+        self.name, self.changes = name, changes
+        found = self.mapping(found, "the file")
+        known = {entry.name for entry in fields(Study)} - {"name", "rest"}
+        self.check_keys(found, {*known, "tune", "learning_rates"}, "the file")
+        for key in ("script", "seeds"):
+            found[key] = getattr(changes, key) or found.get(key)
+        for key in ("script", "metric", "seeds"):
+            if not found.get(key):
+                raise self.error(f"{key} is missing")
+        self.found = found
+        self.schedules = {CONSTANT: {}, **self.mapping(found.get("schedules", {}), "schedules")}
+        if tune := found.get("tune"):
+            found["learning_rates"] = draw(self.mapping(tune, "tune"), self.name)
+        self.usual = changes.learning_rates or found.get("learning_rates")
+        self.usual_is_used = False
+
+    def read(
+        self, scale: Mapping[str, int], extras: Collection[str], rest: tuple[str, ...]
+    ) -> Study:
+        found, known = self.found, self.mapping(self.found.get("extras", {}), "extras")
+        chosen = self.chosen(extras, known)
+        groups = [found, *(self.mapping(known[extra], extra) for extra in chosen if extra in known)]
+        if self.changes.optimizers:
+            groups[0] = self.given(self.changes.optimizers)
+        arguments = self.mapping(found.get("arguments", {}), "arguments")
+        seeds, scale_name = self.scaled(scale, arguments)
+        study = Study(
+            name=self.name + self.changes.name,
+            script=str(found["script"]),
+            metric=str(found["metric"]),
+            seeds=seeds,
+            description=str(found.get("description", "")),
+            scale=scale_name,
+            arguments=arguments,
+            rest=rest,
+            schedules=self.schedules,
+            pairs=tuple(self.pair(entry) for g in groups for entry in self.items(g, "pairs")),
+            peers=tuple(self.peer(entry) for g in groups for entry in self.items(g, "peers")),
+            control=bool(found.get("control")) or "control" in chosen,
+            optimizer_option=found.get("optimizer_option", "optim"),
+            direction=self.direction(),
+            record=tuple(map(self.recorded, self.items(found, "record"))),
+            discard=tuple(found.get("discard", ())),
+            extras=tuple(chosen),
+        )
+        if not study.pairs and not study.peers:
+            raise self.error("neither pairs nor peers: there is no optimizer to run")
+        if self.changes.learning_rates and not self.usual_is_used:
+            raise UsageError(
+                f"--learning_rate: the optimizers of {self.name} have learning rates of their own; "
+                "say with --optim which are to have these"
+            )
+        return study
+
+    def error(self, message: str) -> UsageError:
+        return UsageError(f"study {self.name}: {message}")
+
+    def mapping(self, value: Any, what: str) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise self.error(f"{what} must have lines of `key: value`, got {value!r}")
+        return dict(value)
+
+    def items(self, group: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+        found = group.get(key, [])
+        if not isinstance(found, list):
+            raise self.error(f"{key} must be a list, got {found!r}")
+        return [self.mapping(entry, f"each of {key}") for entry in found]
+
+    def check_keys(self, found: Mapping[str, Any], known: Collection[str], what: str) -> None:
+        for key in found:
+            if key not in known:
+                hint = _near(str(key), known)
+                raise self.error(
+                    f"{what} has an unknown key {key!r}; {hint}there are {', '.join(sorted(known))}"
+                )
+
+    def chosen(self, extras: Collection[str], known: Mapping[str, Any]) -> list[str]:
+        for extra in extras:
+            if extra != "control" and extra not in known:
+                raise self.error(
+                    f"there is no extra {extra!r}; there are {', '.join(['control', *known])}"
+                )
+        return [extra for extra in ("control", *known) if extra in extras]
+
+    def scaled(
+        self, scale: Mapping[str, int], arguments: dict[str, Any]
+    ) -> tuple[tuple[int, ...], str | None]:
+        """The seeds and the scale's name; sets the arguments that it stands for."""
+        scales = self.mapping(self.found.get("scale", {}), "scale")
+        for key, number in scale.items():
+            if key not in (*scales, "seeds"):
+                known = ", ".join([*scales, "seeds"])
+                raise UsageError(f"--scale: {self.name} has no {key!r}; there are {known}")
+            if number < 1:
+                raise UsageError(f"--scale: {key} must be at least 1, got {number}")
+            if key != "seeds":
+                arguments[scales[key]] = number
+        seeds = scale.get("seeds", self.found["seeds"])
+        seeds = range(seeds) if isinstance(seeds, int) else seeds
+        if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+            raise self.error(f"seeds must be a number of them, or a list from 0 on, got {seeds!r}")
+        parts = [f"{scale[key]}{key}" for key in (*scales, "seeds") if key in scale]
+        return tuple(seeds), "-".join(parts) or None
+
+    def given(self, names: Sequence[str]) -> dict[str, Any]:
+        """The pairs and peers of --optim; those that the study has are as they are there."""
+        known = {entry.get("optimizer"): entry for entry in self.items(self.found, "peers")}
+        known |= {entry.get("form"): entry for entry in self.items(self.found, "pairs")}
+        lists = [entry["schedules"] for entry in known.values() if "schedules" in entry]
+        usual = {"schedules": lists[0]} if lists else {}
+        found: dict[str, Any] = {"pairs": [], "peers": []}
+        for name in names:
+            base, _, form = name.rpartition("/")
+            base = base or _base_of(name) or ""
+            if form in known and base in ("", known[form].get("base")):
+                found["pairs" if "form" in known[form] else "peers"].append(known[form])
+            elif base:
+                found["pairs"].append({"base": base, "form": form, **usual})
+            else:
+                found["peers"].append({"optimizer": name, **usual})
+        return found
+
+    def pair(self, entry: dict[str, Any]) -> Pair:
+        self.check_keys(entry, {one.name for one in fields(Pair)}, "a pair")
+        for key in ("base", "form"):
+            if not isinstance(entry.get(key), str):
+                raise self.error(f"a pair must have a {key}, got {entry!r}")
+        return Pair(entry["base"], entry["form"], *self.grid(entry))
+
+    def peer(self, entry: dict[str, Any]) -> Peer:
+        self.check_keys(entry, {one.name for one in fields(Peer)}, "a peer")
+        if not isinstance(entry.get("optimizer"), str):
+            raise self.error(f"a peer must have an optimizer, got {entry!r}")
+        return Peer(entry["optimizer"], *self.grid(entry))
+
+    def grid(self, entry: dict[str, Any]) -> tuple[tuple[float, ...], tuple[str, ...]]:
+        """The learning rates and the schedules of an optimizer."""
+        who = entry.get("form") or entry.get("optimizer")
+        self.usual_is_used |= "learning_rates" not in entry
+        rates = entry.get("learning_rates", self.usual)
+        if not isinstance(rates, (list, tuple)) or not rates:
+            raise self.error(f"{who} has no learning_rates; give a list of them")
+        try:
+            numbers = tuple(float(rate) for rate in rates)
+        except (TypeError, ValueError):
+            numbers = (-1.0,)
+        if not all(0 < number < float("inf") for number in numbers):
+            raise self.error(f"learning_rates of {who} must be positive numbers, got {rates!r}")
+        names = self.changes.schedules or entry.get("schedules") or [CONSTANT]
+        for name in names:
+            if name not in self.schedules:
+                known = ", ".join(self.schedules)
+                raise self.error(f"{who}: no schedule {name!r} in schedules, which has {known}")
+        return tuple(dict.fromkeys(numbers)), tuple(dict.fromkeys(names))
+
+    def recorded(self, entry: dict[str, Any]) -> dict[str, Any]:
+        needed = {"optimizer", "learning_rate", "seed", "arguments"}
+        if set(entry) != needed:
+            raise self.error(f"each of record must have {', '.join(sorted(needed))}, got {entry}")
+        return {**entry, "arguments": self.mapping(entry["arguments"], "arguments of record")}
+
+    def direction(self) -> Literal["maximize", "minimize"]:
+        lower = str(self.found["metric"]).endswith(("loss", "perplexity", "error"))
+        given = self.found.get("direction", "minimize" if lower else "maximize")
+        if given not in ("maximize", "minimize"):
+            raise self.error(f"direction must be maximize or minimize, got {given!r}")
+        return "minimize" if given == "minimize" else "maximize"
+
+
+def _base_of(name: str) -> str | None:
+    """What the script calls the base of an optimizer with S; None for one without."""
+    try:
+        info = get_optimizer_info(name)
+    except ValueError:  # it may be a name of the script's own
+        return None
+    return info.base.__name__.lower() if info.takes_layers and info.base else None
+
+
+def draw(tune: Mapping[str, Any], name: str) -> list[float]:
+    """Learning rates from a low-discrepancy sequence, evenly spread in their logarithm.
+
+    The same ones for every optimizer and on every machine.
+
+    Raises:
+        UsageError: if `tune` has not low, high and trials.
+    """
+    import optuna
+
+    keys = ("low", "high", "trials")
+    low, high, trials = (tune.get(key, -1) for key in keys)
+    numbers = all(isinstance(value, (int, float)) for value in (low, high, trials))
+    if set(tune) != set(keys) or not numbers or not 0 < low < high or trials < 1:
+        raise UsageError(
+            f"study {name}: tune must have low, high (learning rates) and trials, got {dict(tune)}"
+        )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.QMCSampler(scramble=True, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    found = []
+    for _ in range(int(trials) + 1):
+        trial = study.ask()
+        found.append(float(f"{trial.suggest_float('learning_rate', low, high, log=True):.3g}"))
+        study.tell(trial, 0.0)
+    return sorted(set(found[1:]))  # before the first, the sampler does not know what it samples
