@@ -43,7 +43,8 @@ from torch import Tensor, nn
 
 from hf_adalip import AdamLip, release_gradients
 from hf_adalip.experiments.ensemble import Ensemble, Member
-from hf_adalip.experiments.study import Study, load_study
+from hf_adalip.experiments.reading import load_study
+from hf_adalip.experiments.study import Study
 from hf_adalip.files import whole
 from hf_adalip.recipe.image.data import DIGITS, load_image_dataset
 from hf_adalip.recipe.image.options import parse

@@ -26,8 +26,8 @@ from torch import nn
 
 from hf_adalip.recipe.checkpoints import MANIFEST, write_manifest
 from hf_adalip.recipe.image import training
-from hf_adalip.recipe.image.training import main
 from hf_adalip.recipe.image.data import load_image_dataset
+from hf_adalip.recipe.image.training import main
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "mnist.py"
