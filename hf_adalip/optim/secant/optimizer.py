@@ -75,7 +75,8 @@ class Secant(Optimizer):
         law: how the rate follows the measurements.
 
     Raises:
-        TypeError: if `optimizer` is not a torch.optim.Optimizer, or `model` not a module.
+        TypeError: if `optimizer` is not a torch.optim.Optimizer, `model` not a module or `law`
+            not a `Law`.
         ValueError: for a bad `every`; for an optimizer that sets its own rate (those with an S
             per layer, Rprop), for LBFGS, for one that averages iterates (ASGD, schedule-free
             ones, which have train() and eval()), and for a group without a positive lr.
@@ -110,6 +111,8 @@ class Secant(Optimizer):
             raise ValueError(f"every must be an integer of at least 1, got {every!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
+        if law is not None and not isinstance(law, Law):
+            raise TypeError(f"law must be a Law or None, got {law!r}")
         for group in optimizer.param_groups:
             _check_lr(group.get("lr"), name)
         for group in optimizer.param_groups:
