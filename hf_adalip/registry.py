@@ -212,9 +212,10 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     known = [*list_optimizers(), *_torch_optimizers()]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}? " if near else ""
+    missing = "" if _has_timm() else ", which is not installed"
     raise ValueError(
         f"unknown optimizer {name!r}; {hint}list_optimizers() has {', '.join(_REGISTRY)}, "
-        f"and lip-NAME and secant-NAME for NAME of torch or timm{'' if _has_timm() else ', which is not installed'}"
+        f"and lip-NAME and secant-NAME for NAME of torch or timm{missing}"
         f" (none for {', '.join(sorted(_UNSUITED))})"
     )
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_adalip import AdamLip, Secant
+from hf_adalip import AdamLip, Secant, release_gradients
 from hf_adalip.optim.secant import Law, Probe, Rate
 from hf_adalip.optim.secant.law import next_probe
 from tests.optim.cases import assert_same
@@ -243,6 +244,75 @@ def test_one_copy_of_the_parameters_before_a_measurement_and_none_else() -> None
             assert bool(optimizer._previous) == (optimizer._step == optimizer._measured)
 
 
+# Gradients and step apart
+
+
+def gradients_of(model: nn.Module, step: int, share: float = 1.0) -> Any:
+    """A closure that zeroes nothing."""
+    x, y = batch(step)
+
+    def closure() -> Tensor:
+        loss = nn.functional.cross_entropy(model(x), y) * share
+        loss.backward()
+        return loss.detach()
+
+    return closure
+
+
+def test_gradients_and_then_a_step_are_a_step_with_a_closure() -> None:
+    model, optimizer = made(every=5)
+    expected = train(model, optimizer, range(15))
+    other, apart = made(every=5)
+    losses, due = [], []
+    for t in range(15):
+        due.append(apart.due)
+        losses.append(float(apart.compute_gradients(gradients_of(other, t))))
+        assert not apart.due
+        apart.step()
+        apart.zero_grad()
+    assert losses == expected
+    assert_same(other.state_dict(), model.state_dict())
+    assert apart.probes == optimizer.probes
+    assert due[0]
+    assert sum(due) == 1 + len(apart.probes) < 15
+
+
+@bases
+def test_accumulated_micro_batches_are_one_batch(base: str) -> None:
+    """Of equal ones, so that the one that is measured with is like the whole."""
+    torch.manual_seed(0)
+    rates = []
+    for parts in (1, 4):
+        p = nn.Parameter(torch.linspace(1, 2, 8, dtype=torch.float64))
+        optimizer = Secant(BASES[base]([p], 1.0), every=3)
+
+        def closure(p: Tensor = p, parts: int = parts) -> Tensor:
+            loss = p.square().sum() / parts
+            loss.backward()
+            return loss.detach()
+
+        for _ in range(8):
+            for _ in range(parts):
+                optimizer.compute_gradients(closure, accumulated=parts)
+            optimizer.step()
+            optimizer.zero_grad()
+        rates.append((optimizer.rate, *(x.r for x in optimizer.probes)))
+    assert rates[0] == pytest.approx(rates[1], rel=1e-6)
+
+
+def test_what_is_measured_is_not_clipped() -> None:
+    p, optimizer, _ = quadratic(2.0, every=1)
+    clips = []
+    for _ in range(8):
+        optimizer.compute_gradients(lambda: p.square().sum().backward() or 1.0)
+        clips.append(0.25 / float(nn.utils.clip_grad_norm_([p], 0.25)))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert max(clips) < 1
+    for clip, probe in zip(clips, optimizer.probes, strict=False):
+        assert probe.r == pytest.approx(1 - probe.rate * clip * 2.0, abs=1e-5)
+
+
 # The given learning rate
 
 
@@ -459,6 +529,62 @@ def test_a_measurement_needs_a_closure() -> None:
             assert_same(everything(model, optimizer), before)
             optimizer.step(closure)
     assert needed == 4
+
+
+def test_a_grad_scaler_is_refused() -> None:
+    model, optimizer = made()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = everything(model, optimizer)
+    scaler.scale(nn.functional.cross_entropy(model.eval()(batch(0)[0]), batch(0)[1])).backward()
+    with pytest.raises(RuntimeError, match="cannot be stepped by a GradScaler: .* train in bf16"):
+        scaler.step(optimizer)
+    assert_same(everything(model, optimizer), before)
+
+
+def test_gradients_that_are_freed_within_backward_are_refused() -> None:
+    model, optimizer = made()
+    before = everything(model, optimizer)
+
+    def stepped(param: Tensor) -> None:
+        param.data.sub_(param.grad)
+        param.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(stepped) for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="left no gradients: .* nothing may step or free them"):
+        train(model, optimizer, range(1))
+    assert_same(everything(model, optimizer), before)
+    for hook in hooks:
+        hook.remove()
+    train(model, optimizer, range(1))
+    with pytest.raises(TypeError, match="one of the six"):
+        release_gradients(optimizer)
+
+
+def test_a_step_that_only_makes_state_is_taken() -> None:
+    """As torch.distributed.checkpoint does before it loads one."""
+    model, optimizer = made(every=5)
+    train(model, optimizer, range(14))
+    saved = copy.deepcopy(get_state_dict(model, optimizer))
+    rng = torch.get_rng_state()
+    expected = train(model, optimizer, range(14, 26))
+    other, resumed = made(every=5)
+    set_state_dict(other, resumed, model_state_dict=saved[0], optim_state_dict=saved[1])
+    torch.set_rng_state(rng)
+    assert train(other, resumed, range(14, 26)) == expected
+    assert_same(other.state_dict(), model.state_dict())
+
+
+def test_a_state_without_the_copy_of_the_parameters_is_measured_later() -> None:
+    model, optimizer = made(every=5)
+    while optimizer._step < 20 or not optimizer.due:
+        train(model, optimizer, range(1))
+    state = optimizer.state_dict()
+    for own in state["state"].values():
+        own.pop("secant_previous", None)
+    other, resumed = made(every=5)
+    resumed.load_state_dict(state)
+    train(other, resumed, range(8))
+    assert len(resumed.probes) == 1
 
 
 def test_a_closure_that_draws_another_batch() -> None:
