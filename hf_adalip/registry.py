@@ -308,7 +308,8 @@ def describe_optimizer(optimizer: Optimizer) -> str:
         shown = {"every": optimizer.every}
         if optimizer.rate:
             shown["rate"] = float(f"{optimizer.rate:.3g}")
-    shown |= {key: value for key, value in group.items() if key not in NOT_DESCRIBED}
+    described = [key for key in group if key not in NOT_DESCRIBED and key[:7] != "secant_"]
+    shown |= {key: group[key] for key in described}
     name = type(optimizer).__name__
     if isinstance(optimizer, (Lipschitz, Secant)):
         name = f"{name}({type(optimizer.optimizer).__name__})"

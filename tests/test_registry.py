@@ -171,7 +171,7 @@ def test_secant_names_that_are_refused(name):
 
 
 def test_arguments_of_secant_and_its_base_are_checked():
-    with pytest.raises(TypeError, match="secant-sgd has no argument 'momentun'; did you mean mom"):
+    with pytest.raises(TypeError, match=r"secant-sgd has no argument 'momentun'; did you mean mom"):
         create_optimizer(model(), "secant-sgd", momentun=0.9)
     with pytest.raises(ValueError, match="every must be an integer"):
         create_optimizer(model(), "secant-sgd", every=0)

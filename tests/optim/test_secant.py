@@ -5,8 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -395,6 +401,42 @@ def test_resumes_bit_for_bit(base: str, steps: int) -> None:
     assert_same(everything(other, resumed), after)
 
 
+def run_saving(path: str, end: int) -> None:
+    """Goes on from what is at the path, if anything is; saved after each step."""
+    model, optimizer = made(every=5)
+    start = 0
+    if os.path.exists(path):
+        saved = torch.load(path, weights_only=True)
+        start = saved["step"]
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+    for t in range(start, end):
+        train(model, optimizer, range(t, t + 1))
+        torch.save({"step": t + 1} | everything(model, optimizer), f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_never_killed(tmp_path: Path) -> None:
+    """Four times, at whatever moment: a step in five is measured."""
+    run_saving(str(tmp_path / "whole"), 400)
+    path = tmp_path / "killed"
+    code = f"from tests.optim.test_secant import run_saving; run_saving({str(path)!r}, 400)"
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+        started = torch.load(path)["step"] if path.exists() else 0
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and process.poll() is None:
+            if path.exists() and torch.load(path)["step"] > started + 10:
+                break
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    run_saving(str(path), 400)
+    assert_same(torch.load(path), torch.load(tmp_path / "whole"))
+
+
 def test_copies_go_on_alike() -> None:
     model, optimizer = made(every=5)
     train(model, optimizer, range(10))
@@ -536,7 +578,7 @@ def test_a_grad_scaler_is_refused() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     before = everything(model, optimizer)
     scaler.scale(nn.functional.cross_entropy(model.eval()(batch(0)[0]), batch(0)[1])).backward()
-    with pytest.raises(RuntimeError, match="cannot be stepped by a GradScaler: .* train in bf16"):
+    with pytest.raises(RuntimeError, match=r"cannot be stepped by a GradScaler: .* train in bf16"):
         scaler.step(optimizer)
     assert_same(everything(model, optimizer), before)
 
@@ -550,7 +592,7 @@ def test_gradients_that_are_freed_within_backward_are_refused() -> None:
         param.grad = None
 
     hooks = [p.register_post_accumulate_grad_hook(stepped) for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="left no gradients: .* nothing may step or free them"):
+    with pytest.raises(RuntimeError, match=r"left no gradients: .* nothing may step or free them"):
         train(model, optimizer, range(1))
     assert_same(everything(model, optimizer), before)
     for hook in hooks:

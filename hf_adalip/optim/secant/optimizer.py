@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import ASGD, LBFGS, Optimizer, Rprop
 
 from ..estimator import is_number
+from ..sharding import is_dtensor
 from ..step import LayerwiseOptimizer
 from .law import Law, Rate, next_probe
 from .probe import Probe, measured
@@ -123,8 +124,6 @@ class Secant(Optimizer):
             raise TypeError(f"law must be a Law or None, got {law!r}")
         for group in optimizer.param_groups:
             _check_lr(group.get("lr"), name)
-        for group in optimizer.param_groups:
-            _refer(group)
         self.optimizer = optimizer
         self.every = every
         self.law = Law() if law is None else law
@@ -135,6 +134,8 @@ class Secant(Optimizer):
         self._measured = 0  # the step that is measured next, or was just taken to be measured
         self._schedule = 0.0  # s of the last step
         self._previous: dict[Tensor, Tensor] = {}
+        for group in optimizer.param_groups:
+            self._refer(group)
         # What torch does to make an optimizer of a dict: hooks, and the profiled step.
         self.__setstate__({})
 
@@ -168,7 +169,22 @@ class Secant(Optimizer):
         lr = param_group.get("lr", first["reference_lr"])
         _check_lr(lr, type(self.optimizer).__name__)
         self.optimizer.add_param_group({**param_group, "lr": lr})
-        _refer(self.param_groups[-1])
+        self._refer(self.param_groups[-1])
+
+    def _refer(self, group: dict[str, Any]) -> None:
+        group["reference_lr"] = float(group["lr"])
+        group["effective_lr"] = 0.0
+        # torch.distributed.checkpoint loads what groups have; up to date in `state_dict` only
+        group.update(self._numbers())
+
+    def _numbers(self) -> dict[str, Any]:
+        numbers = {
+            **self._now._asdict(),
+            "taken": self._step,
+            "measured": self._measured,
+            "schedule": self._schedule,
+        }
+        return {_KEY + key: value for key, value in numbers.items()}
 
     # What it says
 
@@ -195,21 +211,18 @@ class Secant(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base's state_dict; beside it the rate, what it follows from, and the parameters
         before a step that is to be measured."""
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        for group in self.param_groups:
+            group.update(self._numbers())
         packed = self.optimizer.state_dict()
-        numbers = {
-            **self._now._asdict(),
-            "taken": self._step,
-            "measured": self._measured,
-            "schedule": self._schedule,
-        }
-        own = {_KEY + key: value for key, value in numbers.items()}
-        packed["param_groups"] = [{**group, **own} for group in packed["param_groups"]]
         packed["state"] = dict(packed["state"])
+        # always there, since torch.distributed.checkpoint reads what a fresh optimizer would save
+        always = any(map(is_dtensor, self._parameters()))
         for key, param in zip(_ids(packed), self._parameters(), strict=True):
-            if param in self._previous:
-                kept = {_PREVIOUS: self._previous[param]}
+            if param in self._previous or (always and param.requires_grad):
+                before = self._previous.get(param)
+                kept = {_PREVIOUS: param.detach().clone() if before is None else before}
                 packed["state"][key] = {**packed["state"].get(key, {}), **kept}
         for after in self._optimizer_state_dict_post_hooks.values():
             packed = after(self, packed) or packed
@@ -220,13 +233,11 @@ class Secant(Optimizer):
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        wanted = [_KEY + key for key in (*Rate._fields, "taken", "measured", "schedule")]
+        groups = state_dict["param_groups"]
+        wanted = list(self._numbers())
         if missing := [key for key in (*wanted, "reference_lr") if key not in groups[0]]:
             raise ValueError(f"state_dict is not of Secant: its groups have no {missing[0]!r}")
         numbers = [groups[0][key] for key in wanted]
-        for group, key in itertools.product(groups, wanted):
-            del group[key]
         state, previous = {}, {}
         for key, saved in state_dict["state"].items():
             if isinstance(saved, dict) and _PREVIOUS in saved:
@@ -241,7 +252,7 @@ class Secant(Optimizer):
         self._previous = {
             param: previous[key].to(param.device, param.dtype, copy=True)
             for key, param in zip(_ids(state_dict), self._parameters(), strict=True)
-            if key in previous
+            if key in previous and self._step == self._measured
         }
         if self._step == self._measured and self._step and not self._previous:
             self._measured = next_probe(self._step, self.every)  # what saved it left the copy out
@@ -332,7 +343,7 @@ class Secant(Optimizer):
         return self._probe(closure) if self._previous else self._start(closure, accumulated)
 
     def _is_silent(self) -> bool:
-        """Whether it is the step by which torch.distributed.checkpoint makes an optimizer's state."""
+        """Whether it is that by which torch.distributed.checkpoint makes an optimizer's state."""
         return not self.rate and not any(float(group["lr"]) for group in self.param_groups)
 
     def _base_step(self, rate: float, scheduled: bool = True) -> None:
@@ -516,11 +527,6 @@ def _check_lr(lr: Any, name: str) -> None:
             f"{name} has a group with lr={lr!r}, and a schedule is measured against it: give it "
             "any positive number"
         )
-
-
-def _refer(group: dict[str, Any]) -> None:
-    group["reference_lr"] = float(group["lr"])
-    group["effective_lr"] = 0.0
 
 
 def _call(closure: Callable[[], Any]) -> Any:

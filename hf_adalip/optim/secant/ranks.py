@@ -2,9 +2,9 @@
 
 A rank may have a part of a parameter (FSDP2) and a part of the data (DDP, FSDP2). Slopes of parts
 of parameters are summed. Then they are averaged over the ranks: u is the same on all of them, so
-that the mean of the <g_r, u> is <the mean of the g_r, u>, whether the g_r are each rank's own (DDP's
-`no_sync`) or DDP has averaged them already and they are equal. What one rank cannot compute (inf,
-NaN) is inf or NaN for all.
+that the mean of the <g_r, u> is <the mean of the g_r, u>, whether the g_r are each rank's own
+(under DDP's `no_sync`) or DDP has averaged them already and they are equal. What one rank cannot
+compute (inf, NaN) is inf or NaN for all.
 """
 
 from __future__ import annotations

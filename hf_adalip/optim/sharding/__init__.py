@@ -23,6 +23,7 @@ __all__ = [
     "Place",
     "ReduceGroups",
     "Shard",
+    "is_dtensor",
     "is_fsdp1",
     "is_in_deepspeed",
     "is_model_parallel",
