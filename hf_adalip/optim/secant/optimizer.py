@@ -255,7 +255,8 @@ class Secant(Optimizer):
             if key in previous and self._step == self._measured
         }
         if self._step == self._measured and self._step and not self._previous:
-            self._measured = next_probe(self._step, self.every)  # what saved it left the copy out
+            # what saved it left the copy out, as torch's flattened states do
+            self._measured = next_probe(self._step, self.every)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
