@@ -6,7 +6,6 @@ import json
 import math
 
 import pytest
-import torch
 
 from tests.distributed.ranks import run
 
