@@ -17,8 +17,10 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from transformers import Trainer, TrainingArguments
 
-from hf_adalip import create_optimizer
+from hf_adalip import attach, create_optimizer, trainer_kwargs
+from hf_adalip.monitor import secant
 from tests.distributed import resharding
 from tests.distributed.engines import (
     Net,
@@ -148,8 +150,8 @@ def through_accelerate(micro):
     net = Net()
     net.unused, net.sometimes = None, nn.Linear(13, 13)
     net.sometimes.forward = lambda x, part=0: nn.Linear.forward(net.sometimes, x)
-    secant = create_optimizer(net, "secant-adamw", every=3)
-    model, optimizer = accelerator.prepare(net, secant)
+    found = create_optimizer(net, "secant-adamw", every=3)
+    model, optimizer = accelerator.prepare(net, found)
     share, rates = data_parallel_share("ddp"), []
     for index in range(STEPS * micro):
         x, y = batch(index)
@@ -160,13 +162,50 @@ def through_accelerate(micro):
             return loss.detach()
 
         with accelerator.accumulate(model):
-            secant.compute_gradients(closure, micro)
+            found.compute_gradients(closure, micro)
             optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            rates.append(secant.rate.hex())
+            rates.append(found.rate.hex())
     weights = torch.cat([p.detach().flatten() for p in net.parameters()])
     return {"rates": rates, "weights": weights.double().tolist(), "wrapped": type(model).__name__}
+
+
+class Classifier(Net):
+    """As Trainer wants it."""
+
+    def forward(self, x, labels):
+        return {"loss": nn.functional.cross_entropy(super().forward(x), labels)}
+
+
+def through_trainer(folder, micro):
+    """Under DDP, with `attach`."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    args = TrainingArguments(
+        f"{folder}/trainer",
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=micro,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    torch.manual_seed(0)
+    rows = [{"x": x, "labels": y} for i in range(STEPS) for x, y in zip(*batch(i), strict=True)]
+    trainer = Trainer(
+        Classifier(), args, train_dataset=rows, **trainer_kwargs("secant-adamw", every=3)
+    )
+    attach(trainer)
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    probes = secant(trainer.optimizer).probes
+    return {
+        "rates": [probe.rate.hex() for probe in probes],
+        "weights": weights.double().tolist(),
+        "wrapped": type(trainer.model_wrapped).__name__,
+    }
 
 
 def cases(folder):
@@ -192,6 +231,7 @@ def cases(folder):
     yield "fsdp1", refusal("fsdp1")
     for micro in (1, 2):
         yield f"accelerate, {micro}", through_accelerate(micro)
+        yield f"Trainer, {micro}", through_trainer(folder, micro)
     yield "fsdp2, kept back", kept_back()
 
 

@@ -10,6 +10,7 @@ import pytest
 from tests.distributed.ranks import run
 
 pytest.importorskip("accelerate")
+pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.slow
 
@@ -96,9 +97,10 @@ def test_a_flattened_state_loses_the_measurement_that_is_due(ranks):
         assert set(whole["steps"]) - set(resumed["steps"]) == {10}
 
 
-def test_accelerates_loop(ranks):
+@pytest.mark.parametrize("loop", ["accelerate", "Trainer"])
+def test_other_loops(ranks, loop):
     for micro in (1, 2):
-        one, other = (found[f"accelerate, {micro}"] for found in ranks)
+        one, other = (found[f"{loop}, {micro}"] for found in ranks)
         assert one["wrapped"] == "DistributedDataParallel"
         assert one["weights"] == other["weights"]
         assert len(set(one["rates"])) > 3
