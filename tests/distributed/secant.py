@@ -8,13 +8,15 @@ Rank 0 writes, for each case, what each rank found. Rates are as hex, to be comp
 from __future__ import annotations
 
 import math
+import os
 import sys
 from contextlib import nullcontext
 
 import accelerate
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import Trainer, TrainingArguments
@@ -178,8 +180,19 @@ class Classifier(Net):
         return {"loss": nn.functional.cross_entropy(super().forward(x), labels)}
 
 
+def choose_fsdp2():
+    """For what comes after it: accelerate has FSDP on GPUs only, unless it is told otherwise."""
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+    }
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+
+
 def through_trainer(folder, micro):
-    """Under DDP, with `attach`."""
+    """With `attach`."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     args = TrainingArguments(
@@ -199,7 +212,7 @@ def through_trainer(folder, micro):
     )
     attach(trainer)
     trainer.train()
-    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    weights = torch.cat([whole(p.detach()).flatten() for p in trainer.model.parameters()])
     probes = secant(trainer.optimizer).probes
     return {
         "rates": [probe.rate.hex() for probe in probes],
@@ -233,6 +246,9 @@ def cases(folder):
         yield f"accelerate, {micro}", through_accelerate(micro)
         yield f"Trainer, {micro}", through_trainer(folder, micro)
     yield "fsdp2, kept back", kept_back()
+    choose_fsdp2()
+    for micro in (1, 2):
+        yield f"Trainer with FSDP2, {micro}", through_trainer(folder, micro)
 
 
 def main():

@@ -97,13 +97,21 @@ def test_a_flattened_state_loses_the_measurement_that_is_due(ranks):
         assert set(whole["steps"]) - set(resumed["steps"]) == {10}
 
 
-@pytest.mark.parametrize("loop", ["accelerate", "Trainer"])
+@pytest.mark.parametrize("loop", ["accelerate", "Trainer", "Trainer with FSDP2"])
 def test_other_loops(ranks, loop):
+    wrapped = "FSDPClassifier" if "FSDP2" in loop else "DistributedDataParallel"
     for micro in (1, 2):
         one, other = (found[f"{loop}, {micro}"] for found in ranks)
-        assert one["wrapped"] == "DistributedDataParallel"
+        assert one["wrapped"] == wrapped
         assert one["weights"] == other["weights"]
         assert len(set(one["rates"])) > 3
+
+
+def test_trainer_under_fsdp2_is_as_under_ddp(ranks):
+    """Also while accumulating, where FSDP2 keeps back gradients, but not those measured."""
+    for micro, tolerance in ((1, 1e-3), (2, 0.1)):  # as without Trainer
+        rates = [ranks[0][f"Trainer{which}, {micro}"]["rates"] for which in (" with FSDP2", "")]
+        assert numbers(rates[0]) == pytest.approx(numbers(rates[1]), rel=tolerance)
 
 
 def test_what_is_refused(ranks):
