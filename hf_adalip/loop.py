@@ -45,7 +45,7 @@ from .diagnose.checks import Finding, diverged
 from .engines import WHOLE_ON_EVERY_PROCESS, cast_around, engine_name
 from .errors import Interrupted, SaveError, UsageError
 from .files import PARTIAL, saving, whole
-from .monitor import LayerRateHistory, layerwise, summary
+from .monitor import LayerRateHistory, layerwise, secant, secant_summary, summary
 from .options import Recipe, TrainingArguments, scheduler_factory
 from .publish.script import SCRIPT, running_script, versions
 from .registry import create_optimizer
@@ -269,10 +269,8 @@ class Training:
             with accelerator.accumulate(self.model):
                 labels = batch["labels"]
                 images, targets = augment(batch)
-                logits = self.model(images)
-                losses = F.cross_entropy(logits.float(), targets, reduction="none")
                 own, share = self._share_of_step(len(labels))
-                accelerator.backward(losses[:own].sum() * share)
+                logits, losses = self._gradients(images, targets, own, share)
                 if accelerator.sync_gradients and self.args.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
                 self.optimizer.step()
@@ -285,6 +283,28 @@ class Training:
                 self._after_step(losses.mean(), started)
                 if self.done:
                     break
+
+    def _gradients(
+        self, images: Tensor, targets: Tensor, own: int, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """Computes a batch's gradients; its logits, and the loss of each image."""
+        found: tuple[Tensor, Tensor] | None = None
+
+        def closure() -> Tensor:
+            nonlocal found
+            logits = self.model(images)
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            loss = losses[:own].sum() * share
+            self.accelerator.backward(loss)
+            found = logits, losses
+            return loss.detach()
+
+        if (measures := secant(self.optimizer)) is None:
+            closure()
+        else:  # calls it more than once, now and then
+            measures.compute_gradients(closure, self.accelerator.gradient_accumulation_steps)
+        assert found is not None
+        return found
 
     def _share_of_step(self, rows: int) -> tuple[int, float]:
         """How many rows of a batch are not filled up with images that the epoch has had, which are
@@ -356,7 +376,8 @@ class Training:
             self.rates.record(step, found)
         values = {"train_batch_loss": loss.item(), "learning_rate": self._learning_rate()}
         self.bar.set_postfix(loss=f"{values['train_batch_loss']:.4f}", refresh=False)
-        self.accelerator.log({**values, **summary(found)}, step=step)
+        values |= secant_summary(self.optimizer) | summary(found)
+        self.accelerator.log(values, step=step)
 
     def _learning_rate(self) -> float:
         """The largest of the groups', which is what was asked for where layers have less."""
@@ -505,6 +526,7 @@ class Training:
             "device": device_name(self.accelerator.device),
             "versions": versions(*VERSIONS, *self.recipe.libraries) | {"torch": torch.__version__},
             "nonfinite_steps": self.nonfinite_steps,
+            "secant_rate": secant_summary(self.optimizer).get("secant/rate"),
             "seconds": self.progress.seconds,
             "command": self.command,
             "epochs": epochs,

@@ -38,19 +38,24 @@ def _inside(optimizer: Any, kind: type[T]) -> T | None:
     return None
 
 
-def secant_summary(optimizer: Secant) -> dict[str, float]:
-    """The rate that was found and the last measurement.
+def secant_summary(optimizer: Any) -> dict[str, float]:
+    """The rate that a `Secant` has found, and its last measurement.
+
+    Args:
+        optimizer: a `Secant`, or what accelerate or a wrapper made of it.
 
     Returns:
         keys `secant/rate`, and after the first measurement `secant/r` and `secant/probes`, how
-        many there were since the training was started or resumed. Empty before the first step.
+        many there were since the training was started or resumed. Empty before the first step, and
+        for other optimizers.
     """
-    if not optimizer.rate:
+    found = secant(optimizer)
+    if found is None or not found.rate:
         return {}
-    found = {"secant/rate": optimizer.rate}
-    if optimizer.probes:
-        found |= {"secant/r": optimizer.probes[-1].r, "secant/probes": len(optimizer.probes)}
-    return found
+    values = {"secant/rate": found.rate}
+    if found.probes:
+        values |= {"secant/r": found.probes[-1].r, "secant/probes": float(len(found.probes))}
+    return values
 
 
 def summary(rates: Mapping[str, LayerRate]) -> dict[str, float]:

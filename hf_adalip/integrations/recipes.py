@@ -46,7 +46,7 @@ from ..data import on_hub, shortened
 from ..diagnose.checks import diverged
 from ..errors import DataError, DivergedError, Interrupted, SaveError, UsageError
 from ..files import MANIFEST, RESULTS, saving, whole
-from ..monitor import LayerRateHistory, layerwise
+from ..monitor import LayerRateHistory, layerwise, secant_summary
 from ..options import (
     OneLineErrors,
     check_bounds,
@@ -110,8 +110,9 @@ class RecipeArguments(TrainingArguments):  # type: ignore[misc]
     optim: str = field(
         default="adamlip",
         metadata={
-            "help": "adalip, rmslip, adamlip, adalipu, rmslipu, adamlipu or lip-NAME for an "
-            "optimizer NAME of torch; or one of Trainer's, to compare with: adamw_torch, sgd, ..."
+            "help": "adalip, rmslip, adamlip, adalipu, rmslipu, adamlipu, or lip-NAME or "
+            "secant-NAME for an optimizer NAME of torch; or one of Trainer's, to compare with: "
+            "adamw_torch, sgd, ..."
         },
     )
     optim_args: str | None = field(
@@ -670,6 +671,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "device": device_name(trainer.args.device),
         "versions": versions(*VERSIONS, *_LIBRARIES) | {"torch": torch.__version__},
         "nonfinite_steps": max((rate.nonfinite_steps for rate in rates.values()), default=0),
+        "secant_rate": secant_summary(trainer.optimizer).get("secant/rate"),
     }
 
 

@@ -345,8 +345,8 @@ def attach(  # noqa: C901 - with the callback inside of it
             for name, rate in rates.items() if attached["log_layers"] else ():
                 logs[f"lipschitz_scale/{name}"] = rate.scale
                 logs[f"layer_lr/{name}"] = rate.lr
-        if (finding := secant(trainer.optimizer)) is not None and "loss" in logs:
-            logs.update(secant_summary(finding))
+        if "loss" in logs:
+            logs.update(secant_summary(trainer.optimizer))
         log(logs, *args, **kwargs)
 
     def card_with_optimizer(*args: Any, **kwargs: Any) -> None:
