@@ -9,26 +9,57 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .files import whole
-from .optim import LayerRate, LayerwiseOptimizer
+from .optim import LayerRate, LayerwiseOptimizer, Secant
+
+T = TypeVar("T")
 
 
 def layerwise(optimizer: Any) -> LayerwiseOptimizer | None:
     """The optimizer with an S per layer inside what accelerate or a wrapper made of it, or None."""
+    return _inside(optimizer, LayerwiseOptimizer)
+
+
+def secant(optimizer: Any) -> Secant | None:
+    """The `Secant` inside what accelerate or a wrapper made of it, or None."""
+    return _inside(optimizer, Secant)
+
+
+def _inside(optimizer: Any, kind: type[T]) -> T | None:
     seen: set[int] = set()
     while optimizer is not None and id(optimizer) not in seen:
-        if isinstance(optimizer, LayerwiseOptimizer):
+        if isinstance(optimizer, kind):
             return optimizer
         seen.add(id(optimizer))
         # accelerate's AcceleratedOptimizer; DeepSpeed's, which are none of torch; timm's Lookahead
         attributes = getattr(optimizer, "__dict__", {})
         optimizer = attributes.get("optimizer", attributes.get("_base_optimizer"))
     return None
+
+
+def secant_summary(optimizer: Any) -> dict[str, float]:
+    """The rate that a `Secant` has found, and its last measurement.
+
+    Args:
+        optimizer: a `Secant`, or what accelerate or a wrapper made of it.
+
+    Returns:
+        keys `secant/rate`, and after the first measurement `secant/r` and `secant/probes`, how
+        many there were since the training was started or resumed. Empty before the first step, and
+        for other optimizers.
+    """
+    found = secant(optimizer)
+    if found is None or not found.rate:
+        return {}
+    values = {"secant/rate": found.rate}
+    if found.probes:
+        values |= {"secant/r": found.probes[-1].r, "secant/probes": float(len(found.probes))}
+    return values
 
 
 def summary(rates: Mapping[str, LayerRate]) -> dict[str, float]:
@@ -61,6 +92,9 @@ def summary(rates: Mapping[str, LayerRate]) -> dict[str, float]:
 
 RATES = "layer_learning_rates"
 """The name, without its ending, of the files with them in a run's folder."""
+
+PROBES = "secant"
+"""The name, without its ending, of the files with the measurements of a `Secant`."""
 
 RECORDS = 500
 """How often in a run the loss and the layers' learning rates are copied from the device."""
@@ -132,6 +166,24 @@ class LayerRateHistory:
         from .plots import draw_rates, save_figure
 
         save_figure(draw_rates(self, title), path)
+
+
+def save_probes(optimizer: Secant, folder: Path, title: str) -> None:
+    """Writes the measurements since the training was started or resumed to `secant.json` (lists of
+    step, rate and r) and draws them in `secant.png`; nothing if there were none.
+
+    Raises:
+        ImportError: without matplotlib, naming the extra that has it.
+        OSError: if a file cannot be written, naming it.
+    """
+    from .plots import draw_probes, save_figure
+
+    if not optimizer.probes:
+        return
+    probes = [probe for probe in optimizer.probes if probe.finite]
+    table = {key: [getattr(probe, key) for probe in probes] for key in ("step", "rate", "r")}
+    whole(folder / f"{PROBES}.json", lambda path: path.write_text(json.dumps(table)))
+    save_figure(draw_probes(table, title), folder / f"{PROBES}.png")
 
 
 NORMS = "records.json"

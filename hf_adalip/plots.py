@@ -46,6 +46,22 @@ def draw_rates(history: LayerRateHistory, title: str = "") -> Any:
     return figure
 
 
+def draw_probes(table: Mapping[str, Sequence[float]], title: str = "") -> Any:
+    """A figure of the rates that steps were measured at, and of r, over the steps."""
+    figure = figure_of(11.0, 4.2, title)
+    rate, r = figure.subplots(1, 2)
+    rate.plot(table["step"], table["rate"], color=COLOURS[0], marker=".")
+    rate.set(title="rate of the measured steps", xlabel=STEP, ylabel="rate", yscale="log")
+    plain_ticks(rate.yaxis)
+    r.plot(table["step"], table["r"], color=COLOURS[1], linestyle="", marker=".")
+    r.axhline(0.0, color="0.4", linestyle="--", linewidth=1.0)
+    # the slopes of noisy batches can have any ratio
+    r.set(title="r: slope after the step over slope before", xlabel=STEP, ylim=(-3.0, 2.0))
+    for axes in (rate, r):
+        axes.grid(alpha=0.3)
+    return figure
+
+
 def _height(layers: int) -> float:
     return 4.5 if layers <= LINES else min(14.0, 2.2 + 0.15 * layers)
 

@@ -28,15 +28,18 @@ from .optim import (
     Lipschitz,
     RMSLip,
     RMSLipU,
+    Secant,
 )
 from .optim.groups import STRUCTURE, checked_params
 from .optim.optimizer import LipOptimizer
 
 LIP_PREFIX = "lip-"
+SECANT_PREFIX = "secant-"
 
 NOT_DESCRIBED = {  # structure, or how rather than what is computed
     *("params", *STRUCTURE, "lr", "initial_lr", "lipschitz_step"),
     *("foreach", "fused", "capturable", "differentiable"),
+    *("reference_lr", "effective_lr"),
 }
 
 _WHAT_AND_WHICH = {"model_or_params", "params", "optimizer", "name", "defaults"}
@@ -44,6 +47,9 @@ _WHAT_AND_WHICH = {"model_or_params", "params", "optimizer", "name", "defaults"}
 
 _UNSUITED = {"lbfgs", "sparseadam", "asgd"}
 """Several gradients a step; sparse gradients; iterates of its own."""
+
+_UNSUITED_FOR_SECANT = {"rprop"}
+"""It sets step sizes of its own."""
 
 
 PEERS = {
@@ -60,7 +66,8 @@ class OptimizerInfo:
     Args:
         name: in lower case, without underscores (timm splits names at them).
         optimizer_class: a torch.optim.Optimizer class.
-        base: the class that S is on top of; for a `lip-` name, the one that is wrapped.
+        base: the class that S is on top of; for a `lip-` or `secant-` name, the one that is
+            wrapped.
         signal: what S is estimated from; None for an optimizer without S.
         reference: the algorithm or equation in the paper.
         defaults: arguments that differ from the class's own defaults.
@@ -92,14 +99,15 @@ class OptimizerInfo:
         object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
         if not self.description and self.base is not None:
             text = f"{self.base.__name__} with a learning rate per layer, from its {self.signal}s"
+            if self.optimizer_class is Secant:
+                text = f"{self.base.__name__} at a learning rate that it finds (experimental)"
             object.__setattr__(self, "description", text)
 
     @property
     def arguments_of(self) -> type[Optimizer]:
         """The class whose signature has the base optimizer's own arguments."""
-        return (
-            self.base if self.optimizer_class is Lipschitz and self.base else self.optimizer_class
-        )
+        wraps = self.optimizer_class in (Lipschitz, Secant)
+        return self.base if wraps and self.base else self.optimizer_class
 
     @property
     def takes_layers(self) -> bool:
@@ -124,7 +132,7 @@ class OptimizerInfo:
         """An optimizer over `params`; `arguments` win over `defaults`.
 
         For a `lip-` name, arguments of `Lipschitz` go there, and the others to the base; `fused`
-        is for both, where the base has it.
+        is for both, where the base has it. For a `secant-` name likewise with `Secant`.
 
         Raises:
             TypeError: for an argument that the class does not take.
@@ -133,10 +141,10 @@ class OptimizerInfo:
         make = cast("Any", self.optimizer_class)
         self.check_names(arguments)
         params = checked_params(params)
-        if not issubclass(self.optimizer_class, Lipschitz):
+        if not issubclass(self.optimizer_class, (Lipschitz, Secant)):
             return cast("Optimizer", make(params, **arguments))
         base = cast("Any", self.base)
-        own = set(inspect.signature(Lipschitz).parameters) - {"optimizer"}
+        own = set(inspect.signature(self.optimizer_class).parameters) - {"optimizer"}
         shared = {"fused"} & set(inspect.signature(base).parameters)
         wrapped = {key: value for key, value in arguments.items() if key not in own - shared}
         arguments = {key: value for key, value in arguments.items() if key in own}
@@ -169,7 +177,7 @@ def list_optimizers(
 def list_optimizers(
     filter: str = "*", with_description: bool = False
 ) -> list[str] | list[tuple[str, str]]:
-    """Names with an S per layer: the registered ones, and `lip-` over every torch optimizer.
+    """Names: the registered ones, and `lip-` and `secant-` over the optimizers of torch.
 
     Args:
         filter: a wildcard pattern, such as "adam*" or "lip-*".
@@ -184,7 +192,9 @@ def list_optimizers(
     """
     if not isinstance(filter, str):
         raise TypeError(f'filter must be a pattern such as "adam*", got {filter!r}')
-    names = [*_REGISTRY, *(LIP_PREFIX + name for name in _torch_optimizers())]
+    torchs = _torch_optimizers()
+    names = [*_REGISTRY, *(LIP_PREFIX + name for name in torchs)]
+    names += [SECANT_PREFIX + name for name in torchs if name not in _UNSUITED_FOR_SECANT]
     found = sorted(name for name in names if fnmatchcase(name, filter.lower()))
     if with_description:
         return [(name, get_optimizer_info(name).description) for name in found]
@@ -194,10 +204,10 @@ def list_optimizers(
 def get_optimizer_info(name: str) -> OptimizerInfo:
     """The record of a name.
 
-    A registered name; `lip-NAME`, for `Lipschitz` over the optimizer NAME of torch or, if it is
-    installed, timm; or, to compare with, the plain name of a torch optimizer ("adam", "sgd"),
-    "prodigy" of prodigyopt or "adamwschedulefree" of schedulefree. Not LBFGS, SparseAdam and ASGD,
-    which S cannot be put on top of.
+    A registered name; `lip-NAME` and `secant-NAME`, for `Lipschitz` and `Secant` over the optimizer
+    NAME of torch or, if it is installed, timm; or, to compare with, the plain name of a torch
+    optimizer ("adam", "sgd"), "prodigy" of prodigyopt or "adamwschedulefree" of schedulefree. Not
+    LBFGS, SparseAdam and ASGD, which neither can be put on top of, nor Rprop under `Secant`.
 
     Raises:
         ValueError: for an unknown name, with the nearest known ones; for one of a package that is
@@ -212,9 +222,10 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     known = [*list_optimizers(), *_torch_optimizers(), *PEERS]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}? " if near else ""
+    missing = "" if _has_timm() else ", which is not installed"
     raise ValueError(
         f"unknown optimizer {name!r}; {hint}list_optimizers() has {', '.join(_REGISTRY)}, "
-        f"and lip-NAME for NAME of torch or timm{'' if _has_timm() else ', which is not installed'}"
+        f"and lip-NAME and secant-NAME for NAME of torch or timm{missing}"
         f" (none for {', '.join(sorted(_UNSUITED))})"
     )
 
@@ -234,6 +245,13 @@ def _find(key: str) -> OptimizerInfo | None:
                 reference="Eqs. 6-9",
                 defaults=defaults,
             )
+    elif key.startswith(SECANT_PREFIX):
+        name = key.removeprefix(SECANT_PREFIX)
+        found = None if name in _UNSUITED_FOR_SECANT else _base_optimizer(name)
+        if found is not None:
+            base, defaults = found
+            # the rate found does not depend on it, and a group's lr then is what the schedule says
+            return OptimizerInfo(key, Secant, base=base, defaults={**defaults, "lr": 1.0})
     elif key in _torch_optimizers():
         cls = _torch_optimizers()[key]
         return OptimizerInfo(key, cls, base=cls, description=f"torch.optim.{cls.__name__}")
@@ -258,10 +276,11 @@ def create_optimizer(
 
     Args:
         model_or_params: a model, or what torch optimizers take. From a model come the
-            parameters' names, `layers="module"` as the default, and the weight-decay split of
-            `parameter_groups`.
+            parameters' names, `layers="module"` as the default, for `Secant` its `model`, and the
+            weight-decay split of `parameter_groups`.
         name: see `get_optimizer_info`.
-        lr: learning rate; None for the optimizer's default.
+        lr: learning rate; None for the optimizer's default. For a `secant-` name only what a
+            schedule multiplies, 1 by default.
         weight_decay: λ; None for what was registered as the name's default, else 0 (also for
             AdamW, whose class has 0.01).
         **arguments: of the optimizer.
@@ -285,6 +304,8 @@ def create_optimizer(
         params = parameter_groups(model_or_params, arguments["weight_decay"], split)
         if info.takes_layers:
             arguments.setdefault("layers", "module")
+        if info.optimizer_class is Secant:
+            arguments.setdefault("model", model_or_params)
     takes_decay = "weight_decay" in inspect.signature(info.arguments_of).parameters
     if not takes_decay and not arguments["weight_decay"]:
         del arguments["weight_decay"]  # Rprop, for one, has none
@@ -294,15 +315,22 @@ def create_optimizer(
 def describe_optimizer(optimizer: Optimizer) -> str:
     """An optimizer and its hyperparameters in a line, for model cards and results.
 
-    The learning rate is the one before any schedule; of values that differ between groups, those
-    of the first group with the largest weight decay.
+    The learning rate is the one before any schedule (`rate` for the one that `Secant` has found so
+    far); of values that differ between groups, those of the first group with the largest weight
+    decay.
     """
     group = max(optimizer.param_groups, key=lambda group: group.get("weight_decay", 0.0))
-    shown = {"lr": group.get("initial_lr", group["lr"])}
-    shown |= {key: value for key, value in group.items() if key not in NOT_DESCRIBED}
+    shown: dict[str, Any] = {"lr": group.get("initial_lr", group["lr"])}
+    if isinstance(optimizer, Secant):
+        shown = {"every": optimizer.every}
+        if optimizer.rate:
+            shown["rate"] = float(f"{optimizer.rate:.3g}")
+    described = [key for key in group if key not in NOT_DESCRIBED and key[:7] != "secant_"]
+    shown |= {key: group[key] for key in described}
     name = type(optimizer).__name__
-    if isinstance(optimizer, Lipschitz):
+    if isinstance(optimizer, (Lipschitz, Secant)):
         name = f"{name}({type(optimizer.optimizer).__name__})"
+    if isinstance(optimizer, Lipschitz):
         shown |= optimizer.hyperparameters
     if isinstance(optimizer, LayerwiseOptimizer):
         shown["layers"] = optimizer.layers

@@ -151,6 +151,21 @@ def test_the_card_says_how_the_run_came_about(run: Path) -> None:
     assert str(run) not in card.text
 
 
+def test_the_card_of_secant_has_the_rate_that_was_found(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    found = results(run) | {
+        "optimizer": "secant-adamw",
+        "optimizer_arguments": {"every": 50, "weight_decay": 0.1},
+        "learning_rate": 1.0,
+        "secant_rate": 0.00123456,
+    }
+    (folder / "all_results.json").write_text(json.dumps(found))
+    text = prepare(folder, REPO)["README.md"]
+    assert isinstance(text, bytes)
+    assert "| learning rate | 0.00123 at the end, found |" in text.decode()
+    assert "| optimizer | Secant(AdamW) with every=50, " in text.decode()
+
+
 def stub(folder: Path, name: str, version: str) -> None:
     """An empty wheel, for a dependency that is to be resolved but is here already."""
     stem = f"{canonicalize_name(name).replace('-', '_')}-{version}"

@@ -97,6 +97,7 @@ def start(*options: str) -> subprocess.Popen[bytes]:
         ("adamlipu", 0.78),
         ("adam", 0.78),
         ("lip-nadam", 0.78),
+        ("secant-adamw", 0.78),
     ],
 )
 def test_every_optimizer_learns(optim: str, least: float, tmp_path: Path) -> None:
@@ -125,6 +126,22 @@ def test_results_say_how_they_came_about(tmp_path: Path) -> None:
     rates = json.loads((tmp_path / "out" / "layer_learning_rates.json").read_text())
     assert list(rates["lr"]) == ["conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"]
     assert rates["steps"] == [1, 2, 3]
+
+
+def test_secant_needs_no_learning_rate_and_resumes(tmp_path: Path) -> None:
+    """Bit for bit; the given lr is what a schedule multiplies."""
+    options = (*SHORT, "--optim=secant-sgd", "--per_device_train_batch_size=32")
+    options += ("--gradient_accumulation_steps=2", "--checkpointing_steps=1")
+    assert recipe(*options, f"--output_dir={tmp_path / 'out'}") == 0
+    for name, more in (
+        ("lr", ["--learning_rate=1e-6"]),
+        ("resumed", [f"--resume_from_checkpoint={tmp_path / 'out' / 'step_2'}"]),
+        ("between", [f"--resume_from_checkpoint={tmp_path / 'out' / 'step_1'}"]),
+    ):
+        assert recipe(*options, *more, f"--output_dir={tmp_path / name}") == 0
+        found = [results(tmp_path / folder) for folder in ("out", name)]
+        assert found[0]["secant_rate"] == found[1]["secant_rate"] > 0
+        assert found[0]["eval_loss"] == found[1]["eval_loss"]
 
 
 def test_steps_left_out_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,6 +130,57 @@ def test_lip_names_wrap_any_torch_optimizer(base):
     assert optimizer.param_groups[0]["layer_names"][0] == "0"
 
 
+@pytest.mark.parametrize("base", ["sgd", "nadam", "adamw", "adafactor", "lamb"])
+def test_secant_names_wrap_any_torch_or_timm_optimizer(base):
+    if base == "lamb":
+        pytest.importorskip("timm")
+    net = model()
+    optimizer = create_optimizer(net, f"secant-{base}", weight_decay=0.1, every=7)
+    assert type(optimizer) is hf_adalip.Secant
+    assert type(optimizer.optimizer).__name__.lower() == base
+    assert optimizer.every == 7
+    assert optimizer._model is net
+    groups = optimizer.param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1.0, 0.1), (1.0, 0.0)]
+    params = list(model().parameters())
+    other = create_optimizer(params, f"secant-{base}", lr=0.3)
+    assert other._model is None
+    assert other.param_groups[0]["lr"] == 0.3
+
+
+def test_secant_names_are_listed_and_described():
+    names = list_optimizers("secant-*")
+    assert {"secant-adamw", "secant-sgd"} < set(names)
+    assert not {"secant-rprop", "secant-lbfgs", "secant-asgd", "secant-sparseadam"} & set(names)
+    for name, description in list_optimizers("secant-*", with_description=True):
+        info = get_optimizer_info(name)
+        assert info.optimizer_class is hf_adalip.Secant
+        assert not info.takes_layers
+        assert (
+            description == f"{info.base.__name__} at a learning rate that it finds (experimental)"
+        )
+    optimizer = create_optimizer(model(), "secant-adamw", weight_decay=0.1, every=7)
+    text = describe_optimizer(optimizer)
+    assert text.startswith("Secant(AdamW) with every=7, ")
+    assert "weight_decay=0.1" in text
+    assert "lr" not in text
+
+
+@pytest.mark.parametrize("name", ["secant-rprop", "secant-lbfgs", "secant-adamlip", "secant-"])
+def test_secant_names_that_are_refused(name):
+    with pytest.raises(ValueError, match=f"unknown optimizer '{name}'"):
+        get_optimizer_info(name)
+
+
+def test_arguments_of_secant_and_its_base_are_checked():
+    with pytest.raises(TypeError, match=r"secant-sgd has no argument 'momentun'; did you mean mom"):
+        create_optimizer(model(), "secant-sgd", momentun=0.9)
+    with pytest.raises(ValueError, match="every must be an integer"):
+        create_optimizer(model(), "secant-sgd", every=0)
+    with pytest.raises(TypeError, match="law must be a Law or None, got 'fast'"):
+        create_optimizer(model(), "secant-sgd", law="fast")
+
+
 @pytest.mark.skipif(bool(cpu.missing()), reason=f"needs {cpu.missing()}")
 def test_fused_is_for_lipschitz_and_its_base():
     assert create_optimizer(model(), "lip-adamw", fused=False).param_groups[0]["fused"] is False

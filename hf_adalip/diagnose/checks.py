@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..monitor import layerwise
+from ..monitor import layerwise, secant
 from ..optim import LayerRate, LayerwiseOptimizer
 from ..registry import NOT_DESCRIBED, list_optimizers
 from .watched import Clipping, Losses
@@ -98,7 +98,9 @@ def configured_optimizer(trainer: Trainer) -> Finding | None:
 def dropped_optimizer(trainer: Trainer) -> Finding | None:
     """`optimizers=` under DeepSpeed, for which Trainer makes another one."""
     given = trainer.optimizer
-    if not trainer.is_deepspeed_enabled or given is None or layerwise(given) is not given:
+    if not trainer.is_deepspeed_enabled or given is None:
+        return None
+    if layerwise(given) is not given and secant(given) is not given:
         return None
     name = type(given).__name__
     return Finding(
@@ -126,7 +128,8 @@ def other_optimizer(trainer: Trainer) -> Finding | None:
 
     if given is not None:
         name = type(getattr(given, "optimizer", given)).__name__  # accelerate's wrapper
-        what, ours = f"the {name} of optimizers=(...)", layerwise(given) is not None
+        what = f"the {name} of optimizers=(...)"
+        ours = layerwise(given) is not None or secant(given) is not None
     else:
         made = trainer.optimizer_cls_and_kwargs is None
         own = type(trainer).create_optimizer is not Trainer.create_optimizer

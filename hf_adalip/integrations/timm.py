@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from ..optim import Lipschitz
+from ..optim import Lipschitz, Secant
 from ..registry import LIP_PREFIX, OptimizerInfo, get_optimizer_info, list_optimizers
 
 
@@ -21,6 +21,9 @@ def register() -> None:
     timm gives no parameter names, so layers are tensors (as by default in the classes, which are
     what timm's registry holds); for layers="module" pass
     `param_group_fn=lambda model: parameter_groups(model, weight_decay)`, of `hf_adalip.layers`.
+
+    `secant-` names are for loops of one's own, which pass `model=model` on to `Secant` and step it
+    with a closure: timm's train.py has none, and the first step says so.
 
     An optimizer without weight decay, which timm always passes, is left out; it warns of those
     that were registered here.
@@ -73,23 +76,23 @@ def register() -> None:
 
 
 _wrapped: dict[tuple[str, type[Optimizer]], type[Any]] = {}
-"""The classes that timm has of `lip-` names."""
+"""The classes that timm has of `lip-` and `secant-` names."""
 
 
 def _class_of(info: OptimizerInfo) -> type[Optimizer]:
     """The class that timm calls with parameters and arguments.
 
-    `Lipschitz` is called with an optimizer instead: for a `lip-` name it is a class that makes
-    that optimizer first, and whose instances are plain `Lipschitz`.
+    `Lipschitz` and `Secant` are called with an optimizer instead: for a `lip-` or `secant-` name it
+    is a class that makes that optimizer first, and whose instances are plain ones of them.
     """
-    base = info.base
-    if info.optimizer_class is not Lipschitz or base is None:
-        return info.optimizer_class
+    kind, base = info.optimizer_class, info.base
+    if kind not in (Lipschitz, Secant) or base is None:
+        return kind
 
-    def new(_: type[Lipschitz], params: ParamsT, **arguments: Any) -> Optimizer:
+    def new(_: type[Optimizer], params: ParamsT, **arguments: Any) -> Optimizer:
         return info.create(params, **arguments)
 
     key = info.name, base
     if key not in _wrapped:
-        _wrapped[key] = type(f"Lipschitz{base.__name__}", (Lipschitz,), {"__new__": new})
+        _wrapped[key] = type(f"{kind.__name__}{base.__name__}", (kind,), {"__new__": new})
     return _wrapped[key]

@@ -25,7 +25,17 @@ from ..diagnose.checks import (
     nothing_to_train,
     replaced_options,
 )
-from ..monitor import RATES, RECORDS, LayerRateHistory, layerwise, summary
+from ..monitor import (
+    RATES,
+    RECORDS,
+    LayerRateHistory,
+    layerwise,
+    save_probes,
+    secant,
+    secant_summary,
+    summary,
+)
+from ..optim import Secant
 from ..plots import figure_of
 from ..registry import (
     PEERS,
@@ -35,6 +45,7 @@ from ..registry import (
     list_optimizers,
 )
 from .arguments import convert_arguments
+from .secant import measure_training_steps, refuse_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,8 +89,11 @@ class ModelOptimizer:
                 for i, param in enumerate(group["params"])
             ]
             groups += [{**group, "params": params}] if params else []
-        if get_optimizer_info(name).takes_layers:
+        info = get_optimizer_info(name)
+        if info.takes_layers:
             arguments.setdefault("layers", "module")
+        if info.optimizer_class is Secant:
+            arguments.setdefault("model", model)
         return create_optimizer(groups, name, **arguments)
 
 
@@ -95,14 +109,14 @@ def trainer_kwargs(name: str, **hyperparameters: Any) -> dict[str, Any]:
         name: a name of the registry.
         **hyperparameters: the optimizer's. They count as given: Trainer does not put in
             `learning_rate`, `weight_decay` or `adam_beta1` of TrainingArguments, so `lr` has
-            to be here.
+            to be here, but for a `secant-` name, which finds its own; call `attach` then.
 
     Raises:
         ValueError, TypeError: for an unknown name, a bad value or an argument that the optimizer
             does not take, now rather than when training starts.
     """
-    get_optimizer_info(name)
-    if hyperparameters.get("lr") is None:
+    finds_its_own = get_optimizer_info(name).optimizer_class is Secant
+    if hyperparameters.get("lr") is None and not finds_its_own:
         raise ValueError(
             "trainer_kwargs needs lr: Trainer does not pass TrainingArguments.learning_rate on; "
             f'write trainer_kwargs("{name}", lr=args.learning_rate)'
@@ -120,6 +134,9 @@ def register() -> None:
     Learning rate, weight decay and, for Adam's kin, betas and epsilon come from the training
     arguments; `--optim_args gamma=0.9,layers=tensor` adds the rest. A `training_args.bin` saved
     with such a value can be read only after this call. May be called more than once.
+
+    A Trainer with a `secant-` name has to be given to `attach`, which is done already for scripts
+    run by `python -m hf_adalip.run`.
 
     Raises:
         ImportError: if transformers is not there, or is a version whose tables are unknown here.
@@ -187,18 +204,26 @@ def attach(  # noqa: C901 - with the callback inside of it
     that is not finite or no better than guessing; and, in a resumed training, of options that the
     checkpoint has replaced.
 
+    With `Secant` (`--optim secant-adamw`, `trainer_kwargs("secant-adamw")` or
+    `optimizers=(Secant(...), None)`) it is what lets it measure: now and then Trainer's
+    `training_step` is called once more for the same batch, at the parameters before the last step.
+    All that is in it is the same in both calls; it must not count its calls or draw data itself.
+    The logs have `secant/rate` and the last `secant/r` then, and of the warnings only that of the
+    end is given.
+
     Args:
         trainer: before `train()`. Called again with the same one, it changes the two options.
         log_layers: log every layer's values too.
         plot: at the end of the training, write S and A of every layer over the steps to
-            `layer_learning_rates.png` (and `.json`) in the output_dir; needs matplotlib.
+            `layer_learning_rates.png` (and `.json`) in the output_dir; with `Secant`, the rate
+            and r of all measurements to `secant.png` (and `.json`). Needs matplotlib.
 
     Raises:
         TypeError: for anything but a Trainer.
         ImportError: for `plot` without matplotlib.
         RuntimeError: if DeepSpeed is on and Trainer was given `optimizers=`, which it would drop;
             if an engine's flat tensors do not tell layers apart; or, when training starts, if the
-            optimizer has no S.
+            optimizer has no S and is no `Secant`, or is a `Secant` under DeepSpeed or with fp16.
     """
     from transformers import Trainer, TrainerCallback
 
@@ -234,6 +259,9 @@ def attach(  # noqa: C901 - with the callback inside of it
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             optimizer = kwargs.get("optimizer")
             found = layerwise(optimizer)
+            if found is None and (finding := secant(optimizer)) is not None:
+                refuse_trainer(trainer, finding)
+                return
             if found is None and not attached["required"]:
                 return
             if found is None:
@@ -270,6 +298,12 @@ def attach(  # noqa: C901 - with the callback inside of it
                 rates_of.save(folder / f"{RATES}.json")
                 name = type(layerwise(kwargs.get("optimizer"))).__name__
                 rates_of.plot(folder / f"{RATES}.png", f"{name}, {state.global_step} steps")
+            finding = secant(kwargs.get("optimizer"))
+            if attached["plot"] and finding is not None and state.is_world_process_zero:
+                folder = Path(args.output_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                title = f"Secant({type(finding.optimizer).__name__}), {state.global_step} steps"
+                save_probes(finding, folder, title)
             warn_once(watch.findings())
             whole_epochs = state.epoch is not None and state.epoch >= 1 and state.global_step >= 50
             chance = chance_loss(trainer)
@@ -294,6 +328,7 @@ def attach(  # noqa: C901 - with the callback inside of it
         watched.watched = True  # type: ignore[attr-defined]
         trainer.accelerator.clip_grad_norm_ = watched
 
+    measure_training_steps(trainer)
     log, create_model_card = trainer.log, trainer.create_model_card
     training_step = trainer.training_step
 
@@ -316,6 +351,8 @@ def attach(  # noqa: C901 - with the callback inside of it
             for name, rate in rates.items() if attached["log_layers"] else ():
                 logs[f"lipschitz_scale/{name}"] = rate.scale
                 logs[f"layer_lr/{name}"] = rate.lr
+        if "loss" in logs:
+            logs.update(secant_summary(trainer.optimizer))
         log(logs, *args, **kwargs)
 
     def card_with_optimizer(*args: Any, **kwargs: Any) -> None:
@@ -362,10 +399,13 @@ def _true_hyperparameters(trainer: Trainer) -> Iterator[None]:
 
     def extract_true(of: Trainer) -> dict[str, Any]:
         found: dict[str, Any] = extract(of)
-        optimizer = layerwise(trainer.optimizer)
+        finding = secant(trainer.optimizer)
+        optimizer = layerwise(trainer.optimizer) or finding
         if of is trainer and optimizer is not None:
             group = optimizer.param_groups[0]
             found["learning_rate"] = float(group.get("initial_lr", group["lr"]))
+            if finding is not None:
+                found["learning_rate"] = f"{finding.rate:.3g} at the end, found by Secant"
             found["optimizer"] = describe_optimizer(optimizer)
         return found
 

@@ -85,7 +85,7 @@ def eval_results(results: Mapping[str, Any], url: str) -> str | None:
         task_id=results.get("dataset_config_name") or "default",
         value=value,
         source_url=url,
-        notes=f"{name} of {results['optimizer']}, lr {results['learning_rate']:g}, "
+        notes=f"{name} of {results['optimizer']}, lr {_learning_rate(results)}, "
         f"seed {results['seed']}, by this repository's train.py",
     )
     return str(yaml.safe_dump(to_yaml([entry]), sort_keys=False))
@@ -140,7 +140,7 @@ def model_card(
     hyperparameters = {**optimizer.param_groups[0], **getattr(optimizer, "hyperparameters", {})}
     training = {
         "optimizer": describe_optimizer(optimizer),
-        "learning rate": f"{results['learning_rate']:g}",
+        "learning rate": _learning_rate(results),
         "γ": hyperparameters.get("gamma"),
         "c": hyperparameters.get("c"),
         "layers": getattr(optimizer, "layers", None),
@@ -210,6 +210,11 @@ def _engine(results: Mapping[str, Any]) -> str | None:
     """What spread the model over processes, if anything did."""
     engine = results.get("engine")
     return None if engine in ("none", "DDP") else engine
+
+
+def _learning_rate(results: Mapping[str, Any]) -> str:
+    rate = results.get("secant_rate")
+    return f"{rate:.3g} at the end, found" if rate else f"{results['learning_rate']:g}"
 
 
 def _joined(results: Mapping[str, Any], *keys: str) -> str | None:

@@ -169,3 +169,102 @@ def test_the_loss_scale_does_not_matter(name):
             [rate.scale for rate in layerwise(optimizer).layer_learning_rates().values()]
         )
     assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+# Secant, which is given closures
+
+
+def secant_run(**kwargs):
+    accelerator = accelerate.Accelerator(cpu=True, **kwargs)
+    model = net()
+    secant = create_optimizer(model, "secant-adamw", every=3)
+    loader = torch.utils.data.DataLoader(data(24), batch_size=8)
+    model, optimizer, loader = accelerator.prepare(model, secant, loader)
+    return accelerator, model, optimizer, loader, secant
+
+
+def secant_train(accelerator, model, optimizer, loader, secant):
+    for x, y in loader:
+
+        def closure(x=x, y=y):
+            loss = nn.functional.cross_entropy(model(x), y)
+            accelerator.backward(loss)
+            return loss.detach()
+
+        with accelerator.accumulate(model):
+            secant.compute_gradients(closure, accelerator.gradient_accumulation_steps)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_secant_goes_on_bit_for_bit(tmp_path, micro, precision):
+    options = {"gradient_accumulation_steps": micro, "mixed_precision": precision}
+    run = secant_run(**options)
+    secant_train(*run)
+    assert run[-1]._step == 24 // micro
+    assert len(run[-1].probes) > 3
+    run[0].save_state(str(tmp_path))
+    secant_train(*run)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    again = secant_run(**options)
+    again[0].load_state(str(tmp_path))
+    secant_train(*again)
+    for p, q in zip(run[1].parameters(), again[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert again[-1].rate == run[-1].rate
+
+
+def test_a_prepared_secant_steps_with_a_closure():
+    """Without accumulation torch's own way works, too: it is the same."""
+    accelerator, model, optimizer, loader, secant = secant_run()
+    for x, y in loader:
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            accelerator.backward(loss)
+            return loss.detach()
+
+        optimizer.step(closure)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    other = secant_run()
+    for x, y in other[3]:
+
+        def gradients(x=x, y=y):
+            loss = nn.functional.cross_entropy(other[1](x), y)
+            other[0].backward(loss)
+            return loss.detach()
+
+        other[-1].compute_gradients(gradients)
+        other[2].step()
+        other[2].zero_grad()
+    assert other[-1].probes == secant.probes
+    for p, q in zip(model.parameters(), other[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_prepared_secant_without_a_closure_says_what_to_do():
+    accelerator, model, optimizer, loader, _ = secant_run()
+    x, y = next(iter(loader))
+    accelerator.backward(nn.functional.cross_entropy(model(x), y))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"optimizer\.compute_gradients\(closure\) before step"):
+        optimizer.step()
+    assert_same(model.state_dict(), before)
+
+
+def test_secant_refuses_accelerates_scaler():
+    accelerate.Accelerator(cpu=True)
+    model = net()
+    secant = create_optimizer(model, "secant-adamw")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    wrapped = accelerate.optimizer.AcceleratedOptimizer(secant, scaler=scaler)
+    scaler.scale(model(torch.ones(1, 5)).sum()).backward()
+    with pytest.raises(RuntimeError, match="cannot be stepped by a GradScaler"):
+        wrapped.step()

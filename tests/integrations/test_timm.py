@@ -62,6 +62,26 @@ def test_timms_factory_trains_a_vit(model, name):
     model.load_state_dict(dict(zip(dict(model.named_parameters()), before, strict=True)), False)
 
 
+def test_secant_from_timms_factory_takes_a_closure(model):
+    optimizer = create_optimizer_v2(model, "secant-adamw", weight_decay=0.05, model=model)
+    assert type(optimizer) is hf_adalip.Secant
+    assert {group["lr"] for group in optimizer.param_groups} == {1.0}
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        train(model, optimizer, steps=1)
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 0]))
+        loss.backward()
+        return loss.detach()
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = [optimizer.step(closure) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    model.load_state_dict(before)
+
+
 def test_what_timm_cannot_have_is_told(monkeypatch):
     monkeypatch.setattr("hf_adalip.registry._REGISTRY", {})
     hf_adalip.register_optimizer(hf_adalip.OptimizerInfo("mine", torch.optim.Rprop))

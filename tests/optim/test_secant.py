@@ -5,16 +5,23 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_adalip import AdamLip, Secant
+from hf_adalip import AdamLip, Secant, release_gradients
 from hf_adalip.optim.secant import Law, Probe, Rate
 from hf_adalip.optim.secant.law import next_probe
 from tests.optim.cases import assert_same
@@ -243,6 +250,75 @@ def test_one_copy_of_the_parameters_before_a_measurement_and_none_else() -> None
             assert bool(optimizer._previous) == (optimizer._step == optimizer._measured)
 
 
+# Gradients and step apart
+
+
+def gradients_of(model: nn.Module, step: int, share: float = 1.0) -> Any:
+    """A closure that zeroes nothing."""
+    x, y = batch(step)
+
+    def closure() -> Tensor:
+        loss = nn.functional.cross_entropy(model(x), y) * share
+        loss.backward()
+        return loss.detach()
+
+    return closure
+
+
+def test_gradients_and_then_a_step_are_a_step_with_a_closure() -> None:
+    model, optimizer = made(every=5)
+    expected = train(model, optimizer, range(15))
+    other, apart = made(every=5)
+    losses, due = [], []
+    for t in range(15):
+        due.append(apart.due)
+        losses.append(float(apart.compute_gradients(gradients_of(other, t))))
+        assert not apart.due
+        apart.step()
+        apart.zero_grad()
+    assert losses == expected
+    assert_same(other.state_dict(), model.state_dict())
+    assert apart.probes == optimizer.probes
+    assert due[0]
+    assert sum(due) == 1 + len(apart.probes) < 15
+
+
+@bases
+def test_accumulated_micro_batches_are_one_batch(base: str) -> None:
+    """Of equal ones, so that the one that is measured with is like the whole."""
+    torch.manual_seed(0)
+    rates = []
+    for parts in (1, 4):
+        p = nn.Parameter(torch.linspace(1, 2, 8, dtype=torch.float64))
+        optimizer = Secant(BASES[base]([p], 1.0), every=3)
+
+        def closure(p: Tensor = p, parts: int = parts) -> Tensor:
+            loss = p.square().sum() / parts
+            loss.backward()
+            return loss.detach()
+
+        for _ in range(8):
+            for _ in range(parts):
+                optimizer.compute_gradients(closure, accumulated=parts)
+            optimizer.step()
+            optimizer.zero_grad()
+        rates.append((optimizer.rate, *(x.r for x in optimizer.probes)))
+    assert rates[0] == pytest.approx(rates[1], rel=1e-6)
+
+
+def test_what_is_measured_is_not_clipped() -> None:
+    p, optimizer, _ = quadratic(2.0, every=1)
+    clips = []
+    for _ in range(8):
+        optimizer.compute_gradients(lambda: p.square().sum().backward() or 1.0)
+        clips.append(0.25 / float(nn.utils.clip_grad_norm_([p], 0.25)))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert max(clips) < 1
+    for clip, probe in zip(clips, optimizer.probes, strict=False):
+        assert probe.r == pytest.approx(1 - probe.rate * clip * 2.0, abs=1e-5)
+
+
 # The given learning rate
 
 
@@ -323,6 +399,42 @@ def test_resumes_bit_for_bit(base: str, steps: int) -> None:
     assert_same(resumed.state_dict(), saved["optimizer"])
     assert train(other, resumed, range(steps, steps + 12)) == expected
     assert_same(everything(other, resumed), after)
+
+
+def run_saving(path: str, end: int) -> None:
+    """Goes on from what is at the path, if anything is; saved after each step."""
+    model, optimizer = made(every=5)
+    start = 0
+    if os.path.exists(path):
+        saved = torch.load(path, weights_only=True)
+        start = saved["step"]
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+    for t in range(start, end):
+        train(model, optimizer, range(t, t + 1))
+        torch.save({"step": t + 1} | everything(model, optimizer), f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_never_killed(tmp_path: Path) -> None:
+    """Four times, at whatever moment: a step in five is measured."""
+    run_saving(str(tmp_path / "whole"), 400)
+    path = tmp_path / "killed"
+    code = f"from tests.optim.test_secant import run_saving; run_saving({str(path)!r}, 400)"
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+        started = torch.load(path)["step"] if path.exists() else 0
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and process.poll() is None:
+            if path.exists() and torch.load(path)["step"] > started + 10:
+                break
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    run_saving(str(path), 400)
+    assert_same(torch.load(path), torch.load(tmp_path / "whole"))
 
 
 def test_copies_go_on_alike() -> None:
@@ -459,6 +571,62 @@ def test_a_measurement_needs_a_closure() -> None:
             assert_same(everything(model, optimizer), before)
             optimizer.step(closure)
     assert needed == 4
+
+
+def test_a_grad_scaler_is_refused() -> None:
+    model, optimizer = made()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = everything(model, optimizer)
+    scaler.scale(nn.functional.cross_entropy(model.eval()(batch(0)[0]), batch(0)[1])).backward()
+    with pytest.raises(RuntimeError, match=r"cannot be stepped by a GradScaler: .* train in bf16"):
+        scaler.step(optimizer)
+    assert_same(everything(model, optimizer), before)
+
+
+def test_gradients_that_are_freed_within_backward_are_refused() -> None:
+    model, optimizer = made()
+    before = everything(model, optimizer)
+
+    def stepped(param: Tensor) -> None:
+        param.data.sub_(param.grad)
+        param.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(stepped) for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"left no gradients: .* nothing may step or free them"):
+        train(model, optimizer, range(1))
+    assert_same(everything(model, optimizer), before)
+    for hook in hooks:
+        hook.remove()
+    train(model, optimizer, range(1))
+    with pytest.raises(TypeError, match="one of the six"):
+        release_gradients(optimizer)
+
+
+def test_a_step_that_only_makes_state_is_taken() -> None:
+    """As torch.distributed.checkpoint does before it loads one."""
+    model, optimizer = made(every=5)
+    train(model, optimizer, range(14))
+    saved = copy.deepcopy(get_state_dict(model, optimizer))
+    rng = torch.get_rng_state()
+    expected = train(model, optimizer, range(14, 26))
+    other, resumed = made(every=5)
+    set_state_dict(other, resumed, model_state_dict=saved[0], optim_state_dict=saved[1])
+    torch.set_rng_state(rng)
+    assert train(other, resumed, range(14, 26)) == expected
+    assert_same(other.state_dict(), model.state_dict())
+
+
+def test_a_state_without_the_copy_of_the_parameters_is_measured_later() -> None:
+    model, optimizer = made(every=5)
+    while optimizer._step < 20 or not optimizer.due:
+        train(model, optimizer, range(1))
+    state = optimizer.state_dict()
+    for own in state["state"].values():
+        own.pop("secant_previous", None)
+    other, resumed = made(every=5)
+    resumed.load_state_dict(state)
+    train(other, resumed, range(8))
+    assert len(resumed.probes) == 1
 
 
 def test_a_closure_that_draws_another_batch() -> None:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.optim import ASGD, LBFGS, Optimizer, Rprop
 
 from ..estimator import is_number
+from ..sharding import is_dtensor
 from ..step import LayerwiseOptimizer
 from .law import Law, Rate, next_probe
-from .probe import Probe, measured, slope
+from .probe import Probe, measured
+from .ranks import any_rank, average_gradients, refuse_engines, slope
 
 _KEY = "secant_"
 """Marks what is ours in a state_dict."""
@@ -63,8 +65,15 @@ class Secant(Optimizer):
     they were made with give the proportions between them. `group["effective_lr"]` is what the
     last step was taken with.
 
+    Where something comes between gradients and step (clipping, gradient accumulation), see
+    `compute_gradients`. For transformers' Trainer there is `hf_adalip.attach`.
+
     It is a torch.optim.Optimizer itself, with the base's param_groups and state. Between a step
-    that is to be measured and the next it keeps one copy of the parameters, else nothing.
+    that is to be measured and the next it keeps one copy of the parameters, else nothing. There is
+    one rate for all layers, so it has no `layer_learning_rates()`.
+
+    Under DDP and FSDP2 all ranks measure in the same steps and find the same rate, bit for bit.
+    GradScaler, DeepSpeed and FSDP1 are refused, by the first step.
 
     Args:
         optimizer: the base optimizer; step it only through this one.
@@ -75,7 +84,8 @@ class Secant(Optimizer):
         law: how the rate follows the measurements.
 
     Raises:
-        TypeError: if `optimizer` is not a torch.optim.Optimizer, or `model` not a module.
+        TypeError: if `optimizer` is not a torch.optim.Optimizer, `model` not a module or `law`
+            not a `Law`.
         ValueError: for a bad `every`; for an optimizer that sets its own rate (those with an S
             per layer, Rprop), for LBFGS, for one that averages iterates (ASGD, schedule-free
             ones, which have train() and eval()), and for a group without a positive lr.
@@ -110,10 +120,10 @@ class Secant(Optimizer):
             raise ValueError(f"every must be an integer of at least 1, got {every!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
+        if law is not None and not isinstance(law, Law):
+            raise TypeError(f"law must be a Law or None, got {law!r}")
         for group in optimizer.param_groups:
             _check_lr(group.get("lr"), name)
-        for group in optimizer.param_groups:
-            _refer(group)
         self.optimizer = optimizer
         self.every = every
         self.law = Law() if law is None else law
@@ -124,6 +134,8 @@ class Secant(Optimizer):
         self._measured = 0  # the step that is measured next, or was just taken to be measured
         self._schedule = 0.0  # s of the last step
         self._previous: dict[Tensor, Tensor] = {}
+        for group in optimizer.param_groups:
+            self._refer(group)
         # What torch does to make an optimizer of a dict: hooks, and the profiled step.
         self.__setstate__({})
 
@@ -157,7 +169,22 @@ class Secant(Optimizer):
         lr = param_group.get("lr", first["reference_lr"])
         _check_lr(lr, type(self.optimizer).__name__)
         self.optimizer.add_param_group({**param_group, "lr": lr})
-        _refer(self.param_groups[-1])
+        self._refer(self.param_groups[-1])
+
+    def _refer(self, group: dict[str, Any]) -> None:
+        group["reference_lr"] = float(group["lr"])
+        group["effective_lr"] = 0.0
+        # torch.distributed.checkpoint loads what groups have; up to date in `state_dict` only
+        group.update(self._numbers())
+
+    def _numbers(self) -> dict[str, Any]:
+        numbers = {
+            **self._now._asdict(),
+            "taken": self._step,
+            "measured": self._measured,
+            "schedule": self._schedule,
+        }
+        return {_KEY + key: value for key, value in numbers.items()}
 
     # What it says
 
@@ -166,26 +193,36 @@ class Secant(Optimizer):
         """The rate that was found, which the schedule multiplies; 0 before the first step."""
         return self._now.rate
 
+    @property
+    def due(self) -> bool:
+        """Whether the coming step needs a closure: it is the first, or measures the one before."""
+        return not self.rate or bool(self._previous)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler.step asks for first."""
+        raise RuntimeError(
+            "Secant cannot be stepped by a GradScaler: gradients times a scale that changes say "
+            "nothing of how far to go; train in bf16, which needs no GradScaler"
+        )
+
     # Its state
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state_dict; beside it the rate, what it follows from, and the parameters
         before a step that is to be measured."""
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        for group in self.param_groups:
+            group.update(self._numbers())
         packed = self.optimizer.state_dict()
-        numbers = {
-            **self._now._asdict(),
-            "taken": self._step,
-            "measured": self._measured,
-            "schedule": self._schedule,
-        }
-        own = {_KEY + key: value for key, value in numbers.items()}
-        packed["param_groups"] = [{**group, **own} for group in packed["param_groups"]]
         packed["state"] = dict(packed["state"])
+        # always there, since torch.distributed.checkpoint reads what a fresh optimizer would save
+        always = any(map(is_dtensor, self._parameters()))
         for key, param in zip(_ids(packed), self._parameters(), strict=True):
-            if param in self._previous:
-                kept = {_PREVIOUS: self._previous[param]}
+            if param in self._previous or (always and param.requires_grad):
+                before = self._previous.get(param)
+                kept = {_PREVIOUS: param.detach().clone() if before is None else before}
                 packed["state"][key] = {**packed["state"].get(key, {}), **kept}
         for after in self._optimizer_state_dict_post_hooks.values():
             packed = after(self, packed) or packed
@@ -196,13 +233,11 @@ class Secant(Optimizer):
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        wanted = [_KEY + key for key in (*Rate._fields, "taken", "measured", "schedule")]
+        groups = state_dict["param_groups"]
+        wanted = list(self._numbers())
         if missing := [key for key in (*wanted, "reference_lr") if key not in groups[0]]:
             raise ValueError(f"state_dict is not of Secant: its groups have no {missing[0]!r}")
         numbers = [groups[0][key] for key in wanted]
-        for group, key in itertools.product(groups, wanted):
-            del group[key]
         state, previous = {}, {}
         for key, saved in state_dict["state"].items():
             if isinstance(saved, dict) and _PREVIOUS in saved:
@@ -217,8 +252,11 @@ class Secant(Optimizer):
         self._previous = {
             param: previous[key].to(param.device, param.dtype, copy=True)
             for key, param in zip(_ids(state_dict), self._parameters(), strict=True)
-            if key in previous
+            if key in previous and self._step == self._measured
         }
+        if self._step == self._measured and self._step and not self._previous:
+            # what saved it left the copy out, as torch's flattened states do
+            self._measured = next_probe(self._step, self.every)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -243,15 +281,17 @@ class Secant(Optimizer):
                 the base's state are as before then.
         """
         loss = None
-        if not self.rate or self._previous:
-            if closure is None:
-                raise RuntimeError(
-                    f"step {self._step + 1} measures how far to go and needs a closure; "
-                    "call optimizer.step(closure)"
-                )
-            loss = self._probe(closure) if self._previous else self._start(closure)
-        elif closure is not None:
-            loss = _call(closure)
+        if closure is not None:
+            loss = self._evaluate(closure)
+        elif self._is_silent():
+            return self.optimizer.step()
+        elif self.due:
+            raise RuntimeError(
+                f"step {self._step + 1} measures how far to go and needs a closure; call "
+                "optimizer.step(closure), or optimizer.compute_gradients(closure) before step(); "
+                "for transformers' Trainer, call hf_adalip.attach(trainer) before train(). "
+                "DeepSpeed's engine and timm's train.py have no closure: choose others"
+            )
         if not self._measured:
             self._measured = self._step + 1
         if self._step + 1 == self._measured:
@@ -263,6 +303,49 @@ class Secant(Optimizer):
             raise
         self._step += 1
         return loss
+
+    @torch.no_grad()
+    def compute_gradients(self, closure: Callable[[], Any], accumulated: int = 1) -> Any:
+        """What `step(closure)` does before it steps, for loops with something in between.
+
+            loss = optimizer.compute_gradients(closure)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        What is measured are the closure's gradients, before clipping. With gradient accumulation,
+        call it for every micro-batch: the first of a step is the one that is measured with, at both
+        points. (Not under FSDP2's `set_requires_gradient_sync(False)`, which keeps gradients back.)
+
+        Args:
+            closure: computes loss and gradients of a batch, and returns the loss. It need not zero
+                the gradients; where something is measured that is done before each call.
+            accumulated: how many micro-batches the step sums up.
+
+        Returns:
+            the closure's loss; the gradients are where they would be without a measurement.
+
+        Raises:
+            RuntimeError: as `step`.
+        """
+        if not self.due:
+            return _call(closure)
+
+        def zeroed() -> Any:
+            self.zero_grad()
+            return closure()
+
+        return self._evaluate(zeroed, accumulated)
+
+    def _evaluate(self, closure: Callable[[], Any], accumulated: int = 1) -> Any:
+        if not self.due:
+            return _call(closure)
+        models = [] if self._model is None else self._model.parameters()
+        refuse_engines(itertools.chain(self._parameters(), models))
+        return self._probe(closure) if self._previous else self._start(closure, accumulated)
+
+    def _is_silent(self) -> bool:
+        """Whether it is that by which torch.distributed.checkpoint makes an optimizer's state."""
+        return not self.rate and not any(float(group["lr"]) for group in self.param_groups)
 
     def _base_step(self, rate: float, scheduled: bool = True) -> None:
         """Steps the base with a rate; the groups' lr are as before then."""
@@ -297,11 +380,11 @@ class Secant(Optimizer):
             _swap(params, olds)
             try:
                 _call(closure)
-                before = self._slope(params, [p - q for p, q in zip(params, olds, strict=True)])
+                before = slope(params, [p - q for p, q in zip(params, olds, strict=True)])
             finally:
                 _swap(params, olds)
         loss = _call(closure)
-        after = self._slope(params, [q - p for p, q in zip(params, olds, strict=True)])
+        after = slope(params, [q - p for p, q in zip(params, olds, strict=True)])
         self._previous = {}
         rate = self.rate * self._schedule
         if rate > 0.0:  # else no step was taken
@@ -311,45 +394,52 @@ class Secant(Optimizer):
         self._measured = next_probe(self._step, self.every)
         return loss
 
-    def _start(self, closure: Callable[[], Any]) -> Any:
+    def _start(self, closure: Callable[[], Any], accumulated: int) -> Any:
         """Finds a rate to start with: where the slope of this batch vanishes along its own step.
 
         Returns:
             the loss; the gradients are of this batch.
         """
         params = [p for p in self._parameters() if p.requires_grad]
+        before = [p.clone() for p in params]
         with self._unseen():
-            expected = _loss(closure)
-            if all(p.grad is None for p in params):
-                raise RuntimeError("the closure left no gradients: it must call loss.backward()")
-            norm = self._slope(params, params)[1].sqrt()
-            # At rate 1, and not at a small one: in p - a·u little would be left of a small a·u.
-            before = [p.clone() for p in params]
             try:
-                # The step that this gradient leads to once momentum has built up.
+                expected = _loss(closure)
+                if any_rank(params, all(p.grad is None for p in params)):
+                    raise RuntimeError(
+                        "the closure left no gradients: it must call loss.backward(), and nothing "
+                        "may step or free them within it (an optimizer in backward hooks, FSDP2's "
+                        "gradients that are kept back while accumulating)"
+                    )
+                norm = slope(params, params)[1].sqrt()
+                average_gradients(params)
+                torch._foreach_mul_([p.grad for p in params if p.grad is not None], accumulated)
+                # The step that this gradient leads to once momentum has built up. At rate 1, and
+                # not at a small one: in p - a·u little would be left of a small a·u.
                 with self._base_unchanged():
                     for _ in range(_SETTLING):
                         _restore(params, before)
                         self._base_step(1.0, scheduled=False)
                 steps = [q - p for p, q in zip(params, before, strict=True)]
                 _restore(params, before)
-                bound = self._bound(closure, params, before, steps)
+                bound = self._bound(closure, params, before, steps, accumulated)
             finally:
                 _restore(params, before)
         loss = _call(closure)
-        _check_same("loss", expected, float(loss))
-        _check_same("gradient norm", float(norm), float(self._slope(params, params)[1].sqrt()))
+        _check_same(params, "loss", expected, float(loss))
+        _check_same(params, "gradient norm", float(norm), float(slope(params, params)[1].sqrt()))
         first = self.param_groups[0]
         self._now = self.law.start(bound, float(first["lr"]) / first["reference_lr"])
         return loss
 
     def _bound(
         self, closure: Callable[[], Any], params: list[Tensor], before: list[Tensor],
-        steps: list[Tensor],
+        steps: list[Tensor], accumulated: int,
     ) -> float:  # fmt: skip
         """The rate a at which <g(p - a·u), u> vanishes."""
-        sizes = [math.sqrt(float(self._slope([], x)[2])) for x in (before, steps)]
-        start = self._slope(params, steps)
+        sizes = [math.sqrt(float(slope(params, x, False)[2])) for x in (before, steps)]
+        start = slope(params, steps)
+        start[0] /= accumulated  # the closure's own gradient again
         if not sizes[1] or not torch.isfinite(start).all() or not start[0] * self._sign > 0:
             raise RuntimeError(
                 "no rate can be found from the first batch: its gradient is zero or not finite, "
@@ -357,10 +447,11 @@ class Secant(Optimizer):
             )
         a = _STARTING_STEP * (sizes[0] or 1.0) / sizes[1]
         for _ in range(_TRIALS):
-            torch._foreach_sub_(params, steps, alpha=a)
+            for param, step in zip(params, steps, strict=True):
+                param.sub_(step, alpha=a)
             with self._unseen():
                 _call(closure)
-            end = self._slope(params, steps)
+            end = slope(params, steps)
             _restore(params, before)
             probe = measured(0, 1.0, start, end, self._sign)
             factor = 0.1
@@ -370,12 +461,6 @@ class Secant(Optimizer):
             if abs(math.log(factor)) < _SETTLED:
                 break
         return a
-
-    def _slope(self, params: list[Tensor], steps: list[Tensor]) -> Tensor:
-        grads = [p.grad for p in params] or [None] * len(steps)
-        if any(grad is not None and grad.is_sparse for grad in grads):
-            raise RuntimeError("Secant takes no sparse gradients; use sparse=False")
-        return slope(grads, steps)
 
     @property
     def _sign(self) -> float:
@@ -445,11 +530,6 @@ def _check_lr(lr: Any, name: str) -> None:
         )
 
 
-def _refer(group: dict[str, Any]) -> None:
-    group["reference_lr"] = float(group["lr"])
-    group["effective_lr"] = 0.0
-
-
 def _call(closure: Callable[[], Any]) -> Any:
     with torch.enable_grad():
         return closure()
@@ -462,9 +542,9 @@ def _loss(closure: Callable[[], Any]) -> float:
     return float(loss)
 
 
-def _check_same(what: str, expected: float, got: float) -> None:
+def _check_same(params: list[Tensor], what: str, expected: float, got: float) -> None:
     """Whether the closure is a function of the parameters; up to what kernels do in any order."""
-    if abs(got - expected) > 1e-2 * abs(expected):
+    if any_rank(params, abs(got - expected) > 1e-2 * abs(expected)):
         raise RuntimeError(
             f"the closure's {what} is {expected:.6g} and, called again at the same parameters, "
             f"{got:.6g}: in every call of a step it must zero the gradients and see the same batch "

@@ -46,8 +46,8 @@ class Probe(NamedTuple):
         return all(map(math.isfinite, (self.e0, self.e1, self.scale)))
 
 
-def slope(grads: Sequence[Tensor | None], steps: Sequence[Tensor]) -> Tensor:
-    """<g, d>, ‖g‖² and ‖d‖² over all tensors, as a vector of three numbers on the device.
+def slopes(grads: Sequence[Tensor | None], steps: Sequence[Tensor]) -> Tensor:
+    """<g, d>, ‖g‖² and ‖d‖² of each tensor, as rows on the device of the first.
 
     Args:
         grads: a gradient for each tensor, or None.
@@ -61,18 +61,18 @@ def slope(grads: Sequence[Tensor | None], steps: Sequence[Tensor]) -> Tensor:
         size = torch.dot(step, step)
         rows.append(torch.cat([dots * (grad is not None), size[None]]))
     home = rows[0].device
-    return torch.stack([row.to(home) for row in rows]).sum(0)
+    return torch.stack([row.to(home) for row in rows])
 
 
 def measured(step: int, rate: float, before: Tensor, after: Tensor, sign: float = 1.0) -> Probe:
-    """The probe of what `slope` found before and after a step of this rate; the only copy to the
-    host.
+    """The probe of what `slopes` come to before and after a step of this rate; the only copy to
+    the host.
 
     Args:
         step: t.
         rate: the a that the step was taken with.
-        before: `slope` at the parameters before the step.
-        after: `slope` at those after it.
+        before: the sum of `slopes` at the parameters before the step.
+        after: the same at those after it.
         sign: -1 where the loss is maximized.
     """
     (d0, g0, d), (d1, g1, _) = torch.stack([before, after]).tolist()

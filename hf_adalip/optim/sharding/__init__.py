@@ -14,6 +14,7 @@ from .deepspeed import FlatTensors, is_in_flat_tensor, zero3_shape
 from .dtensor import DTensorShard, is_dtensor, is_model_parallel
 from .fsdp1 import FSDP1Shard, is_fsdp1, refuse_if_fsdp1_took_all
 from .reduce import ReduceGroups, sum_over_shards
+from .replicas import mean_over, replica_groups
 from .shard import Place, Shard
 from .wrappers import wrappers
 
@@ -22,9 +23,14 @@ __all__ = [
     "Place",
     "ReduceGroups",
     "Shard",
+    "is_dtensor",
+    "is_fsdp1",
+    "is_in_deepspeed",
     "is_model_parallel",
     "is_sharded",
+    "mean_over",
     "refuse_if_fsdp1_took_all",
+    "replica_groups",
     "shard_of",
     "sum_over_shards",
     "whole_shape",
@@ -47,5 +53,10 @@ def whole_shape(param: Tensor) -> torch.Size:
 
 def is_sharded(param: Tensor) -> bool:
     """Whether any engine has taken the parameter apart."""
-    marks = (is_dtensor, is_fsdp1, is_model_parallel, is_in_flat_tensor)
-    return hasattr(param, "ds_id") or any(mark(param) for mark in marks)
+    marks = (is_dtensor, is_fsdp1, is_model_parallel, is_in_deepspeed)
+    return any(mark(param) for mark in marks)
+
+
+def is_in_deepspeed(param: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO has taken the parameter of the model."""
+    return hasattr(param, "ds_id") or is_in_flat_tensor(param)

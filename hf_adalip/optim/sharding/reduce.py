@@ -34,7 +34,7 @@ def sum_over_shards(values: Tensor, reduce_groups: Sequence[ReduceGroups]) -> Te
     values = values.clone()
     for group, indices in rows.items():
         everything = indices == list(range(len(reduce_groups)))
-        part = (values if everything else values[indices]).to(_device_of(group, values.device))
+        part = (values if everything else values[indices]).to(device_of(group, values.device))
         dist.all_reduce(part, group=group)
         if everything:
             values = part.to(values.device)
@@ -43,7 +43,7 @@ def sum_over_shards(values: Tensor, reduce_groups: Sequence[ReduceGroups]) -> Te
     return values
 
 
-def _device_of(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+def device_of(group: dist.ProcessGroup, device: torch.device) -> torch.device:
     """A device that the group's backends can reduce on: not the CPU, to which an engine has
     offloaded its states, when there is only NCCL."""
     devices = [entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")]

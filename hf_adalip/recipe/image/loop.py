@@ -32,7 +32,17 @@ from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-un
 
 from ...errors import SaveError, UsageError
 from ...files import PARTIAL, saving, whole
-from ...monitor import NORMS, RATES, RECORDS, LayerRateHistory, NormHistory, layerwise, summary
+from ...monitor import (
+    NORMS,
+    RATES,
+    RECORDS,
+    LayerRateHistory,
+    NormHistory,
+    layerwise,
+    secant,
+    secant_summary,
+    summary,
+)
 from ...publish.script import running_script
 from ...registry import create_optimizer
 from ..checkpoints import check_contents, put_in_place, replacing, write_manifest
@@ -256,10 +266,8 @@ class Training:
             with accelerator.accumulate(self.model):
                 labels = batch["labels"]
                 pixels, targets = augment(batch)
-                logits = self.model(pixels)
-                losses = F.cross_entropy(logits.float(), targets, reduction="none")
                 own, share = share_of_step(len(labels), progress.batch, size, images, accelerator)
-                accelerator.backward(losses[:own].sum() * share)
+                logits, losses = self._gradients(pixels, targets, own, share)
                 if accelerator.sync_gradients and self.args.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
                 self.optimizer.step()
@@ -272,6 +280,28 @@ class Training:
                 self._after_step(losses.mean(), started)
                 if self.done:
                     break
+
+    def _gradients(
+        self, images: Tensor, targets: Tensor, own: int, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """Computes a batch's gradients; its logits, and the loss of each image."""
+        found: tuple[Tensor, Tensor] | None = None
+
+        def closure() -> Tensor:
+            nonlocal found
+            logits = self.model(images)
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            loss = losses[:own].sum() * share
+            self.accelerator.backward(loss)
+            found = logits, losses
+            return loss.detach()
+
+        if (measures := secant(self.optimizer)) is None:
+            closure()
+        else:  # calls it more than once, now and then
+            measures.compute_gradients(closure, self.accelerator.gradient_accumulation_steps)
+        assert found is not None
+        return found
 
     def _after_step(self, loss: Tensor, started: float) -> None:
         progress = self.progress
@@ -302,7 +332,8 @@ class Training:
             self.rates.record(step, found)
         values = {"train_batch_loss": loss.item(), "learning_rate": self._learning_rate()}
         self.bar.set_postfix(loss=f"{values['train_batch_loss']:.4f}", refresh=False)
-        self.accelerator.log({**values, **summary(found)}, step=step)
+        values |= secant_summary(self.optimizer) | summary(found)
+        self.accelerator.log(values, step=step)
 
     def _learning_rate(self) -> float:
         """The largest of the groups', which is what was asked for where layers have less."""
@@ -440,6 +471,7 @@ class Training:
             "parameters": self.parameters,
             **facts(self.accelerator.device, *self.recipe.libraries),
             "nonfinite_steps": self.nonfinite_steps,
+            "secant_rate": secant_summary(self.optimizer).get("secant/rate"),
             "seconds": self.progress.seconds,
             "command": self.command,
             "epochs": self.progress.epochs,

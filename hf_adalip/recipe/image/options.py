@@ -70,8 +70,9 @@ class TrainingArguments:
     per_device_eval_batch_size: int = option(500, "the same in evaluation", int)
     optim: str = option(
         "adamlip",
-        "adalip, rmslip, adamlip, adalipu, rmslipu, adamlipu, lip-NAME or NAME for an optimizer "
-        "NAME of torch.optim (sgd, rmsprop, adam, ...), or another registered name",
+        "adalip, rmslip, adamlip, adalipu, rmslipu, adamlipu or lionlip; lip-NAME, secant-NAME or "
+        "NAME for an optimizer NAME of torch.optim (sgd, rmsprop, adam, ...); or another name of the "
+        "registry",
     )
     optim_args: str = option("", "further arguments of the optimizer: key=value,key=value")
     layers: str | None = option(

@@ -72,8 +72,9 @@ class RecipeArguments(TrainingArguments):  # type: ignore[misc]
     optim: str = field(
         default="adamlip",
         metadata={
-            "help": "adalip, rmslip, adamlip, adalipu, rmslipu, adamlipu or lip-NAME for an "
-            "optimizer NAME of torch; or one of Trainer's, to compare with: adamw_torch, sgd, ..."
+            "help": "adalip, rmslip, adamlip, adalipu, rmslipu, adamlipu, lionlip, or lip-NAME or "
+            "secant-NAME for an optimizer NAME of torch; or one of Trainer's, to compare with: "
+            "adamw_torch, sgd, ..."
         },
     )
     optim_args: str | None = field(

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from ...monitor import LayerRateHistory
+from ...monitor import LayerRateHistory, secant_summary
 from ..run import facts, nonfinite_steps, said_of_nonfinite
 
 
@@ -60,6 +60,7 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
         "trainable_parameters": trainer.get_num_trainable_parameters(),
         **facts(trainer.args.device, *_LIBRARIES),
         "nonfinite_steps": nonfinite_steps(trainer.optimizer),
+        "secant_rate": secant_summary(trainer.optimizer).get("secant/rate"),
     }
 
 
