@@ -12,7 +12,8 @@ from typing import Any
 
 from ..monitor import RATES, LayerRateHistory
 from ..plots import COLOURS, figure_of, plain_ticks
-from .report_study import CONSTANT, RUNS, Arm, Metric, Study, Trial, shown
+from .report_study import RUNS, Arm, Metric, StudyResults, Trial, shown
+from .study import CONSTANT
 from .tables import capital, near_best, number, short
 
 RECORDS = "records.json"
@@ -63,7 +64,7 @@ class Line:
     look: Look
 
 
-def draw(study: Study, schedule: str, arms: Sequence[Arm]) -> list[Picture | Missing]:
+def draw(study: StudyResults, schedule: str, arms: Sequence[Arm]) -> list[Picture | Missing]:
     """All figures of one schedule of a study, those that cannot be drawn too."""
     drawn = [over_rates(study, schedule), mean_curves(study, schedule)]
     if schedule == study.schedules[0]:
@@ -75,7 +76,9 @@ _FIGURES = {"mnist": {1, 5}, "cifar10": {1, 5, 8, 9}, "cifar100": {1, 5, 10, 11}
 """Those that the paper has of each data set, 5 for 6 and 7 too: of others none is missed."""
 
 
-def _of_the_study(study: Study, schedule: str, arms: Sequence[Arm]) -> list[Picture | Missing]:
+def _of_the_study(
+    study: StudyResults, schedule: str, arms: Sequence[Arm]
+) -> list[Picture | Missing]:
     """Figures that are drawn once, whatever schedules there are."""
     figures: dict[int, Callable[[], Picture | Missing]] = {
         5: lambda: layer_rates(study, schedule),
@@ -97,7 +100,7 @@ def _of_the_study(study: Study, schedule: str, arms: Sequence[Arm]) -> list[Pict
 # Curves
 
 
-def over_rates(study: Study, schedule: str) -> Picture | Missing:
+def over_rates(study: StudyResults, schedule: str) -> Picture | Missing:
     """The measure over the learning rates, a panel for each pair and one for the peers."""
     title = f"{capital(study.metric.words)} over the learning rate"
     panels: list[tuple[str, list[tuple[Arm, Look]]]] = []
@@ -149,7 +152,7 @@ def _words_of_rates(arm: Arm, metric: Metric) -> str:
     return f"{arm.label}: from {' to '.join(ends)}."
 
 
-def mean_curves(study: Study, schedule: str) -> Picture | Missing:
+def mean_curves(study: StudyResults, schedule: str) -> Picture | Missing:
     """Figures 2 to 4: the mean curve over the learning rates, a panel for each pair."""
     paper = study.benchmark.curves if study.benchmark else None
     title = _title("Mean curves over the learning rates", paper or 2, "Figures 2 to 4", paper)
@@ -211,19 +214,19 @@ def _look(colour: int, style: int) -> Look:
     return COLOURS[colour % len(COLOURS)], _STYLES[style % 4], "o^sD"[style % 4]
 
 
-def schedules(study: Study) -> Picture | Missing:
+def schedules(study: StudyResults) -> Picture | Missing:
     """Figure 8: a constant learning rate against α/√t."""
     title = _title("A constant learning rate and α/√t", 8)
     return _contrast(study, title, {"constant": CONSTANT, "α/√t": INVERSE_SQRT})
 
 
-def theoretical_c(study: Study) -> Picture | Missing:
+def theoretical_c(study: StudyResults) -> Picture | Missing:
     """Figure 9: c_t of Eq. A.3 against the constant one."""
     title = _title("c_t of Eq. A.3 and a constant", 9)
     return _contrast(study, title, {"constant c": CONSTANT, "theoretical c_t": THEORETICAL_C})
 
 
-def _contrast(study: Study, title: str, ways: Mapping[str, str]) -> Picture | Missing:
+def _contrast(study: StudyResults, title: str, ways: Mapping[str, str]) -> Picture | Missing:
     """What was run with two schedules: a colour for each rate, a line style for each schedule."""
     runs: dict[tuple[str, float], dict[str, list[Trial]]] = {}
     for way, schedule in ways.items():
@@ -256,7 +259,7 @@ def _contrast(study: Study, title: str, ways: Mapping[str, str]) -> Picture | Mi
     return Picture(name, title, f"{title}. {' '.join(words)}", note, figure)
 
 
-def update_signal(study: Study, arms: Sequence[Arm]) -> Picture | Missing:
+def update_signal(study: StudyResults, arms: Sequence[Arm]) -> Picture | Missing:
     """Figure 11: AdamLip-U against Adam and AdamLip, each at its best learning rate."""
     title = _title("AdamLip-U against the best Adam and AdamLip", 11)
     lines = []
@@ -301,7 +304,7 @@ def read_norms(path: Path) -> tuple[list[int], dict[str, dict[str, list[float | 
     return data["steps"], found
 
 
-def layer_rates(study: Study, schedule: str) -> Picture | Missing:
+def layer_rates(study: StudyResults, schedule: str) -> Picture | Missing:
     """Figures 5 to 7: the learning rate of every layer, from the first steps to the last."""
     paper = study.benchmark.rates if study.benchmark else None
     title = _title("Learning rates per layer", paper or 5, "Figures 5 to 7", paper)
@@ -324,7 +327,7 @@ def layer_rates(study: Study, schedule: str) -> Picture | Missing:
     return _over_layers("layer_learning_rates", title, note, panels, 3)
 
 
-def norms(study: Study, schedule: str, batch_norm: bool) -> Picture | Missing:
+def norms(study: StudyResults, schedule: str, batch_norm: bool) -> Picture | Missing:
     """Figures 1 and 10: the norm of each layer's gradient and update, over the steps."""
     what = "of the BatchNorm layers" if batch_norm else "per layer"
     title = _title(f"Norms of gradients and updates {what}", 10 if batch_norm else 1)
@@ -358,7 +361,7 @@ def norms(study: Study, schedule: str, batch_norm: bool) -> Picture | Missing:
     return _over_layers("norms_batch_norm" if batch_norm else "norms", title, note, panels, 2)
 
 
-def _folder(study: Study, trial: Trial) -> Path:
+def _folder(study: StudyResults, trial: Trial) -> Path:
     return study.folder / RUNS / trial.folder
 
 
@@ -366,7 +369,7 @@ def _run_name(trial: Trial) -> str:
     return f"{shown(trial.optimizer)} at {trial.learning_rate:g}"
 
 
-def _recorded(study: Study, arm: Arm, file: str) -> Trial | None:
+def _recorded(study: StudyResults, arm: Arm, file: str) -> Trial | None:
     """Of the runs that wrote this file, the first seed at the learning rate nearest to the best."""
     best = near_best(arm, study.metric)
     trials = [t for t in arm.trials.values() if (_folder(study, t) / file).is_file()]

@@ -23,7 +23,8 @@ from .report_pages import (
     as_html,
     as_markdown,
 )
-from .report_study import CONSTANT, Arm, Study, Trial, read_study
+from .report_study import Arm, StudyResults, Trial, read_study
+from .study import CONSTANT
 
 MEASURED = "How this was measured"
 
@@ -60,7 +61,7 @@ def _write(path: Path, text: str) -> None:
     whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def report(study: Study, output: Path) -> list[Block]:
+def report(study: StudyResults, output: Path) -> list[Block]:
     """The blocks of a report; the pictures are written to `output`."""
     blocks: list[Block] = [Heading(1, f"Report of the study {study.name}"), *_state(study)]
     missing: list[str] = []
@@ -85,19 +86,19 @@ def report(study: Study, output: Path) -> list[Block]:
     return blocks + _how(study)
 
 
-def _scale(study: Study) -> str:
+def _scale(study: StudyResults) -> str:
     """What every caption says: data and size, and how much of the study is there."""
     there, expected = _progress(study)
     part = f"; {there:,} of {expected:,} runs are there" if there < expected else ""
     return f"{study.measured}{part}"
 
 
-def _progress(study: Study) -> tuple[int, int]:
+def _progress(study: StudyResults) -> tuple[int, int]:
     """How many runs have ended, and how many there are to be."""
     return len(study.trials), study.planned
 
 
-def _state(study: Study) -> list[Block]:
+def _state(study: StudyResults) -> list[Block]:
     """How much of the study is there, and how it ended."""
     there, expected = _progress(study)
     found = Counter(trial.outcome for trial in study.trials)
@@ -118,7 +119,9 @@ def _state(study: Study) -> list[Block]:
     return [Paragraph(line) for line in lines]
 
 
-def _comparisons(study: Study, schedule: str, arms: Sequence[Arm], where: str) -> list[Block]:
+def _comparisons(
+    study: StudyResults, schedule: str, arms: Sequence[Arm], where: str
+) -> list[Block]:
     """With S against without: in sentences, then in numbers."""
     pairs = tables.pair_comparisons(study, schedule)
     peers = tables.peer_comparisons(study, arms)
@@ -135,7 +138,7 @@ def _comparisons(study: Study, schedule: str, arms: Sequence[Arm], where: str) -
     return blocks
 
 
-def _tables(study: Study, schedule: str, arms: Sequence[Arm], where: str) -> list[Block]:
+def _tables(study: StudyResults, schedule: str, arms: Sequence[Arm], where: str) -> list[Block]:
     printed = schedule == CONSTANT
     found = tables.paper_tables(study, arms, printed)
     if (test := tables.test_table(study, arms, printed)) is not None:
@@ -153,7 +156,7 @@ def _image(picture: figures.Picture, path: Path, where: str) -> Image:
     return Image(path.name, path.read_bytes(), picture.alt, caption)
 
 
-def _how(study: Study) -> list[Block]:
+def _how(study: StudyResults) -> list[Block]:
     """Commands, data, seeds and versions: what is needed to get the numbers again."""
     finished = [trial for trial in study.trials if trial.results]
     seeds = sorted({trial.seed for trial in study.trials})
@@ -181,7 +184,7 @@ def _how(study: Study) -> list[Block]:
     return blocks
 
 
-def _grids(study: Study) -> list[str]:
+def _grids(study: StudyResults) -> list[str]:
     """The learning rates of every optimizer."""
     found = []
     for schedule in study.schedules:

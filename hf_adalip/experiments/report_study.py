@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..errors import UsageError
 from .paper import Benchmark, benchmark_of
+from .study import CONSTANT, Cell, Pair, Peer, Role
 
 STUDY, TRIALS, RUNS = "study.yaml", "results.jsonl", "runs"
-ROLES = ("base", "form", "control", "peer")
-CONSTANT = "constant"
+ROLES = get_args(Role)
 
 _NAMES = {
     **{"sgd": "SGD", "adam": "Adam", "rmsprop": "RMSProp", "adamw": "AdamW", "nadam": "NAdam"},
@@ -61,34 +61,10 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A base optimizer, its form with S, and what both are run at."""
-
-    base: str
-    form: str
-    learning_rates: tuple[float, ...]
-    schedules: tuple[str, ...] = (CONSTANT,)
-
-    @property
-    def name(self) -> str:
-        """As trials name it, "adam/adamlip"."""
-        return f"{self.base}/{self.form}"
-
-
-@dataclass(frozen=True)
-class Peer:
-    """An optimizer that is compared with, and what it is run at."""
-
-    optimizer: str
-    learning_rates: tuple[float, ...]
-    schedules: tuple[str, ...] = (CONSTANT,)
-
-
-@dataclass(frozen=True)
 class Trial:
     """A line of results.jsonl. `learning_rate` of a control is the form's that it answers to."""
 
-    role: str
+    role: Role
     optimizer: str
     pair: str | None
     schedule: str
@@ -110,10 +86,8 @@ class Trial:
     @property
     def folder(self) -> str:
         """The name that a sweep gives the folder of its run."""
-        name = self.optimizer
-        if self.role == "control":
-            name = f"control-{str(self.pair).replace('/', '-')}"
-        return f"{name}-{self.schedule}-{self.learning_rate:.10g}-{self.seed}"
+        of = self.optimizer, self.pair, self.schedule, self.learning_rate, self.seed
+        return Cell(self.role, *of).key
 
     @property
     def outcome(self) -> str:
@@ -204,7 +178,7 @@ class Arm:
 
 
 @dataclass
-class Study:
+class StudyResults:
     """A study's folder, read."""
 
     folder: Path
@@ -350,7 +324,7 @@ def _range(values: Iterable[Any]) -> str:
 # Reading
 
 
-def read_study(folder: Path) -> Study:
+def read_study(folder: Path) -> StudyResults:
     """Reads a study's folder.
 
     Args:
@@ -368,7 +342,7 @@ def read_study(folder: Path) -> Study:
     lower = metric.endswith(("loss", "perplexity", "error"))
     if (direction := settings.get("direction")) is not None:
         lower = direction == "minimize"
-    study = Study(
+    study = StudyResults(
         folder=folder,
         name=name,
         description=str(settings.get("description") or ""),

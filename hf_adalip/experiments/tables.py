@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .paper import ACCURACY_ROWS, EPOCH_ROWS, OPTIMIZERS, Row
-from .report_study import Arm, Metric, Pair, Study, shown
+from .report_study import Arm, Metric, StudyResults, shown
 from .statistics import (
     Convergence,
     Interval,
@@ -21,6 +21,7 @@ from .statistics import (
     range_near_best,
     spread,
 )
+from .study import Pair
 
 NONE = "–"
 CONTROL = "Control of a form: its base at lr × the median of S in the form's runs at that lr."
@@ -84,7 +85,7 @@ def outcomes(arm: Arm, seeds: int) -> Counter[str]:
     return found
 
 
-def runs_table(study: Study, arms: Sequence[Arm]) -> Table:
+def runs_table(study: StudyResults, arms: Sequence[Arm]) -> Table:
     """How every run ended."""
     kinds = ("complete", "diverged", "failed", "missing")
     rows = []
@@ -106,12 +107,12 @@ def runs_table(study: Study, arms: Sequence[Arm]) -> Table:
 # Tables 2 to 5
 
 
-def threshold(study: Study) -> float:
+def threshold(study: StudyResults) -> float:
     """The share of the maximum peak at which a run has converged."""
     return study.benchmark.threshold if study.benchmark else 0.95
 
 
-def converged(study: Study, arms: Sequence[Arm]) -> tuple[float, dict[str, Convergence]]:
+def converged(study: StudyResults, arms: Sequence[Arm]) -> tuple[float, dict[str, Convergence]]:
     """The accuracy that counts as converged, and the epochs to it of each arm, by label.
 
     For each learning rate the median over the seeds; a run that does not get there takes forever.
@@ -144,7 +145,7 @@ def converged(study: Study, arms: Sequence[Arm]) -> tuple[float, dict[str, Conve
     return needed, found
 
 
-def paper_tables(study: Study, arms: Sequence[Arm], printed: bool) -> list[Table]:
+def paper_tables(study: StudyResults, arms: Sequence[Arm], printed: bool) -> list[Table]:
     """Tables 2 to 4: one for the paper's six, beside its numbers, and one for what it has not.
 
     Args:
@@ -176,7 +177,7 @@ def paper_tables(study: Study, arms: Sequence[Arm], printed: bool) -> list[Table
 
 
 def _paper_table(
-    study: Study,
+    study: StudyResults,
     title: str,
     arms: Sequence[Arm],
     needed: float,
@@ -219,7 +220,7 @@ def _epoch_cells(found: Convergence | None) -> list[str]:
 
 
 def _paper_notes(
-    study: Study, name: str, needed: float, arms: Sequence[Arm], printed: bool
+    study: StudyResults, name: str, needed: float, arms: Sequence[Arm], printed: bool
 ) -> list[str]:
     notes = [CONTROL] if any(arm.role == "control" for arm in arms) else []
     notes += [
@@ -255,7 +256,7 @@ def _never(arm: Arm, metric: Metric, needed: float) -> str:
 TEST = Metric("best_eval_accuracy")
 
 
-def test_table(study: Study, arms: Sequence[Arm], printed: bool) -> Table | None:
+def test_table(study: StudyResults, arms: Sequence[Arm], printed: bool) -> Table | None:
     """Table 5: for each rate the mean over seeds of the maximum test accuracy, then the best."""
     benchmark = study.benchmark if printed else None
     paper = dict(zip(OPTIMIZERS, benchmark.test, strict=True)) if benchmark else {}
@@ -329,7 +330,7 @@ def width(found: Range) -> str:
     return f"{text} or more ({ends} end of the grid)" if ends else text
 
 
-def arms_table(study: Study, arms: Sequence[Arm]) -> Table:
+def arms_table(study: StudyResults, arms: Sequence[Arm]) -> Table:
     """Each arm at its best learning rate, how wide the good rates are, and S."""
     rows = []
     for arm in arms:
@@ -428,7 +429,7 @@ def at_best(form: Arm, other: Arm, metric: Metric, seeds: Sequence[int]) -> Comp
     return Comparison(_minus(form, other), at, differences, len(found), len(seeds))
 
 
-def pair_comparisons(study: Study, schedule: str) -> list[Comparison]:
+def pair_comparisons(study: StudyResults, schedule: str) -> list[Comparison]:
     """Every form against its base and its control: over the rates, and at the best."""
     found = []
     for pair in study.pairs_with(schedule):
@@ -440,7 +441,7 @@ def pair_comparisons(study: Study, schedule: str) -> list[Comparison]:
     return [comparison for comparison in found if comparison is not None]
 
 
-def pair_sentences(study: Study, schedule: str) -> list[str]:
+def pair_sentences(study: StudyResults, schedule: str) -> list[str]:
     """For each pair the interval over the rates and whether it includes 0, against base and
     control."""
     found = []
@@ -453,7 +454,7 @@ def pair_sentences(study: Study, schedule: str) -> list[str]:
     return found
 
 
-def _clause(form: Arm, other: Arm, study: Study) -> str:
+def _clause(form: Arm, other: Arm, study: StudyResults) -> str:
     comparison = over_rates(form, other, study.metric, study.seeds)
     if comparison is None:
         return f"{_minus(form, other)}: no learning rate has runs of both"
@@ -465,7 +466,7 @@ def _clause(form: Arm, other: Arm, study: Study) -> str:
     return f"{begin}, 95 % interval {_ends(found)} from {found.size} seeds, which {zero}"
 
 
-def peer_comparisons(study: Study, arms: Sequence[Arm]) -> list[Comparison]:
+def peer_comparisons(study: StudyResults, arms: Sequence[Arm]) -> list[Comparison]:
     """Every form against every peer, each at its best learning rate."""
     found = [
         at_best(form, peer, study.metric, study.seeds)
@@ -477,7 +478,7 @@ def peer_comparisons(study: Study, arms: Sequence[Arm]) -> list[Comparison]:
     return [comparison for comparison in found if comparison is not None]
 
 
-def comparison_table(study: Study, title: str, comparisons: Sequence[Comparison]) -> Table:
+def comparison_table(study: StudyResults, title: str, comparisons: Sequence[Comparison]) -> Table:
     """Differences with their intervals and p-values, corrected for how many there are."""
     adjusted = holm([comparison.found.p for comparison in comparisons])
     rows = [
@@ -505,7 +506,7 @@ def _zero(found: Interval) -> str:
     return ("yes" if found.includes_zero else "no") if found.known else NONE
 
 
-def rate_table(study: Study, pair: Pair, schedule: str) -> Table | None:
+def rate_table(study: StudyResults, pair: Pair, schedule: str) -> Table | None:
     """A pair at each learning rate: base, form and control, and what S changes."""
     arms = {role: study.arm(role, pair, schedule) for role in ("base", "form", "control")}
     if not any(arm.medians(study.metric) for arm in arms.values()):

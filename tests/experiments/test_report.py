@@ -12,7 +12,7 @@ import pytest
 from hf_adalip import cli
 from hf_adalip.experiments import figures, tables
 from hf_adalip.experiments.report import write_report
-from hf_adalip.experiments.report_study import Study, read_study
+from hf_adalip.experiments.report_study import StudyResults, read_study
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
@@ -106,7 +106,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def study(folder: Path) -> Study:
+def study(folder: Path) -> StudyResults:
     return read_study(folder)
 
 
@@ -118,7 +118,7 @@ def column(table: tables.Table, *head: str) -> list[str]:
 # Numbers
 
 
-def test_table_2_by_hand(study: Study) -> None:
+def test_table_2_by_hand(study: StudyResults) -> None:
     six, others = tables.paper_tables(study, study.arms("constant"), printed=True)
     assert six.title == "Table 2 of the paper"
     assert [row[0] for row in six.rows][:5] == [
@@ -139,7 +139,7 @@ def test_table_2_by_hand(study: Study) -> None:
     assert column(others, "control of AdaLip", "")[:2] == ["0.970", "0.955"]
 
 
-def test_table_5_by_hand(study: Study) -> None:
+def test_table_5_by_hand(study: StudyResults) -> None:
     table = tables.test_table(study, study.arms("constant"), printed=True)
     assert table is not None
     rows = {row[0]: row[1:] for row in table.rows}
@@ -148,7 +148,7 @@ def test_table_5_by_hand(study: Study) -> None:
     assert rows["control of AdaLip"][-1] == ""
 
 
-def test_what_the_paper_leaves_out(study: Study) -> None:
+def test_what_the_paper_leaves_out(study: StudyResults) -> None:
     table = tables.arms_table(study, study.arms("constant"))
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["SGD"][0] == "0.1"
@@ -156,7 +156,7 @@ def test_what_the_paper_leaves_out(study: Study) -> None:
     assert rows["AdaLip"][4:] == ["0.1 to 1, × 10 or more (high end of the grid)", "0.60"]
 
 
-def test_differences_are_paired_by_seed(study: Study) -> None:
+def test_differences_are_paired_by_seed(study: StudyResults) -> None:
     """By hand: at 0.01, 0.1, 1 the seeds differ by 0.02 0.02 0.02, 0.01 0.01 0, 0.88 0.89 0.86."""
     base, best, control, _ = tables.pair_comparisons(study, "constant")
     by_seed = [0.91 / 3, 0.92 / 3, 0.88 / 3]
@@ -186,7 +186,7 @@ def test_seeds_that_have_just_begun_do_not_narrow_the_grid(tmp_path: Path) -> No
     assert base.found.mean == pytest.approx((0.91 + 0.92) / 6)
 
 
-def test_each_learning_rate_has_its_row_with_what_did_not_complete(study: Study) -> None:
+def test_each_learning_rate_has_its_row_with_what_did_not_complete(study: StudyResults) -> None:
     table = tables.rate_table(study, study.pairs[0], "constant")
     assert table is not None
     first, _, last = table.rows
@@ -196,7 +196,7 @@ def test_each_learning_rate_has_its_row_with_what_did_not_complete(study: Study)
     assert last[-1] == "3 diverged, 1 failed, 2 missing"
 
 
-def test_runs_are_counted(study: Study) -> None:
+def test_runs_are_counted(study: StudyResults) -> None:
     table = tables.runs_table(study, study.arms("constant"))
     assert table.rows == [
         ["SGD", "6", "3", "0", "0"],

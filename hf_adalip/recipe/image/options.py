@@ -71,8 +71,8 @@ class TrainingArguments:
     optim: str = option(
         "adamlip",
         "adalip, rmslip, adamlip, adalipu, rmslipu, adamlipu or lionlip; lip-NAME, secant-NAME or "
-        "NAME for an optimizer NAME of torch.optim (sgd, rmsprop, adam, ...); or another name of the "
-        "registry",
+        "NAME for an optimizer NAME of torch.optim (sgd, rmsprop, adam, ...); or another that is "
+        "registered",
     )
     optim_args: str = option("", "further arguments of the optimizer: key=value,key=value")
     layers: str | None = option(
