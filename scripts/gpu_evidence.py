@@ -45,6 +45,7 @@ from hf_adalip import AdamLip, release_gradients
 from hf_adalip.experiments.ensemble import Ensemble, Member
 from hf_adalip.experiments.reading import load_study
 from hf_adalip.experiments.study import Study
+from hf_adalip.experiments.trial import row_of
 from hf_adalip.files import whole
 from hf_adalip.recipe.image.data import DIGITS, load_image_dataset
 from hf_adalip.recipe.image.options import parse
@@ -265,22 +266,16 @@ def paper(study: Study, optimizer: str, args: argparse.Namespace, ends: float) -
         "device": environment(args)["device"],
     }
     rows = [
-        {
-            "study": study.name,
-            "scale": study.scale,
-            "schedule": cell.schedule,
-            "optimizer": cell.optimizer,
-            "role": cell.role,
-            "pair": cell.pair,
-            "learning_rate": cell.learning_rate,
-            "seed": cell.seed,
-            "state": "complete",
-            "error": None,
-            "seconds": ensemble.seconds / len(cells),
-            "command": f"python scripts/gpu_evidence.py --only {study.name}-{optimizer}",
-            "median_scale": result["median_scale"],
-            "results": {**result, **about},
-        }
+        row_of(
+            study,
+            cell,
+            state="complete",
+            error=None,
+            seconds=ensemble.seconds / len(cells),
+            command=f"python scripts/gpu_evidence.py --only {study.name}-{optimizer}",
+            median_scale=result["median_scale"],
+            results={**result, **about},
+        )
         for cell, result in zip(cells, ensemble.results(), strict=True)
     ]
     write_rows(folder, study, optimizer, rows)

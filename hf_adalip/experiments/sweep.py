@@ -158,7 +158,12 @@ class Workers:
 
         if cell.role == "control" and scale is None:
             error = f"no run of {cell.pair} at this learning rate has an S to take the median of"
-            found = {"state": "failed", "error": error, "median_scale": None, "results": None}
+            found: dict[str, Any] = {
+                "state": "failed",
+                "error": error,
+                "median_scale": None,
+                "results": None,
+            }
         else:
             try:
                 status, seconds = runs.run(command, folder, self.threads, self.stop, wanted)
@@ -166,22 +171,16 @@ class Workers:
                 return self.found.drop(trial)
             found = runs.outcome(self.study, folder, status)
             runs.tidy(folder, self.study.discard)
-        row = {
-            "study": self.study.name,
-            "scale": self.study.scale,
-            "schedule": cell.schedule,
-            "optimizer": cell.optimizer,
-            "role": cell.role,
-            "pair": cell.pair,
-            "learning_rate": cell.learning_rate,
-            "seed": cell.seed,
-            "state": found["state"],
-            "error": found["error"],
-            "seconds": round(seconds, 3),
-            "command": runs.shown(command),
-            "median_scale": scale if cell.role == "control" else found["median_scale"],
-            "results": found["results"],
-        }
+        row = runs.row_of(
+            self.study,
+            cell,
+            state=found["state"],
+            error=found["error"],
+            seconds=round(seconds, 3),
+            command=runs.shown(command),
+            median_scale=scale if cell.role == "control" else found["median_scale"],
+            results=found["results"],
+        )
         row = runs.without_places(row, command)
         if self.found.finish(trial, row, runs.metric_of(row, self.study.metric)):
             self.writer.add(row)

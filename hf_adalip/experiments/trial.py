@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, Literal
 
 from ..files import RESULTS
 from ..monitor import RATES
 from . import guard
-from .study import Study
+from .study import Cell, Study
 
 LOG = "log.txt"
 _LINES = 5  # of the log of a failed run that are written down
@@ -72,6 +72,36 @@ def run(
         finally:
             process.stdin.close()
             process.wait()
+
+
+def row_of(
+    study: Study,
+    cell: Cell,
+    *,
+    state: Literal["complete", "failed"],
+    error: str | None,
+    seconds: float,
+    command: str,
+    median_scale: float | None,
+    results: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """A line of results.jsonl: which run it was, and what it came to."""
+    return {
+        "study": study.name,
+        "scale": study.scale,
+        "schedule": cell.schedule,
+        "optimizer": cell.optimizer,
+        "role": cell.role,
+        "pair": cell.pair,
+        "learning_rate": cell.learning_rate,
+        "seed": cell.seed,
+        "state": state,
+        "error": error,
+        "seconds": seconds,
+        "command": command,
+        "median_scale": median_scale,
+        "results": results,
+    }
 
 
 def outcome(study: Study, folder: Path, status: int) -> dict[str, Any]:
