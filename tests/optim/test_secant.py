@@ -423,8 +423,10 @@ def test_killed_and_resumed_is_never_killed(tmp_path: Path) -> None:
     run_saving(str(tmp_path / "whole"), 400)
     path = tmp_path / "killed"
     code = f"from tests.optim.test_secant import run_saving; run_saving({str(path)!r}, 400)"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as conftest.py has it here
     for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment)
         started = torch.load(path)["step"] if path.exists() else 0
         deadline = time.monotonic() + 100
         while time.monotonic() < deadline and process.poll() is None:
