@@ -223,6 +223,7 @@ def one_of_two(folder: Path) -> None:
     (folder / f"seen{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 
+@pytest.mark.slow
 def test_two_processes_see_the_images_of_one(tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     subprocess.run(

@@ -385,6 +385,7 @@ def test_a_run_that_is_not_wanted_any_more_is_ended() -> None:
     wait_for(lambda: not Path(f"/proc/{begun()[0][1]}").exists(), 20)
 
 
+@pytest.mark.slow
 def test_two_sweeps_run_each_cell_once() -> None:
     name = write({**TINY, "seeds": 4, "arguments": {"begun": "begun", "sleep": 0.05}})
     sweeps = [start(name, "--workers", "2") for _ in range(2)]
@@ -394,6 +395,7 @@ def test_two_sweeps_run_each_cell_once() -> None:
     assert len(rows()) == len(begun()) == 24
 
 
+@pytest.mark.slow
 def test_after_kill_9_the_runs_in_progress_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     name = write({**ONE, "seeds": 2, "arguments": {"begun": "begun", "sleep": 2.0}})
     process = start(name, "--workers", "2")

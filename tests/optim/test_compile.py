@@ -135,6 +135,7 @@ def test_a_whole_training_step_breaks_where_adams_does() -> None:
     assert difference == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal", ["gradient", "update"])
 def test_lipschitz_is_not_compiled_again(signal: str) -> None:
     """The step of the base breaks the graph, and torch's SGD rounds otherwise when compiled."""
