@@ -276,6 +276,7 @@ sys.meta_path.insert(0, TorchAlone())
 """
 
 
+@pytest.mark.slow
 def test_what_is_for_torch_alone_needs_nothing_more():
     """And what does need more says which extra has it."""
     use = "from hf_adalip.recipe.checkpoints import check_distributed; check_distributed('nowhere')"

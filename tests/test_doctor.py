@@ -401,6 +401,7 @@ def test_any_schedule_that_ends_early_is_told(tmp_path):
     assert text.startswith("the learning rate is 0 from step 2 ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant", "inverse_sqrt"])
 def test_one_that_ends_with_the_training_is_not(tmp_path, name):
     assert told(tmp_path, optimizers=scheduled(name, STEPS)) == []

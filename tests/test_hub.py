@@ -286,6 +286,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", REFUSED)
 def test_what_must_not_be_published_is_refused(
     folder: Path,

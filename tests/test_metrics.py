@@ -44,6 +44,7 @@ def test_accuracy_of_nothing() -> None:
         Accuracy(keep_in_memory=True).compute(predictions=[], references=[])
 
 
+@pytest.mark.slow
 def test_the_package_itself_imports_none_of_this() -> None:
     code = (
         "import sys, hf_adalip;"

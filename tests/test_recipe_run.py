@@ -20,6 +20,7 @@ from hf_adalip.recipe.run import any_asked_to_stop, exit_status
 from tests.distributed.ranks import run
 
 
+@pytest.mark.slow
 def test_what_is_asked_of_one_process_all_do_at_the_same_step() -> None:
     run(2, "stopping", timeout=100)
 

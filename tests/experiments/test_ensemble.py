@@ -65,6 +65,7 @@ NORMALISED = replace(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["sgd", "adalip", "adamlip", "adamlipu"])
 @pytest.mark.parametrize("recipe", [MNIST, NORMALISED], ids=lambda recipe: recipe.name)
 def test_equals_single_runs(tmp_path: Path, recipe: Recipe, optim: str) -> None:

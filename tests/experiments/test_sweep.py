@@ -325,6 +325,7 @@ def test_a_journal_with_half_a_line_is_read(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(rows()) == len(begun()) == 6
 
 
+@pytest.mark.slow
 def test_a_storage_by_url(monkeypatch: pytest.MonkeyPatch) -> None:
     name = write({**ONE, "arguments": {"begun": "begun"}})
     url = "sqlite:///trials.db"
@@ -413,6 +414,7 @@ def test_after_kill_9_the_runs_in_progress_are_run_again(monkeypatch: pytest.Mon
     assert len(rows()) == 6
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     name = write({**ONE, "arguments": {"begun": "begun", "sleep": 30.0}})
     process = start(name)

@@ -249,6 +249,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.slow
 @six
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("contiguous", [True, False])

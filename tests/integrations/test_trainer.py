@@ -77,6 +77,7 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIX)
 def test_an_optimizer_given_to_trainer_trains(tmp_path, name):
     model = bert()
@@ -181,6 +182,7 @@ def test_a_vision_transformer_in_bf16_trains(tmp_path):
     assert {s["lipschitz_scale"].dtype for s in state.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SIX, "lip-nadam"])
 @pytest.mark.parametrize("way", ["autocast", "parameters"])
 def test_bf16(tmp_path, name, way):
@@ -206,6 +208,7 @@ def test_bf16(tmp_path, name, way):
     assert not torch.equal(weights(trainer), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["optimizers", "kwargs", "optim"])
 def test_resuming_is_bit_exact(tmp_path, way):
     def trainer(path):
@@ -272,6 +275,7 @@ def test_an_optimizer_of_trainers_own_is_not_replaced(monkeypatch):
     assert _OPTIMIZER_HANDLERS[OptimizerNames.LOMO] is before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["kwargs", "optimizers"])
 def test_options_that_a_checkpoint_replaces_are_told(tmp_path, way):
     def run(gamma, **options):

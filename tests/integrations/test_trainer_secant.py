@@ -52,6 +52,7 @@ def trained(path, way="kwargs", kind=Trainer, resume=None, attached=True, lr=1.0
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["optimizers", "kwargs", "optim"])
 def test_the_given_lr_does_not_matter(tmp_path, way):
     one = trained(tmp_path, way, lr=1.0)
@@ -71,6 +72,7 @@ def test_it_learns_without_an_lr(tmp_path):
     assert secant(trainer.optimizer).param_groups[0]["initial_lr"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -140,6 +142,7 @@ def test_the_start_knows_of_what_is_accumulated(tmp_path):
     assert 4 * secant(four.optimizer).rate == pytest.approx(secant(one.optimizer).rate, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 5, 6, 10])
 def test_resuming_is_bit_exact(tmp_path, step):
     """Where a measurement is due and where none is."""

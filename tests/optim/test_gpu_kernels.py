@@ -555,6 +555,7 @@ def test_compiles(
     assert "st.global.v4" in advanced.asm["ptx"]
 
 
+@pytest.mark.slow
 @outside
 @dtypes
 def test_compiles_for_every_dtype(dtype: torch.dtype, compiler: Compiler) -> None:

@@ -81,6 +81,7 @@ def shaped(optimizer: LipOptimizer) -> dict[str, tuple[torch.dtype, torch.Size]]
 # The forms agree
 
 
+@pytest.mark.slow
 @remembering
 @pytest.mark.parametrize(
     ("dtype", "history"),
@@ -237,6 +238,7 @@ def test_fused_with_nothing_to_step() -> None:
     assert (p < 1).all()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_kernels_are_compiled_once() -> None:
     """Whatever changes that a schedule changes, for 10,000 tiny tensors too."""
@@ -739,6 +741,7 @@ def followed(
     return [(n, p.detach(), dict(optimizer.state.get(p, {}))) for n, p in params.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [{1}, {2}, {3, 5}], ids=str)
 @pytest.mark.parametrize("change", CHANGED)
 @forms
@@ -781,6 +784,7 @@ def test_a_copy_in_mid_training(copied: Callable[[Any], Any], form: dict[str, An
     assert_same(snapshot(twin, theirs), snapshot(optimizer, params))
 
 
+@pytest.mark.slow
 @forms
 @pytest.mark.parametrize("history", ["exact", "sketch"])
 def test_nothing_is_kept_alive(history: str, form: dict[str, Any]) -> None:
@@ -937,6 +941,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_a_compiler(tmp_path: Path) -> None:
     """fused=True says what is missing, before anything has changed; None does without."""
     done = subprocess.run(

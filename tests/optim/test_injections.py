@@ -136,6 +136,7 @@ def inject(
     return count, +wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form", "dtype"), kinds())
 def test_some_injections(name: str, form: str, dtype: torch.dtype) -> None:
     count, wrong = inject(name, form, dtype, rounds=2, seed=0)

@@ -80,6 +80,7 @@ def libraries(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.suffix != ".lock"]
 
 
+@pytest.mark.slow
 def test_an_optimizer_keeps_its_kernels_in_the_users_cache(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

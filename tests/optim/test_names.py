@@ -61,6 +61,7 @@ def assert_goes_on_alike(
         assert_same(everything(restored, others), everything(optimizer, params), str(seed))
 
 
+@pytest.mark.slow
 @six
 @forms
 @pytest.mark.parametrize("layers", ["tensor", "module"])

@@ -163,6 +163,7 @@ def refuses(kind: str, spoil: Spoil, message: str) -> None:
     assert_same(*runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", BAD)
 def test_a_refused_state_changes_nothing(kind: str, what: str) -> None:

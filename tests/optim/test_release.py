@@ -132,6 +132,7 @@ ALL = [(name, option) for name in CLASSES for option in options_of(name)]
 # The same numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "option"), ALL)
 @forms
 def test_the_numbers_are_those_of_the_ordinary_step(name: str, option: str, foreach: bool) -> None:
@@ -141,6 +142,7 @@ def test_the_numbers_are_those_of_the_ordinary_step(name: str, option: str, fore
     assert_same(released, ordinary)
 
 
+@pytest.mark.slow
 @six
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 def test_dtypes(name: str, dtype: torch.dtype) -> None:
@@ -148,6 +150,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
     assert_same(released, ordinary)
 
 
+@pytest.mark.slow
 @six
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
@@ -171,6 +174,7 @@ def test_nonfinite_gradients(name: str, bad: float, nonfinite: str) -> None:
         assert [rates[f"hidden.{i}.weight"][-1] for i in range(4)] == [1, 0, 2, 0]
 
 
+@pytest.mark.slow
 @six
 def test_resuming(name: str) -> None:
     """From and to either, within a training run and through a state_dict."""
