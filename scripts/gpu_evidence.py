@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from hf_adalip import AdamLip, release_gradients
 from hf_adalip.experiments.ensemble import Ensemble, Member
 from hf_adalip.experiments.reading import load_study
-from hf_adalip.experiments.study import Study
+from hf_adalip.experiments.study import ROWS, STUDY, Study
 from hf_adalip.experiments.trial import row_of
 from hf_adalip.files import whole
 from hf_adalip.recipe.image.data import DIGITS, load_image_dataset
@@ -257,13 +257,13 @@ def paper(study: Study, optimizer: str, args: argparse.Namespace, ends: float) -
         ensemble.train_epoch()
         ensemble.save(state)
         longest = max(longest, 1.2 * (time.monotonic() - started))
+    place = environment(args)
     about = {
         "dataset_name": data.name if args.toy else name,
         "dataset_fingerprint": data.fingerprint(),
         "train_samples": len(data.train),
         "eval_samples": len(data.test),
-        "versions": environment(args)["versions"],
-        "device": environment(args)["device"],
+        **{key: place[key] for key in ("versions", "device")},
     }
     rows = [
         row_of(
@@ -284,13 +284,13 @@ def paper(study: Study, optimizer: str, args: argparse.Namespace, ends: float) -
 
 
 def write_rows(folder: Path, study: Study, optimizer: str, rows: list[Found]) -> None:
-    path = folder / "results.jsonl"
+    path = folder / ROWS
     kept = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in kept if json.loads(line)["optimizer"] != optimizer]
     text = "".join(f"{line}\n" for line in [*kept, *map(json.dumps, rows)])
     whole(path, lambda partial: partial.write_text(text))
     # YAML is a superset of JSON
-    whole(folder / "study.yaml", lambda partial: partial.write_text(json.dumps(study.as_run())))
+    whole(folder / STUDY, lambda partial: partial.write_text(json.dumps(study.as_run())))
 
 
 # The command

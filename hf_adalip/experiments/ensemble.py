@@ -29,6 +29,7 @@ from ..monitor import RECORDS, layerwise
 from ..recipe.image.batches import EpochSampler, augmentation_draws
 from ..recipe.image.data import ImageData, ImageDataset
 from ..recipe.image.options import Recipe, TrainingArguments, optimizer_arguments
+from ..recipe.image.results import scores
 from ..registry import create_optimizer
 
 Tensors = dict[str, Tensor]
@@ -207,7 +208,7 @@ class Ensemble:
         """Of each member, what a recipe's all_results.json says of the run."""
         return [
             {
-                **{key: self.epochs[-1][i][key] for key in METRICS},
+                **scores([epoch[i] for epoch in self.epochs]),
                 "recipe": self.recipe.name,
                 "optimizer": self.args.optim.lower(),
                 "learning_rate": member.learning_rate,
@@ -245,9 +246,6 @@ class Ensemble:
         torch.set_rng_state(state["generators"][0])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["generators"][1], self.device)
-
-
-METRICS = ("train_loss", "train_accuracy", "eval_loss", "eval_accuracy")
 
 
 def _check(args: TrainingArguments, members: Sequence[Member]) -> None:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..monitor import RATES, LayerRateHistory
+from ..monitor import NORMS, RATES, LayerRateHistory
 from ..plots import COLOURS, figure_of, plain_ticks
-from .report_study import RUNS, Arm, Metric, StudyResults, Trial, shown
-from .study import CONSTANT
+from .report_study import Arm, Metric, StudyResults, Trial, shown
+from .study import CONSTANT, RUNS
 from .tables import capital, near_best, number, short
 
-RECORDS = "records.json"
 INVERSE_SQRT, THEORETICAL_C = "inverse_sqrt", "theoretical_c"
 """The names that studies have for the schedules of Figures 8 and 9."""
 
@@ -333,16 +332,16 @@ def norms(study: StudyResults, schedule: str, batch_norm: bool) -> Picture | Mis
     title = _title(f"Norms of gradients and updates {what}", 10 if batch_norm else 1)
     bases = {pair.base: pair for pair in study.pairs_with(schedule)}
     arms = [study.arm("base", pair, schedule) for pair in bases.values()]
-    chosen = [_recorded(study, arm, RECORDS) for arm in arms]
+    chosen = [_recorded(study, arm, NORMS) for arm in arms]
     trials = [trial for trial in chosen if trial is not None]
     if not trials:
-        return Missing(title, f"no run of a base has a {RECORDS} in the study's folder")
+        return Missing(title, f"no run of a base has a {NORMS} in the study's folder")
     panels = []
     for trial in trials:
         try:
-            steps, found = read_norms(_folder(study, trial) / RECORDS)
+            steps, found = read_norms(_folder(study, trial) / NORMS)
         except ValueError:
-            return Missing(title, f"{RECORDS} of {trial.folder} cannot be read")
+            return Missing(title, f"{NORMS} of {trial.folder} cannot be read")
         for name, table in found.items():
             own = {
                 layer: values

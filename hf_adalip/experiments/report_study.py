@@ -16,9 +16,8 @@ from typing import Any, get_args
 
 from ..errors import UsageError
 from .paper import Benchmark, benchmark_of
-from .study import CONSTANT, Cell, Pair, Peer, Role
+from .study import CONSTANT, ROWS, STUDY, Cell, Pair, Peer, Role
 
-STUDY, TRIALS, RUNS = "study.yaml", "results.jsonl", "runs"
 ROLES = get_args(Role)
 
 _NAMES = {
@@ -336,7 +335,7 @@ def read_study(folder: Path) -> StudyResults:
     """
     path = folder / STUDY
     settings = _read_settings(path)
-    trials, run_again = _read_trials(folder / TRIALS)
+    trials, run_again = _read_trials(folder / ROWS)
     name = str(settings.get("name", folder.name))
     metric = str(settings.get("metric", "eval_accuracy"))
     lower = metric.endswith(("loss", "perplexity", "error"))

@@ -11,6 +11,9 @@ from typing import Any, Literal
 from ..errors import UsageError
 
 CONSTANT = "constant"
+STUDY, ROWS, RUNS = "study.yaml", "results.jsonl", "runs"
+"""What a sweep calls its files and the folder of its runs."""
+
 RECIPES = "recipes"
 
 Role = Literal["base", "form", "control", "peer"]

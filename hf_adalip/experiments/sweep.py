@@ -22,9 +22,9 @@ from ..errors import UsageError
 from ..files import whole
 from . import storage as trials
 from . import trial as runs
-from .study import Cell, Study, command_words
+from .study import ROWS, RUNS, STUDY, Cell, Study, command_words
 
-STUDY, JOURNAL, ROWS, RUNS = "study.yaml", "journal.log", "results.jsonl", "runs"
+JOURNAL = "journal.log"
 
 LOOK_AGAIN = 2.0
 """Seconds until a worker without a cell looks whether there is one, or whether all are finished."""
