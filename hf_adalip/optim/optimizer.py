@@ -11,13 +11,14 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 from typing_extensions import Self
 
 from . import step as loop
+from .batch import Batch, Bucket, LayerOptions, LocalParam
 from .estimator import Estimator
 from .forms import foreach, fused
 from .forms.kernels import KernelError
 from .groups import checked_params, each_once, group_index
 from .loading import loading, refuse_unless_dict, saved_group
 from .options import as_plain, validate
-from .plan import Batch, Bucket, LayerOptions, LocalParam, StepPlan
+from .plan import StepPlan
 from .sharding import FlatTensors, shard_of
 from .signals import Updates
 from .state import StateKeys, unpacked

@@ -1,11 +1,13 @@
-"""Which parameters and layers a step has: collected once, and used until something changes."""
+"""The plan of a step: its layers, what is stepped together, and the vectors of their numbers.
+
+It is made in collect.py, and used until something changes of what it was made from.
+"""
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
@@ -14,163 +16,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from .estimator import NO_PREDECESSOR, Estimator
-from .groups import decays_of, group_index
-from .history import SKETCH, history_of
-from .rules import Group, Rule
-from .sharding import (
-    ReduceGroups,
-    Shard,
-    is_model_parallel,
-    refuse_if_fsdp1_took_all,
-    shard_of,
-    sum_over_shards,
-)
-from .signals import Signal, index_tensor, layer_norms, least_unsquarable
-from .state import LAYER_SCALARS, SCALARS, State, StateKeys, complete, forget_predecessor
+from .batch import Bucket, Layer, LayerOptions, LocalParam, store
+from .estimator import NO_PREDECESSOR
+from .groups import group_index
+from .sharding import ReduceGroups, sum_over_shards
+from .signals import index_tensor, layer_norms, least_unsquarable
+from .state import SCALARS, StateKeys
 
 if TYPE_CHECKING:
     from .step import Form, LayerwiseOptimizer
 
 _FLOAT32_LIMIT = least_unsquarable(torch.float32)
-
-LayerOptions = tuple[Estimator, str | None]  # with -U's `previous`
-
-
-@dataclass(eq=False)
-class LocalParam:
-    """A parameter as this rank has it: whole, a shard, or a part of an engine's flat tensor."""
-
-    layer: str
-    tensor: Tensor  # of the parameter group, which has the state
-    group: dict[str, Any]
-    stored: State  # of `tensor`; not yet in the optimizer's state when it is new
-    param: Tensor  # `tensor`, or a view of the part of it that is this parameter's
-    decays: bool  # whether the group's weight decay applies to it
-    shard: Shard
-    reduce_groups: ReduceGroups
-    sketch: int = 0  # how many numbers are kept of x_{t-1}; 0 where it is kept as a tensor
-    part: int | None = None  # which of a flat tensor's it is
-    parts: tuple[int, ...] = ()  # shape of a number in `stored`: how many a flat tensor has
-    span: slice | None = None  # where in a flat tensor it is
-    shard_index: int | None = None  # among all that are sharded, on every rank the same
-    sketch_index: int | None = None  # among those whose sketches are sharded
-    has_grad: bool = True  # False where only other ranks know whether there is a gradient
-    views: State | None = None
-
-    @property
-    def grad(self) -> Tensor | None:
-        """Read from the tensor each time, so that no gradient is kept alive between two steps."""
-        grad = self.tensor.grad
-        if grad is None:
-            # FSDP1 gives a rank no gradient of a parameter of which it has nothing.
-            return None if self.has_grad or self.tensor.numel() else self.tensor.detach()
-        return grad if self.span is None else grad[self.span]
-
-    @property
-    def state(self) -> State:
-        """This parameter's own, as views where `tensor` has many; once `stored` is complete."""
-        if self.part is None:
-            return self.stored
-        if self.views is None:
-            tensors = {n: x for n, x in self.stored.items() if isinstance(x, Tensor)}
-            self.views = {
-                n: x[self.part if n in SCALARS else self.span] for n, x in tensors.items()
-            }
-        return self.views
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether its tensors can be worked on as they are."""
-        plain = type(self.shard) is Shard and self.part is None
-        return plain and self.has_grad and not self.param.is_complex()
-
-    @property
-    def sketch_key(self) -> str:
-        return next(key for key in self.state if key.endswith(SKETCH))
-
-
-@dataclass(eq=False)
-class Layer:
-    """The parameters that share one S."""
-
-    name: str
-    params: list[LocalParam] = field(default_factory=list)  # with a gradient
-    absent: list[LocalParam] = field(default_factory=list)  # with a history, but no gradient now
-    options: LayerOptions = field(init=False)
-
-    @property
-    def all(self) -> list[LocalParam]:
-        return self.params + self.absent
-
-
-@dataclass(eq=False)
-class Bucket:
-    """Parameters of one group, device and dtype, which are stepped together."""
-
-    form: Form | None  # None for those without a gradient in a layer that has one
-    params: list[LocalParam]
-    where: slice  # of the plan's parameters
-    sketch: int = 0  # how many numbers they keep of x_{t-1}; 0 for tensors
-    sketch_rows: slice | None = None  # of the plan's parameters that have a sketch
-    sketches: Tensor | None = None  # theirs of x_{t-1}, once packed
-    moment_keys: tuple[str, ...] = ()  # state keys of the parameter's shape
-    history_keys: tuple[str, ...] = ()  # the same, of x_{t-1}
-    recomputes: bool = False  # whether x_{t-1} is computed again from the moments
-    memo: dict[Any, Any] = field(default_factory=dict)  # of `form`, see Batch
-
-    def __post_init__(self) -> None:
-        self.is_plain = all(p.is_plain for p in self.params)
-
-    def previous_sketches(self) -> Tensor:
-        """Of x_{t-1}, shape [params, sketch]."""
-        if self.sketches is not None:
-            return self.sketches
-        return torch.stack([p.state[p.sketch_key] for p in self.params])
-
-    def keep_sketches(self, sketches: Tensor, active: Tensor) -> None:
-        """Stores those of x_t, and zero where the parameters take no step."""
-        history = self.previous_sketches()
-        history.copy_(torch.where(active[:, None], sketches, 0.0))
-        if self.sketches is None:
-            store([p.state[p.sketch_key] for p in self.params], history)
-
-    def pack(self) -> list[Tensor]:
-        """Makes the sketches the rows of one matrix, which it returns."""
-        if not self.sketch:
-            return []
-        self.sketches = self.previous_sketches()
-        rows = list(self.sketches)
-        for param, row in zip(self.params, rows, strict=True):
-            param.stored[param.sketch_key] = row
-        return rows
-
-
-@dataclass
-class Batch:
-    """The tensors of a bucket at one step.
-
-    They are views of the parameters' own: the local part of a sharded parameter, the real and
-    imaginary parts of a complex one.
-    """
-
-    rule: Rule
-    signal: Signal
-    group: Group
-    local_params: list[LocalParam]
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[dict[str, Tensor]]
-    steps: Tensor  # [tensors], t of each; of absent parameters, that of their last step
-    lr: Tensor | float  # α_t
-    moment_keys: tuple[str, ...]  # state keys of the parameter's shape
-    history_keys: tuple[str, ...]  # the same, of x_{t-1}
-    sketch: int = 0  # the size of the sketches of x that are kept; 0 where x itself is
-    stoppable: bool = True  # whether the step may still be refused after `measure`
-    prepared: Any = None  # what a form computes once for both `measure` and `advance`
-    memo: dict[Any, Any] = field(default_factory=dict)
-    """What a form may keep from step to step, as long as params and states are the same objects
-    and the parameters lie in memory as they did."""
 
 
 class StepPlan:
@@ -256,6 +112,13 @@ class StepPlan:
         self._leaders = None if _is_range(self._first, len(self.params)) else self._first
 
     # Whether it still holds
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether the next step can use it too."""
+        if torch.compiler.is_compiling() or self.hidden or torch.is_grad_enabled():
+            return False
+        return not any(p.parts for p in self.params)
 
     def note(self, optimizer: LayerwiseOptimizer) -> None:
         """Notes what the plan was made from."""
@@ -458,171 +321,6 @@ def _summed(values: Tensor, indices: list[int | None], groups: Sequence[ReduceGr
     return sum_over_shards(table, groups)[there]
 
 
-# Collecting
-
-
-def can_keep(plan: StepPlan) -> bool:
-    """Whether the plan can be used for the next step too."""
-    if torch.compiler.is_compiling() or plan.hidden or torch.is_grad_enabled():
-        return False
-    return not any(p.parts for p in plan.params)
-
-
-def make_plan(optimizer: LayerwiseOptimizer) -> StepPlan:
-    """Collects the layers that have a gradient now.
-
-    State for new parameters is made here; `put_in_state` gives it to the optimizer once the step
-    can no longer fail. A new parameter takes the S of those that are in its layer already.
-    """
-    layers: dict[str, Layer] = {}
-    sharded: list[ReduceGroups] = []
-    sharded_sketches: list[ReduceGroups] = []
-    sketch_size = 0
-    hidden = None
-    absent = []
-    for param in chain.from_iterable(
-        local_params(optimizer, group, group["params"]) for group in optimizer.param_groups
-    ):
-        sketch_size = max(sketch_size, param.sketch)
-        if param.reduce_groups:
-            param.shard_index = len(sharded)
-            sharded.append(param.reduce_groups)
-            if param.sketch:
-                param.sketch_index = len(sharded_sketches)
-                sharded_sketches.append(param.reduce_groups)
-            if param.shard.hides_gradients and param.tensor.requires_grad:
-                hidden = param.shard
-                param.has_grad = param.tensor.grad is not None
-        if param.grad is not None:
-            optimizer._check(param)
-            layers.setdefault(param.layer, Layer(param.layer)).params.append(param)
-        elif param.stored or not param.has_grad:
-            absent.append(param)
-    if hidden and hidden.sketch_problem and sketch_size:
-        raise _unsketchable(hidden.sketch_problem)
-    for param in absent:
-        if param.layer in layers or not param.has_grad:
-            layers.setdefault(param.layer, Layer(param.layer)).absent.append(param)
-    if any(p.parts for layer in layers.values() for p in layer.params):
-        optimizer._flat_tensors.refuse_split_layers(layers.values())
-    if not layers and not optimizer.state:
-        refuse_if_fsdp1_took_all()
-    sharding = sharded, sharded_sketches, bool(hidden)
-    plan = plan_layers(optimizer, list(layers.values()), sketch_size, *sharding)
-    if can_keep(plan):
-        plan.pack()
-    return plan
-
-
-def plan_layers(
-    optimizer: LayerwiseOptimizer, layers: list[Layer], sketch_size: int, *sharding: Any
-) -> StepPlan:
-    """The plan for some layers, with complete state, in the optimizer's buckets."""
-    options = {
-        group_index(group): optimizer._layer_options(group) for group in optimizer.param_groups
-    }
-    for layer in layers:
-        _join(optimizer, layer, options)
-    plan = StepPlan(layers, home_device(optimizer), sketch_size, *sharding)
-    plan.arrange(optimizer._buckets(plan), optimizer._state_keys)
-    return plan
-
-
-def local_params(
-    optimizer: LayerwiseOptimizer, group: dict[str, Any], tensors: Sequence[Tensor]
-) -> Iterator[LocalParam]:
-    """The parameters that the tensors of a group are, or have as parts (flat tensors).
-
-    Raises:
-        RuntimeError: for a group that was not added by `add_param_group` of the optimizer,
-            and flat tensors of which nothing is known.
-    """
-    if "layer_names" not in group:
-        raise RuntimeError(
-            f"a parameter group of {type(optimizer).__name__} names no layers: it was added behind "
-            "its back, to `param_groups` or the base; use add_param_group of this optimizer"
-        )
-    flat_tensors = optimizer._flat_tensors
-    if not flat_tensors.is_flat(group):
-        named = zip(group["layer_names"], decays_of(group), tensors, strict=True)
-        for layer, decays, param in named:
-            yield local_param(optimizer, layer, param, group, decays)
-        return
-    flat_tensors.refuse_unknown(group, tensors)
-    if group.get("history") == "sketch":
-        raise _unsketchable(flat_tensors.sketch_problem)
-    for flat in tensors:
-        stored, parts = _stored(optimizer, flat), flat_tensors.parts(flat, group)
-        if not stored and optimizer.state.get(flat):
-            flat_tensors.refuse_without_scale()
-        for i, (layer, decays, start, size, reduce_groups) in enumerate(parts):
-            span = slice(start, start + size)
-            param = flat.detach()[span]
-            yield LocalParam(
-                *(layer, flat, group, stored, param, decays, Shard(param), reduce_groups),
-                part=i,
-                parts=(len(parts),),
-                span=span,
-            )
-
-
-def local_param(
-    optimizer: LayerwiseOptimizer, layer: str, param: Tensor, group: dict[str, Any], decays: bool
-) -> LocalParam:
-    """A parameter that is no part of a flat tensor."""
-    shard, stored = shard_of(param), _stored(optimizer, param)
-    sketch = history_of(group, param).size if optimizer._state_keys(group).histories else 0
-    return LocalParam(
-        layer, param, group, stored, param, decays, shard, shard.reduce_groups, sketch
-    )
-
-
-def _stored(optimizer: LayerwiseOptimizer, tensor: Tensor) -> State:
-    state = optimizer.state.get(tensor, {})
-    return state if "lipschitz_scale" in state else {}
-
-
-def _join(optimizer: LayerwiseOptimizer, layer: Layer, options: dict[int, LayerOptions]) -> None:
-    layer.options, *others = dict.fromkeys(options[group_index(p.group)] for p in layer.all)
-    if others:
-        raise ValueError(
-            f"layer {layer.name!r} has parameters in groups with different gamma, c, "
-            "scale_bounds, nonfinite or previous; a layer has one S, so give those groups "
-            "the same values"
-        )
-    known = next((p for p in layer.all if p.stored), None)
-    lost = False
-    for param in layer.all:
-        new = not param.stored
-        without = complete(optimizer, param.stored, param.tensor, param.group, param.parts)
-        lost |= without and not new
-        if new and known is not None:
-            for key in LAYER_SCALARS:
-                if key in param.state:
-                    param.state[key].copy_(known.state[key])
-    if lost:
-        forget_predecessor([p.state for p in layer.all])
-
-
-def refuse_unsuitable(optimizer: LayerwiseOptimizer, param: LocalParam) -> None:
-    """Raises for a gradient or parameter that no optimizer with an S per layer can step."""
-    if param.grad is not None and param.grad.is_sparse:
-        raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
-    if is_model_parallel(param.tensor):
-        raise NotImplementedError(
-            f"layer {param.layer!r} is split by a tensor parallelism that says nothing of its "
-            "process group (Megatron's, DeepSpeed's AutoTP), so that its norm cannot be had: "
-            "use one that makes DTensors (torch's parallelize_module, transformers' tp_plan)"
-        )
-
-
-def _unsketchable(what: str) -> NotImplementedError:
-    return NotImplementedError(
-        f'history="sketch" needs to know which elements of a parameter {what} hold; use '
-        'history="exact" or a dtype there, or FSDP2, whose shards can be sketched'
-    )
-
-
 # What a plan is made from
 
 _of_param = attrgetter("device", "dtype", "shape")
@@ -690,12 +388,3 @@ def as_scalar(number: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(number, Tensor):
         return number.to(device, non_blocking=True).squeeze()
     return torch.tensor(number, device=device)
-
-
-def store(targets: Sequence[Tensor], values: Tensor) -> None:
-    """Copies the elements of a vector, or the rows of a matrix, into as many tensors."""
-    if torch.is_grad_enabled():  # differentiable=True
-        for target, value in zip(targets, values.unbind(), strict=True):
-            target.copy_(value)
-    else:
-        torch._foreach_copy_(list(targets), list(values.unbind()))

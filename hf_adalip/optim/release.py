@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from .batch import Layer, LocalParam
+from .collect import local_param, plan_layers
 from .estimator import is_number
 from .groups import decays_of
 from .optimizer import LipOptimizer
-from .plan import Layer, LocalParam, local_param, plan_layers
 from .sharding import is_sharded, wrappers
 from .step import _check_capture, step_layers
 from .wrapper import Lipschitz

@@ -24,12 +24,13 @@ from torch.nn.functional import pad
 from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype, _use_grad_for_differentiable
 
-from . import plan as plans
+from .batch import Batch, Bucket, LayerOptions, LocalParam
+from .collect import local_params, make_plan, refuse_unsuitable
 from .estimator import LayerState
 from .groups import Layers, decays_of, name_layers
 from .history import real, sketch
 from .loading import check_loaded
-from .plan import Batch, Bucket, LayerOptions, LocalParam, StepPlan, as_scalar
+from .plan import StepPlan, as_scalar, has_rate, home_device
 from .rules import Group, Moments, Numbers, Rule
 from .sharding import FlatTensors, Shard
 from .signals import OPMATH, Signal, elements, norm
@@ -119,7 +120,7 @@ class LayerwiseOptimizer(Optimizer):
         is_new = torch.compiler.is_compiling() or kept is None or not kept.is_current(self)
         if kept is None or is_new:
             self.__dict__.pop("_plan", None)
-            plan = plans.make_plan(self)
+            plan = make_plan(self)
         else:
             plan = kept
         if plan.device.type != "cpu":
@@ -127,7 +128,7 @@ class LayerwiseOptimizer(Optimizer):
         active.append(step_layers(self, plan))
         if any(group.get("c", self._c) == "theoretical" for group in self.param_groups):
             _count_step(self, active)
-        if is_new and plans.can_keep(plan):
+        if is_new and plan.is_reusable:
             plan.note(self)
             self._plan = plan
 
@@ -147,7 +148,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def _check(self, param: LocalParam) -> None:
         """Refuses a parameter that it cannot step."""
-        plans.refuse_unsuitable(self, param)
+        refuse_unsuitable(self, param)
 
     def _batches(self, plan: StepPlan) -> list[Batch]:
         """The tensors of each bucket, as they are now."""
@@ -297,7 +298,7 @@ class LayerwiseOptimizer(Optimizer):
         rates: dict[str, LayerRate | None] = {}
         rows: dict[torch.device, dict[str, Tensor]] = {}
         for group in self.param_groups:
-            for param in plans.local_params(self, group, self._flat_tensors.tensors(group)):
+            for param in local_params(self, group, self._flat_tensors.tensors(group)):
                 if param.layer not in rates and param.stored:
                     rates[param.layer] = None  # keeps the order of the model
                     row = torch.stack([param.state[key].detach() for key in keys])
@@ -631,8 +632,8 @@ def _count_step(optimizer: LayerwiseOptimizer, active: list[Tensor]) -> None:
         tensors = optimizer._flat_tensors.tensors(group)
         if tensors and any(p is tensors[-1] for p in group["params"]):
             if "lipschitz_step" not in group:
-                device = plans.home_device(optimizer)
+                device = home_device(optimizer)
                 group["lipschitz_step"] = torch.zeros((), dtype=_get_scalar_dtype(), device=device)
             count = group["lipschitz_step"]
             taken = torch.cat(active).any().to(count.device)
-            count += (taken | plans.has_rate([group], count.device)[0]).to(count.dtype)
+            count += (taken | has_rate([group], count.device)[0]).to(count.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import ASGD, LBFGS, Optimizer
 
+from .batch import Batch, LayerOptions, LocalParam
 from .estimator import Estimator, is_number
 from .forms import foreach
 from .forms import fused as fused_form
@@ -37,7 +38,7 @@ from .loading import (
     unchanged_if_refused,
 )
 from .names import by_name
-from .plan import Batch, LayerOptions, LocalParam, StepPlan, as_scalar
+from .plan import StepPlan, as_scalar
 from .rules import SGD
 from .sharding import FlatTensors
 from .signals import Gradients, Signal, Updates, elements, index_tensor, norms

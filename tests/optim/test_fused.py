@@ -25,10 +25,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from hf_adalip import AdamLip, Lipschitz
 from hf_adalip.optim import LipOptimizer
 from hf_adalip.optim import step as loop
+from hf_adalip.optim.batch import Batch
 from hf_adalip.optim.forms import fused
 from hf_adalip.optim.forms.kernels import Constants, KernelError, Spec, Tensors, cpu
 from hf_adalip.optim.forms.kernels.build import warn_once
-from hf_adalip.optim.plan import Batch
 from tests.optim.cases import (
     CLASSES,
     GRADIENT,

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from hf_adalip.optim import signals
 from hf_adalip.optim import step as loop
+from hf_adalip.optim.batch import Batch
 from hf_adalip.optim.forms.kernels import Constants, Spec, Tensors, gpu, tables
-from hf_adalip.optim.plan import Batch
 from hf_adalip.optim.rules import SGD, Adam, Lion, RMSprop, Rule
 from hf_adalip.optim.signals import opmath_dtype
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..plan import Batch
+from ..batch import Batch
 from ..rules import Group, Numbers
 from ..signals import elements, layer_norms, norms, opmath_dtype
 from ..step import sketched, to_opmath

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..plan import Batch, LocalParam
+from ..batch import Batch, LocalParam
 from ..signals import opmath_dtype
 from .kernels import COLUMNS, Constants, KernelError, Spec, Tensors, cpu, gpu
 from .kernels.build import warn_once

@@ -20,7 +20,7 @@ from .fsdp1 import is_fsdp1
 from .reduce import ReduceGroups
 
 if TYPE_CHECKING:
-    from ..plan import Layer
+    from ..batch import Layer
 
 _UNKNOWN = (
     "the parameters of a group were replaced ({}) by tensors in which layers cannot be told apart. "
