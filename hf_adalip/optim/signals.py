@@ -173,7 +173,12 @@ def layer_norms(tensor_norms: Tensor, layer_of: tuple[int, ...], layers: int) ->
     padded = torch.cat([tensor_norms, tensor_norms.new_zeros(1, tensor_norms.shape[1])])
     # A gather and a sum over a fixed order: index_add_ would add in any order on a GPU, and
     # two ranks could round differently.
-    return _vector_norm(padded[index], dim=1)
+    parts = padded[index]
+    if parts.requires_grad:
+        return _vector_norm(parts, dim=1)  # the gradient of which is zero where it is
+    # Rounds the squares before it adds them, so that two tensors may come in any order;
+    # vector_norm over a dimension does not, in torch 2.6.
+    return parts.square().sum(dim=1).sqrt()
 
 
 def _padded_index(layer_of: tuple[int, ...], layers: int, device: torch.device) -> Tensor:
