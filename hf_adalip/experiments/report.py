@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
@@ -156,6 +157,9 @@ def _image(picture: figures.Picture, path: Path, where: str) -> Image:
     return Image(path.name, path.read_bytes(), picture.alt, caption)
 
 
+_VARIED = re.compile(r"--(learning_rate|seed|output_dir)=(\S+)")
+
+
 def _how(study: StudyResults) -> list[Block]:
     """Commands, data, seeds and versions: what is needed to get the numbers again."""
     finished = [trial for trial in study.trials if trial.results]
@@ -179,9 +183,26 @@ def _how(study: StudyResults) -> list[Block]:
     if failed := [trial for trial in study.trials if trial.outcome == "failed"]:
         lines = [f"{_name(trial)}: {trial.error or 'no reason given'}" for trial in failed]
         blocks.append(Details(f"Errors of runs that failed ({len(failed)})", lines))
-    lines = [f"[{_name(trial)}: {trial.outcome}] {trial.command}" for trial in study.trials]
-    blocks.append(Details(f"Commands of all runs ({len(lines)})", lines))
+    lines = list(_commands(study.trials))
+    blocks.append(Details(f"Commands of all runs ({len(study.trials)})", lines))
     return blocks
+
+
+def _commands(trials: Sequence[Trial]) -> Iterator[str]:
+    """Each command once, followed by the learning rates and seeds it was run with."""
+    runs: dict[str, dict[str, list[str]]] = {}
+    for trial in trials:
+        given = dict(_VARIED.findall(trial.command))
+        command = _VARIED.sub(lambda match: f"--{match[1]}={match[1].upper()}", trial.command)
+        seed = given.get("seed", str(trial.seed))
+        if trial.outcome != "complete":
+            seed += f" ({trial.outcome})"
+        rate = given.get("learning_rate", f"{trial.learning_rate:g}")
+        runs.setdefault(command, {}).setdefault(rate, []).append(seed)
+    for command, seeds in runs.items():
+        yield command
+        for rate, those in seeds.items():
+            yield f"    LEARNING_RATE {rate}: SEED {', '.join(those)}"
 
 
 def _grids(study: StudyResults) -> list[str]:

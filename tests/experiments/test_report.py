@@ -74,7 +74,8 @@ def trial(role: str, rate: float, seed: int, peak: float, at: int) -> dict[str, 
         "state": "failed" if diverged else "complete",
         "error": None,
         "seconds": 2.0,
-        "command": f"python recipes/mnist.py --optim {optimizer} --learning_rate {rate:g}",
+        "command": f"python recipes/mnist.py --optim={optimizer} --learning_rate={rate:g} "
+        f"--seed={seed} --output_dir={optimizer}-{rate:g}-{seed}",
         "median_scale": 0.5 + 0.1 * seed if role == "form" else None,
         "results": results,
     }
@@ -343,7 +344,9 @@ def test_every_caption_has_the_scale_and_numbers_have_their_origin(folder: Path)
     for part in ("f1f2", "torch 2.14.1", "Seeds: 0, 1, 2", "hf-adalip sweep", "0.01, 0.1, 1"):
         assert part in how
     assert "control sgd, lr 1, seed 0: killed by signal 9" in how
-    assert how.count("recipes/mnist.py --optim") == 25
+    assert how.count("recipes/mnist.py --optim") == len(("sgd", "adalip"))
+    runs = re.findall(r"^ +LEARNING_RATE [0-9.]+: SEED (.*)$", how, re.MULTILINE)
+    assert sum(len(seeds.split(", ")) for seeds in runs) == 25
     pictures = re.findall(r"\]\((.*\.png)\)", text)
     assert sorted(pictures) == ["mean_curves.png", "over_learning_rates.png"]
     assert all((folder / "report" / picture).read_bytes()[1:4] == b"PNG" for picture in pictures)
