@@ -85,10 +85,15 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; }
 th, td { text-align: right; white-space: nowrap; }
 th[colspan] { text-align: center; }
 tbody th, thead th:first-child { text-align: left; font-weight: normal; }
-tbody tr:nth-child(even) { background: var(--soft); }
-tbody th { background: Canvas; left: 0; position: sticky; }
+tbody tr:nth-child(even) > * { background-image: linear-gradient(var(--soft) 0 0); }
+tbody th { background-color: Canvas; left: 0; position: sticky; }
 img { background: #fff; height: auto; min-width: min(100%, 20rem); max-width: 100%; }
-@media (max-width: 45rem) { .wide img { max-width: none; width: 44rem; } }
+@media (max-width: 45rem) {
+  .wide img { max-width: none; width: 44rem; }
+  tbody th { min-width: 6rem; white-space: normal; }
+  thead th:first-child { white-space: normal; }
+  th, td { padding: .3rem .4rem; }
+}
 code, pre { font: .875rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .7rem; white-space: pre-wrap; }
 </style>
