@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from .sharding import FlatTensors, shard_of
 from .signals import Updates
 from .state import StateKeys, unpacked
 from .step import Form, LayerwiseOptimizer
+
+if TYPE_CHECKING:
+    from .release import ParameterPlans
 
 FORMS: dict[str, Form] = {"loop": loop, "foreach": foreach, "fused": fused}
 
@@ -88,6 +91,8 @@ class LipOptimizer(LayerwiseOptimizer):
         *("foreach", "fused", "differentiable", "nesterov", "eps_in_sqrt"),
     )
 
+    _parameter_plans: ParameterPlans | None = None  # of `step_parameter`
+
     def __new__(cls, *_: Any, **options: Any) -> Self:
         """Says what is wrong where Python would only know of an unexpected argument."""
         if not isinstance(cls.signal, Updates) and "previous" in options:
@@ -141,6 +146,47 @@ class LipOptimizer(LayerwiseOptimizer):
             fused.refuse_unless_possible(group["params"])
         super().add_param_group(group)
         self._name_last_group(layers)
+
+    @torch.no_grad()
+    def step_parameter(
+        self, parameter: Tensor, group: dict[str, Any] | None = None, index: int | None = None
+    ) -> None:
+        """Steps one parameter, as soon as its gradient is complete.
+
+        For training loops that call it in a hook of their own and free the gradient then, as
+        OneTrainer's fused back pass does. The numbers are those of `step`, bit for bit. Where the
+        loop is your own, `release_gradients` does the same in larger parts, which is faster: a
+        call takes about a millisecond whatever the parameter's size.
+
+        Args:
+            parameter: with its gradient in `grad`; without one, nothing is done. It has to be
+                a layer of its own (layers="tensor"), whole, and on one process.
+            group: the one of `param_groups` that it is in; looked up if not given.
+            index: its place in the group; looked up if not given.
+
+        Raises:
+            ValueError: if it is not there, and for an option that needs several parameters'
+                gradients or the number of steps taken: capturable, differentiable,
+                nonfinite="raise", c="theoretical", and layers of several parameters.
+            NotImplementedError: for an optimizer of sharded parameters, or of
+                DistributedDataParallel's.
+            RuntimeError: if gradients are released already (`release_gradients`).
+
+        Examples:
+            >>> from hf_adalip import AdamLip
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = AdamLip([weight], lr=0.1)
+            >>> def step_and_free(parameter):
+            ...     optimizer.step_parameter(parameter)
+            ...     parameter.grad = None
+            >>> handle = weight.register_post_accumulate_grad_hook(step_and_free)
+            >>> weight.sum().backward()
+            >>> weight.detach(), weight.grad
+            (tensor([0.9000, 0.9000]), None)
+        """
+        from .release import step_parameter  # which needs this class
+
+        step_parameter(self, parameter, group, index)
 
     def _validate(self, group: dict[str, Any]) -> None:
         """Refuses a bad option of a group (or of the defaults) before anything is changed."""

@@ -97,14 +97,50 @@ def release_gradients(optimizer: LipOptimizer, *, bucket_cap_mb: float = 25) -> 
     return GradientRelease(optimizer, bucket_cap_mb * 2**20)
 
 
+def step_parameter(
+    optimizer: LipOptimizer,
+    param: Tensor,
+    group: dict[str, Any] | None = None,
+    index: int | None = None,
+) -> None:
+    """`LipOptimizer.step_parameter`."""
+    if optimizer.releases_gradients:
+        raise RuntimeError(
+            "release_gradients steps the optimizer's parameters already; call its remove() first, "
+            "or leave out step_parameter"
+        )
+    plans = optimizer._parameter_plans
+    if plans is None or plans.groups != len(optimizer.param_groups):
+        _refuse_parameters(optimizer)
+        plans = optimizer._parameter_plans = ParameterPlans(optimizer)
+    slot = plans.slot(param)
+    if (
+        slot is None
+        or (group is not None and group is not slot.group)
+        or (index is not None and index != slot.param_index)
+    ):
+        raise ValueError(
+            f"parameter, of shape {tuple(param.shape)}, is none of the optimizer's, or not at "
+            f"index={index} of the group given: call step_parameter(parameter) alone to have its "
+            "place looked up"
+        )
+    if slot.group["c"] == "theoretical":
+        raise ValueError(
+            'c="theoretical" counts the calls of step(), and step_parameter takes part of a step; '
+            "choose a number"
+        )
+    _refuse_options(slot.group)
+    if param.grad is not None:
+        plans.step([param])
+
+
 class GradientRelease:
     """What `release_gradients` returns."""
 
     def __init__(self, optimizer: LipOptimizer, cap: float) -> None:
         self._optimizer = optimizer
         self._cap = cap  # bytes
-        self._slots: dict[Tensor, _Slot] = {}
-        self._plans: dict[Tensor, _Plan] = {}
+        self._plans = ParameterPlans(optimizer)
         self._buckets: dict[Hashable, _Bucket] = {}  # of each queue
         self._stepped: set[Tensor] = set()  # since the last `optimizer.step()`
         self._active: list[Tensor] = []  # which layers of those are active
@@ -146,15 +182,16 @@ class GradientRelease:
         bucket = self._buckets.setdefault(_queue(param.device), _Bucket())
         if param in self._stepped or param in bucket.params:
             raise RuntimeError(
-                f"{self._name(param)} got a second gradient since the last optimizer.step(), and "
-                "is stepped with its first: gradient release excludes gradient accumulation "
+                f"{self._plans.name(param)} got a second gradient since the last "
+                "optimizer.step(), and is stepped with its first: gradient release excludes "
+                "gradient accumulation "
                 "and, for a parameter used in two of them, checkpoint(use_reentrant=True); call "
                 "optimizer.step() after every backward, or release.remove()"
             )
         if not self._started:  # it may have come after the release
             _refuse_ddp(self._hooks)
             self._started = True
-        if self._slot(param) is None or param.grad is None:
+        if self._plans.slot(param) is None or param.grad is None:
             return
         if not bucket.params:
             engine: Any = torch.autograd.Variable._execution_engine
@@ -168,40 +205,14 @@ class GradientRelease:
     def _empty(self, bucket: _Bucket) -> None:
         """Steps the parameters that wait in a bucket."""
         # After a backward that failed, gradients may be gone and groups changed.
-        params = [p for p in bucket.params if p.grad is not None and self._slot(p)]
+        params = [p for p in bucket.params if p.grad is not None and self._plans.slot(p)]
         bucket.params, bucket.nbytes = {}, 0
         if not params:
             return
-        _check_capture(self._optimizer)
-        self._active.append(step_layers(self._optimizer, self._plan(params).step_plan))
+        self._active.append(self._plans.step(params))
         self._stepped.update(params)
         for param in params:
             param.grad = None
-
-    def _plan(self, params: list[Tensor]) -> _Plan:
-        plan = self._plans.get(params[0])
-        if plan is None or not plan.holds(self._optimizer, params):
-            # Their numbers are packed for one plan at a time.
-            stale = {id(self._plans[param]) for param in params if param in self._plans}
-            self._plans = {p: x for p, x in self._plans.items() if id(x) not in stale}
-            plan = _Plan(self._optimizer, [self._slots[param] for param in params])
-            self._plans |= dict.fromkeys(params, plan)
-        return plan
-
-    def _slot(self, param: Tensor) -> _Slot | None:
-        """None for a parameter that is no longer the optimizer's."""
-        if not _is_at(self._optimizer, param, self._slots.get(param)):
-            self._slots = {
-                here: _Slot(group, index)
-                for group in self._optimizer.param_groups
-                for index, here in enumerate(group["params"])
-            }
-            self._plans = {}
-        return self._slots.get(param)
-
-    def _name(self, param: Tensor) -> str:
-        group, index = self._slots[param]
-        return f"the parameter of layer {group['layer_names'][index]!r}"
 
     def finish(self) -> list[Tensor]:
         """Ends the step of the parameters that were stepped within backward.
@@ -219,10 +230,10 @@ class GradientRelease:
         for param in self._stepped:
             if param.grad is not None:
                 raise RuntimeError(
-                    f"{self._name(param)} was stepped within backward and has a gradient again: "
-                    "something else assigned it (DistributedDataParallel, or code that keeps "
-                    "gradients); call release.remove() to have ordinary steps, or zero_grad() to "
-                    "go on without it"
+                    f"{self._plans.name(param)} was stepped within backward and has a gradient "
+                    "again: something else assigned it (DistributedDataParallel, or code that "
+                    "keeps gradients); call release.remove() to have ordinary steps, or "
+                    "zero_grad() to go on without it"
                 )
         for bucket in self._buckets.values():  # of a backward that failed
             self._empty(bucket)
@@ -248,6 +259,54 @@ class _Slot(NamedTuple):
 
     group: dict[str, Any]
     param_index: int
+
+
+class ParameterPlans:
+    """Steps of some of an optimizer's parameters, each a layer of its own, and their plans.
+
+    Attributes:
+        groups: how many parameter groups the optimizer had.
+    """
+
+    def __init__(self, optimizer: LipOptimizer) -> None:
+        self.groups = len(optimizer.param_groups)
+        self._optimizer = optimizer
+        self._slots: dict[Tensor, _Slot] = {}
+        self._plans: dict[Tensor, _Plan] = {}
+
+    def step(self, params: list[Tensor]) -> Tensor:
+        """Steps parameters that have a gradient and a slot.
+
+        Returns:
+            which of their layers are active, shape [params].
+        """
+        _check_capture(self._optimizer)
+        return step_layers(self._optimizer, self._plan(params).step_plan)
+
+    def slot(self, param: Tensor) -> _Slot | None:
+        """None for a parameter that is not, or no longer, the optimizer's."""
+        if not _is_at(self._optimizer, param, self._slots.get(param)):
+            self._slots = {
+                here: _Slot(group, index)
+                for group in self._optimizer.param_groups
+                for index, here in enumerate(group["params"])
+            }
+            self._plans = {}
+        return self._slots.get(param)
+
+    def name(self, param: Tensor) -> str:
+        group, index = self._slots[param]
+        return f"the parameter of layer {group['layer_names'][index]!r}"
+
+    def _plan(self, params: list[Tensor]) -> _Plan:
+        plan = self._plans.get(params[0])
+        if plan is None or not plan.holds(self._optimizer, params):
+            # Their numbers are packed for one plan at a time.
+            stale = {id(self._plans[param]) for param in params if param in self._plans}
+            self._plans = {p: x for p, x in self._plans.items() if id(x) not in stale}
+            plan = _Plan(self._optimizer, [self._slots[param] for param in params])
+            self._plans |= dict.fromkeys(params, plan)
+        return plan
 
 
 class _Plan:
