@@ -60,7 +60,7 @@ class LipschitzOver(Lipschitz):
         fused: bool | None = None,
         **base_arguments: Any,
     ) -> None:
-        own = {
+        own: dict[str, Any] = {
             "gamma": gamma,
             "c": c,
             "layers": layers,
@@ -115,7 +115,7 @@ class SecantOver(Secant):
         law: Law | None = None,
         **base_arguments: Any,
     ) -> None:
-        own = {"every": every, "model": model, "law": law}
+        own: dict[str, Any] = {"every": every, "model": model, "law": law}
         of_base = {**base_arguments, "lr": lr, "weight_decay": weight_decay}
         optimizer, own = _base_and_own(Secant, params, base, of_base, own)
         super().__init__(optimizer, **own)

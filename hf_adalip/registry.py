@@ -278,7 +278,7 @@ def get_wrapper_info(wrapper: type[Lipschitz | Secant], base: str) -> OptimizerI
 
     Args:
         wrapper: one of the two classes.
-        base: the NAME of a `lip-` or `secant-` name, or the path of a class ("package.module.Class").
+        base: NAME of a `lip-` or `secant-` name, or the path of a class ("package.module.Class").
 
     Raises:
         ValueError: for an unknown name, or a path that leads to no class of an optimizer.
@@ -293,8 +293,8 @@ def get_wrapper_info(wrapper: type[Lipschitz | Secant], base: str) -> OptimizerI
         unsuited = _UNSUITED | (_UNSUITED_FOR_SECANT if wrapper is Secant else set())
         names = [name for name in _torch_optimizers() if name not in unsuited]
         raise ValueError(
-            f"base must be one of {', '.join(names)}, an optimizer of timm, or the path of a class, "
-            f"such as torch.optim.AdamW (not {', '.join(sorted(unsuited))}), got {base!r}"
+            f"base must be one of {', '.join(names)}, an optimizer of timm, or the path of a "
+            f"class, such as torch.optim.AdamW (not {', '.join(sorted(unsuited))}), got {base!r}"
         )
     try:
         found = pkgutil.resolve_name(base)

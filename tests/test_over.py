@@ -6,7 +6,6 @@ import copy
 import importlib
 import inspect
 import pickle
-import re
 
 import pytest
 import torch
@@ -219,5 +218,6 @@ def test_arguments_on_the_command_line_of_lightning(name):
         assert optimizer.every == 7
     else:
         assert layerwise(optimizer) is optimizer
-    with pytest.raises(jsonargparse.ArgumentError, match=re.escape("gamma" if "Lip" in name else "e")):
-        parser.parse_args([command[0], "--optimizer.gamma=high", "--optimizer.every=high"])
+    number = "every" if name == "SecantOver" else "gamma"
+    with pytest.raises(jsonargparse.ArgumentError, match=number):
+        parser.parse_args([command[0], f"--optimizer.{number}=high"])

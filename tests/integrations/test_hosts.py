@@ -17,7 +17,6 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-tomllib = pytest.importorskip("tomllib")
 
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -189,6 +188,7 @@ def test_the_plugin_of_ms_swift(tmp_path, host, name):
 
 def test_the_entry_points_of_llm_foundry():
     """Its registry wants subclasses of Optimizer, called with `params` and what is configured."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     group = "llmfoundry_optimizers"
     points = [EntryPoint(*item, group) for item in project["entry-points"][group].items()]
