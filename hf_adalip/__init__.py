@@ -1,5 +1,6 @@
 """AdaLip: a Lipschitz-adaptive learning rate per layer (Ioannou, Tagaris, Stafylopatis 2023)."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .optim import (
@@ -25,6 +26,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .integrations.trainer import attach, register, trainer_kwargs
+    from .over import LipschitzOver, SecantOver
 
 __all__ = [
     "AdaLip",
@@ -33,10 +35,12 @@ __all__ = [
     "AdamLipU",
     "LionLip",
     "Lipschitz",
+    "LipschitzOver",
     "OptimizerInfo",
     "RMSLip",
     "RMSLipU",
     "Secant",
+    "SecantOver",
     "__version__",
     "attach",
     "create_optimizer",
@@ -49,13 +53,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """What is for Trainer, imported when it is first asked for."""
-    if name not in ("attach", "register", "trainer_kwargs"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .integrations import trainer
+_LAZY = {
+    **dict.fromkeys(("attach", "register", "trainer_kwargs"), "integrations.trainer"),
+    **dict.fromkeys(("LipschitzOver", "SecantOver"), "over"),
+}
+"""What is imported when it is first asked for, and the module that it is in."""
 
-    globals()[name] = found = getattr(trainer, name)
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_LAZY[name]}", __name__)
+    globals()[name] = found = getattr(module, name)
     return found
 
 

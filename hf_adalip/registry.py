@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -137,18 +138,29 @@ class OptimizerInfo:
         Raises:
             TypeError: for an argument that the class does not take.
         """
-        arguments = {**self.defaults, **arguments}
         make = cast("Any", self.optimizer_class)
-        self.check_names(arguments)
-        params = checked_params(params)
-        if not issubclass(self.optimizer_class, (Lipschitz, Secant)):
-            return cast("Optimizer", make(params, **arguments))
+        if issubclass(self.optimizer_class, (Lipschitz, Secant)):
+            base, arguments = self.create_base(params, arguments)
+            return cast("Optimizer", make(base, **arguments))
+        arguments = self._checked(arguments)
+        return cast("Optimizer", make(checked_params(params), **arguments))
+
+    def create_base(
+        self, params: ParamsT, arguments: Mapping[str, Any]
+    ) -> tuple[Optimizer, dict[str, Any]]:
+        """The optimizer that is wrapped, and what of the arguments is the wrapper's."""
+        arguments = self._checked(arguments)
         base = cast("Any", self.base)
         own = set(inspect.signature(self.optimizer_class).parameters) - {"optimizer"}
         shared = {"fused"} & set(inspect.signature(base).parameters)
-        wrapped = {key: value for key, value in arguments.items() if key not in own - shared}
-        arguments = {key: value for key, value in arguments.items() if key in own}
-        return cast("Optimizer", make(base(params, **wrapped), **arguments))
+        of_base = {key: value for key, value in arguments.items() if key not in own - shared}
+        made = base(checked_params(params), **of_base)
+        return made, {key: value for key, value in arguments.items() if key in own}
+
+    def _checked(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = {**self.defaults, **arguments}
+        self.check_names(arguments)
+        return arguments
 
 
 _REGISTRY: dict[str, OptimizerInfo] = {}
@@ -233,29 +245,16 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
 def _find(key: str) -> OptimizerInfo | None:
     if key in _REGISTRY:
         return _REGISTRY[key]
-    if key.startswith(LIP_PREFIX):
-        found = _base_optimizer(key.removeprefix(LIP_PREFIX))
-        if found is not None:
-            base, defaults = found
-            return OptimizerInfo(
-                name=key,
-                optimizer_class=Lipschitz,
-                base=base,
-                signal="gradient",
-                reference="Eqs. 6-9",
-                defaults=defaults,
-            )
-    elif key.startswith(SECANT_PREFIX):
-        name = key.removeprefix(SECANT_PREFIX)
-        found = None if name in _UNSUITED_FOR_SECANT else _base_optimizer(name)
-        if found is not None:
-            base, defaults = found
-            # the rate found does not depend on it, and a group's lr then is what the schedule says
-            return OptimizerInfo(key, Secant, base=base, defaults={**defaults, "lr": 1.0})
-    elif key in _torch_optimizers():
+    for prefix, wrapper in ((LIP_PREFIX, Lipschitz), (SECANT_PREFIX, Secant)):
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            refused = wrapper is Secant and name in _UNSUITED_FOR_SECANT
+            found = None if refused else _base_optimizer(name)
+            return found and _wrapping(key, wrapper, *found)
+    if key in _torch_optimizers():
         cls = _torch_optimizers()[key]
         return OptimizerInfo(key, cls, base=cls, description=f"torch.optim.{cls.__name__}")
-    elif key in PEERS:
+    if key in PEERS:
         package, name = PEERS[key]
         try:
             cls = getattr(importlib.import_module(package), name)
@@ -263,6 +262,47 @@ def _find(key: str) -> OptimizerInfo | None:
             raise ValueError(f"{key} needs {package}: pip install {package}") from error
         return OptimizerInfo(key, cls, base=cls, description=f"{package}.{name}")
     return None
+
+
+def _wrapping(
+    name: str, wrapper: type[Lipschitz | Secant], base: type[Optimizer], defaults: dict[str, Any]
+) -> OptimizerInfo:
+    if wrapper is Lipschitz:
+        return OptimizerInfo(name, Lipschitz, base, "gradient", "Eqs. 6-9", defaults)
+    # the rate found does not depend on it, and a group's lr then is what the schedule says
+    return OptimizerInfo(name, Secant, base, defaults={**defaults, "lr": 1.0})
+
+
+def get_wrapper_info(wrapper: type[Lipschitz | Secant], base: str) -> OptimizerInfo:
+    """The record of `Lipschitz` or `Secant` over a base optimizer.
+
+    Args:
+        wrapper: one of the two classes.
+        base: NAME of a `lip-` or `secant-` name, or the path of a class ("package.module.Class").
+
+    Raises:
+        ValueError: for an unknown name, or a path that leads to no class of an optimizer.
+        TypeError: for what is no string.
+    """
+    if not isinstance(base, str):
+        raise TypeError(f'base must be a string such as "adamw", got {base!r}')
+    prefix = LIP_PREFIX if wrapper is Lipschitz else SECANT_PREFIX
+    if "." not in base:
+        if (info := _find(prefix + base.lower())) is not None:
+            return info
+        unsuited = _UNSUITED | (_UNSUITED_FOR_SECANT if wrapper is Secant else set())
+        names = [name for name in _torch_optimizers() if name not in unsuited]
+        raise ValueError(
+            f"base must be one of {', '.join(names)}, an optimizer of timm, or the path of a "
+            f"class, such as torch.optim.AdamW (not {', '.join(sorted(unsuited))}), got {base!r}"
+        )
+    try:
+        found = pkgutil.resolve_name(base)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"base={base!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ValueError(f"base={base!r} is no class of a torch.optim.Optimizer")
+    return _wrapping(prefix + found.__name__.lower().replace("_", ""), wrapper, found, {})
 
 
 def create_optimizer(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .as_main import run_module, run_script
-from .integrations.trainer import attach, attachable, register
+from .integrations.trainer import attach_if_ours, register
 
 USAGE = "usage: python -m hf_adalip.run SCRIPT|-m MODULE [the script's arguments]"
 
@@ -28,9 +28,7 @@ def _attached() -> Iterator[None]:
     train: Callable[..., Any] = Trainer.train
 
     def with_rates(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        if attachable(trainer):
-            attach(trainer)
-            trainer._hf_adalip["required"] = False  # its create_optimizer may make another
+        attach_if_ours(trainer)
         return train(trainer, *args, **kwargs)
 
     Trainer.train = with_rates

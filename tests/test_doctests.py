@@ -13,6 +13,7 @@ MODULES = [
     "hf_adalip.optim.release",
     "hf_adalip.optim.variants",
     "hf_adalip.optim.wrapper",
+    "hf_adalip.over",
     "hf_adalip.registry",
 ]
 SIX = ["AdaLip", "RMSLip", "AdamLip", "AdaLipU", "RMSLipU", "AdamLipU"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from ..diagnose.checks import (
     INSTEAD,
@@ -50,7 +51,7 @@ from .secant import measure_training_steps, refuse_trainer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 _NEEDS = (
     "hf_adalip knows transformers 5.2 to 5.24 here; install one of these (pip install "
@@ -59,11 +60,21 @@ _NEEDS = (
 
 
 class ModelOptimizer:
-    """What Trainer takes for an optimizer factory: it is given the model, so names are known."""
+    """What Trainer takes for an optimizer factory: it is given the model, so names are known.
+
+    Trainers of other packages take it for the class of an optimizer where they make parameter
+    groups themselves, as Unsloth does for the learning rate of embeddings: `ModelOptimizer(groups,
+    name="adamlip", lr=1e-3)` is the optimizer.
+    """
+
+    def __new__(cls, groups: ParamsT | None = None, **arguments: Any) -> Any:
+        """The factory or, of parameters, the optimizer."""
+        return super().__new__(cls) if groups is None else create_optimizer(groups, **arguments)
 
     def __call__(
         self,
         model: nn.Module,
+        args: TrainingArguments | None = None,
         *,
         name: str,
         optimizer_dict: Sequence[Mapping[str, Any]] | None = None,
@@ -73,6 +84,7 @@ class ModelOptimizer:
 
         Args:
             model: what is trained.
+            args: those of the Trainer, which Axolotl passes; not used.
             name: of the optimizer.
             optimizer_dict: parameter groups instead of the model's own, of a Trainer that trains
                 more than the model (that of sentence-transformers: its loss, too). What is in a
@@ -368,6 +380,13 @@ def attach(  # noqa: C901 - with the callback inside of it
 def attachable(trainer: Trainer) -> bool:
     """Whether a Trainer will train with an optimizer that has an S, and has not been attached."""
     return getattr(trainer, "_hf_adalip", None) is None and not examine(trainer)
+
+
+def attach_if_ours(trainer: Trainer) -> None:
+    """Calls `attach` for a Trainer that will train with one of our optimizers."""
+    if attachable(trainer):
+        attach(trainer)
+        trainer._hf_adalip["required"] = False  # its create_optimizer may make another
 
 
 def chance_loss(trainer: Trainer) -> float | None:
