@@ -134,8 +134,9 @@ def all_rounded(values: list[Tensor], draws: list[Draws], steps: Tensor) -> list
 
 
 def _rounded(value: Tensor, index: Tensor, seed: Tensor | int, key: Tensor | int) -> Tensor:
-    words = mix(mix(index + seed) ^ ((index >> 32) * GOLDEN + key))
-    bits = (value.view(torch.int32) + (words & 0xFFFF).to(torch.int32)) & -0x10000
+    upper = (index >> 32).mul_(GOLDEN).add_(key)
+    words = mix(mix(index + seed).bitwise_xor_(upper)).bitwise_and_(0xFFFF)
+    bits = (value.view(torch.int32) + words.to(torch.int32)).bitwise_and_(-0x10000)
     return torch.where(value.isfinite(), bits.view(torch.float32), value)
 
 
