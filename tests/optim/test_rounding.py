@@ -86,7 +86,8 @@ def test_right_on_average_at_every_element_and_step() -> None:
     assert len({*seeds}) == 4
     for index in (0, 1, 2**31, 2**32 + 1, 2**40):
         for seed in seeds:
-            value, at = torch.full_like(steps, 1.001953125), torch.tensor(index)
+            value = torch.full_like(steps, 1.001953125)
+            at = torch.full(steps.shape, index)
             up = rounding._rounded(value, at, seed, rounding._keys(seed, steps)) > 1
             mean = up.double().mean().item()
             assert abs(mean - 0.25) <= 4 * math.sqrt(0.25 * 0.75 / len(steps))
