@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,8 @@ from hf_adalip.optim.forms.kernels import cpu
 from hf_adalip.optim.hashing import GOLDEN
 from hf_adalip.optim.rounding import Draws, rounded
 from hf_adalip.optim.rules import SGD
-from hf_adalip.optim.sharding import Place
+from hf_adalip.optim.sharding import Place, Shard
+from hf_adalip.optim.sharding.fsdp1 import FSDP1Shard
 from hf_adalip.optim.signals import Gradients
 from tests.optim.cases import (
     CLASSES,
@@ -189,11 +192,11 @@ def batch(sizes: list[int], draws: list[Draws]) -> Batch:
         *(SGD(), Gradients(), group, [], params, grads, states, steps, 0.01, (), ("prev_grad",)),
         draws=draws,
     )
-    shard = type("Shard", (), {"start": 0})
-    made.local_params = [
-        type("P", (), {"shard": type("S", (shard,), {"start": d.start}), "state": s})
-        for d, s in zip(draws, states, strict=True)
+    local: Any = [
+        SimpleNamespace(shard=SimpleNamespace(start=x.start), state=state)
+        for x, state in zip(draws, states, strict=True)
     ]
+    made.local_params = local
     return made
 
 
@@ -382,6 +385,23 @@ def test_refused_values(value: Any) -> None:
 def test_refused_with_differentiable() -> None:
     with pytest.raises(ValueError, match="stochastic_rounding=True and differentiable=True"):
         AdamLip(bf16().items(), stochastic_rounding=True, differentiable=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "shard", "what"),
+    [(None, FSDP1Shard, "FSDP1's slices"), (0, Shard, "DeepSpeed's flat tensors")],
+)
+def test_refused_where_elements_are_not_known(part: int | None, shard: Any, what: str) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        p = torch.zeros(3, dtype=dtype)
+        group = {"params": [torch.zeros(3).bfloat16()], "stochastic_rounding": True}
+        param: Any = SimpleNamespace(group=group, param=p, part=part, shard=shard(p))
+        with (
+            pytest.raises(NotImplementedError, match=f"stochastic_rounding=True .*{what} hold")
+            if dtype == torch.bfloat16
+            else nullcontext()
+        ):
+            rounding.refuse_unless_roundable([group], [param])
 
 
 def test_by_name() -> None:
