@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .estimator import Estimator
 from .history import SKETCH
+from .rounding import Draws, draws_of
 from .rules import Group, Rule
 from .sharding import ReduceGroups, Shard
 from .signals import Signal
@@ -44,6 +45,7 @@ class LocalParam:
     shard: Shard
     reduce_groups: ReduceGroups
     sketch: int = 0  # how many numbers are kept of x_{t-1}; 0 where it is kept as a tensor
+    seed: int | None = None  # for stochastic rounding; None where it is to the nearest
     part: int | None = None  # which of a flat tensor's it is
     parts: tuple[int, ...] = ()  # shape of a number in `stored`: how many a flat tensor has
     span: slice | None = None  # where in a flat tensor it is
@@ -115,6 +117,7 @@ class Bucket:
 
     def __post_init__(self) -> None:
         self.is_plain = all(p.is_plain for p in self.params)
+        self.draws = draws_of(self.params)
 
     def previous_sketches(self) -> Tensor:
         """Of x_{t-1}, shape [params, sketch]."""
@@ -160,6 +163,7 @@ class Batch:
     moment_keys: tuple[str, ...]  # state keys of the parameter's shape
     history_keys: tuple[str, ...]  # the same, of x_{t-1}
     sketch: int = 0  # the size of the sketches of x that are kept; 0 where x itself is
+    draws: list[Draws] = field(default_factory=list)  # of parameters rounded stochastically
     stoppable: bool = True  # whether the step may still be refused after `measure`
     prepared: Any = None  # what a form computes once for both `measure` and `advance`
     memo: dict[Any, Any] = field(default_factory=dict)

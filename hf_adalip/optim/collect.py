@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .batch import Layer, LayerOptions, LocalParam
 from .groups import decays_of, group_index
 from .history import history_of
 from .plan import StepPlan, home_device
+from .rounding import seeds_of
 from .sharding import (
     ReduceGroups,
     Shard,
@@ -101,9 +103,9 @@ def local_params(
         )
     flat_tensors = optimizer._flat_tensors
     if not flat_tensors.is_flat(group):
-        named = zip(group["layer_names"], decays_of(group), tensors, strict=True)
-        for layer, decays, param in named:
-            yield local_param(optimizer, layer, param, group, decays)
+        each = group["layer_names"], tensors, decays_of(group), seeds_of(group)
+        for layer, param, decays, seed in zip(*each, strict=True):
+            yield local_param(optimizer, layer, param, group, decays, seed)
         return
     flat_tensors.refuse_unknown(group, tensors)
     if group.get("history") == "sketch":
@@ -124,13 +126,19 @@ def local_params(
 
 
 def local_param(
-    optimizer: LayerwiseOptimizer, layer: str, param: Tensor, group: dict[str, Any], decays: bool
+    optimizer: LayerwiseOptimizer,
+    layer: str,
+    param: Tensor,
+    group: dict[str, Any],
+    decays: bool,
+    seed: int | None,
 ) -> LocalParam:
     """A parameter that is no part of a flat tensor."""
     shard, stored = shard_of(param), _stored(optimizer, param)
     sketch = history_of(group, param).size if optimizer._state_keys(group).histories else 0
+    seed = seed if param.dtype == torch.bfloat16 else None
     return LocalParam(
-        layer, param, group, stored, param, decays, shard, shard.reduce_groups, sketch
+        layer, param, group, stored, param, decays, shard, shard.reduce_groups, sketch, seed
     )
 
 

@@ -19,6 +19,7 @@ from .groups import checked_params, each_once, group_index
 from .loading import loading, refuse_unless_dict, saved_group
 from .options import as_plain, validate
 from .plan import StepPlan
+from .rounding import refuse_unless_roundable
 from .sharding import FlatTensors, shard_of
 from .signals import Updates
 from .state import StateKeys, unpacked
@@ -70,6 +71,11 @@ class LipOptimizer(LayerwiseOptimizer):
             (see `hf_adalip.optim.history`). Changing it later converts the history from dtype to
             dtype, and else starts it anew: S keeps its value at the next step.
         sketch_size: k, how many numbers a sketch has; a power of two, at least 32.
+        stochastic_rounding: round new values of bfloat16 parameters up or down at random, so that
+            they are right on average and small steps are not lost (see
+            `hf_adalip.optim.rounding`): in the same way in every form, run and sharding. Moments,
+            and parameters of other dtypes, are as without it; refused at a step where the optimizer
+            has no bfloat16 parameter.
         foreach: use the multi-tensor form.
         fused: use the compiled form, two passes over memory; tensors that it cannot take (complex
             ones, views with gaps) are stepped in the multi-tensor form. With foreach and fused
@@ -88,7 +94,7 @@ class LipOptimizer(LayerwiseOptimizer):
 
     _plan_options = (
         *("gamma", "c", "scale_bounds", "nonfinite", "previous", "history", "sketch_size"),
-        *("foreach", "fused", "differentiable", "nesterov", "eps_in_sqrt"),
+        *("foreach", "fused", "differentiable", "nesterov", "eps_in_sqrt", "stochastic_rounding"),
     )
 
     _parameter_plans: ParameterPlans | None = None  # of `step_parameter`
@@ -266,6 +272,8 @@ class LipOptimizer(LayerwiseOptimizer):
     def _buckets(self, plan: StepPlan) -> list[tuple[Form | None, list[tuple[int, LocalParam]]]]:
         """Tensors of one group, device and dtype are stepped together; the fused form is last."""
         alike: dict[Any, list[tuple[int, LocalParam]]] = {}
+        stepped_params = [p for layer in plan.layers for p in layer.params]
+        refuse_unless_roundable(self.param_groups, stepped_params)
         for group in self.param_groups:
             if group["fused"]:  # set by hand, loaded, or moved since
                 stepped = [p for p in group["params"] if p.grad is not None]

@@ -14,7 +14,7 @@ from .history import DTYPES
 
 _FLAGS = (
     *("nesterov", "eps_in_sqrt", "decoupled_weight_decay"),
-    *("maximize", "capturable", "differentiable"),
+    *("maximize", "capturable", "differentiable", "stochastic_rounding"),
 )
 
 
@@ -63,10 +63,11 @@ def validate(group: dict[str, Any]) -> None:  # noqa: C901 - one check after the
         raise ValueError(f"fused must be None, True or False, got {group['fused']!r}")
     for one, other in (
         ("foreach", "differentiable"),
+        ("stochastic_rounding", "differentiable"),
         ("fused", "differentiable"),
         ("foreach", "fused"),
     ):
-        if group[one] and group[other]:
+        if group.get(one) and group[other]:
             raise ValueError(f"{one}=True and {other}=True exclude each other")
     if group["capturable"] and group["nonfinite"] == "raise":
         raise ValueError(

@@ -27,6 +27,7 @@ from .collect import local_param, plan_layers
 from .estimator import is_number
 from .groups import decays_of
 from .optimizer import LipOptimizer
+from .rounding import seeds_of
 from .sharding import is_sharded, wrappers
 from .step import _check_capture, step_layers
 from .wrapper import Lipschitz
@@ -344,7 +345,8 @@ def _local_param(optimizer: LipOptimizer, slot: _Slot) -> LocalParam:
     group, index = slot
     _refuse_options(group)
     layer, tensor = group["layer_names"][index], group["params"][index]
-    param = local_param(optimizer, layer, tensor, group, decays_of(group)[index])
+    of = decays_of(group)[index], seeds_of(group)[index]
+    param = local_param(optimizer, layer, tensor, group, *of)
     optimizer._check(param)
     return param
 

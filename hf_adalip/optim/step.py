@@ -31,6 +31,7 @@ from .groups import Layers, decays_of, name_layers
 from .history import real, sketch
 from .loading import check_loaded
 from .plan import StepPlan, as_scalar, has_rate, home_device
+from .rounding import drawn, rounded
 from .rules import Group, Moments, Numbers, Rule
 from .sharding import FlatTensors, Shard
 from .signals import OPMATH, Signal, elements, norm
@@ -185,6 +186,7 @@ class LayerwiseOptimizer(Optimizer):
                     moment_keys=bucket.moment_keys,
                     history_keys=bucket.history_keys,
                     sketch=bucket.sketch,
+                    draws=bucket.draws,
                     stoppable=plan.raises or bool(plan.sharded),  # a collective may fail
                     memo=bucket.memo if bucket.is_plain else {},  # a shard's memory may move
                 )
@@ -422,8 +424,9 @@ def advance(batch: Batch, rates: Tensor, history_rates: Tensor, stepped: Tensor)
     rule, signal, group = batch.rule, batch.signal, batch.group
     corrections = _corrections(batch, batch.steps)
     factors = zip(*(elements(x, group) for x in (rates, history_rates, stepped)), strict=True)
-    tensors = zip(batch.params, batch.grads, batch.states, corrections, factors, strict=True)
-    for param, raw, state, correction, (rate, history_rate, is_stepped) in tensors:
+    draws = drawn(batch.draws, batch.steps, group) if batch.draws else [None] * len(batch.params)
+    tensors = zip(batch.params, batch.grads, batch.states, corrections, factors, draws, strict=True)
+    for param, raw, state, correction, (rate, history_rate, is_stepped), draw in tensors:
         grad = _gradient(param, raw, group)
         old = {key: to_opmath(state[key], group) for key in batch.moment_keys}
         new = rule.moments(grad, old, group)
@@ -436,7 +439,8 @@ def advance(batch: Batch, rates: Tensor, history_rates: Tensor, stepped: Tensor)
         if batch.history_keys:
             for key, x in signal.new_history(grad, partial(mul, direction, -history_rate)).items():
                 _store(state[key], x, is_stepped, otherwise=0.0)
-        _store(param, value - rate * direction, is_stepped)
+        value = value - rate * direction
+        _store(param, value if draw is None else rounded(value, *draw), is_stepped)
 
 
 def _gradient(param: Tensor, grad: Tensor, group: Group) -> Tensor:

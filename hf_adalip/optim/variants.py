@@ -43,6 +43,8 @@ class AdaLip(LipOptimizer):
         decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p; False adds λp to g_t.
         history: how g_{t-1} is kept: "exact", a floating-point dtype, or "sketch".
         sketch_size: how many numbers a sketch has; a power of two, at least 32.
+        stochastic_rounding: round bfloat16 parameters up or down at random, right on average, so
+            that small steps are not lost.
         foreach: use the multi-tensor form; None chooses.
         fused: use the compiled form; None chooses.
         maximize: ascend instead of descend.
@@ -96,6 +98,7 @@ class AdaLip(LipOptimizer):
         decoupled_weight_decay: bool = True,
         history: str | torch.dtype = "exact",
         sketch_size: int = DEFAULT_SKETCH_SIZE,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,
@@ -133,6 +136,8 @@ class RMSLip(LipOptimizer):
         decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p; False adds λp to g_t.
         history: how g_{t-1} is kept: "exact", a floating-point dtype, or "sketch".
         sketch_size: how many numbers a sketch has; a power of two, at least 32.
+        stochastic_rounding: round bfloat16 parameters up or down at random, right on average, so
+            that small steps are not lost.
         foreach: use the multi-tensor form; None chooses.
         fused: use the compiled form; None chooses.
         maximize: ascend instead of descend.
@@ -187,6 +192,7 @@ class RMSLip(LipOptimizer):
         decoupled_weight_decay: bool = True,
         history: str | torch.dtype = "exact",
         sketch_size: int = DEFAULT_SKETCH_SIZE,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,
@@ -224,6 +230,8 @@ class AdamLip(LipOptimizer):
         decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p; False adds λp to g_t.
         history: how g_{t-1} is kept: "exact", a floating-point dtype, or "sketch".
         sketch_size: how many numbers a sketch has; a power of two, at least 32.
+        stochastic_rounding: round bfloat16 parameters up or down at random, right on average, so
+            that small steps are not lost.
         foreach: use the multi-tensor form; None chooses.
         fused: use the compiled form; None chooses.
         maximize: ascend instead of descend.
@@ -279,6 +287,7 @@ class AdamLip(LipOptimizer):
         decoupled_weight_decay: bool = True,
         history: str | torch.dtype = "exact",
         sketch_size: int = DEFAULT_SKETCH_SIZE,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,
@@ -316,6 +325,8 @@ class AdaLipU(AdaLip):
         history: how u_{t-1} is kept: "exact", a floating-point dtype, or "sketch".
             Only "exact" with a momentum that is not Nesterov's, where u_{t-1} is not kept.
         sketch_size: how many numbers a sketch has; a power of two, at least 32.
+        stochastic_rounding: round bfloat16 parameters up or down at random, right on average, so
+            that small steps are not lost.
         foreach: use the multi-tensor form; None chooses.
         fused: use the compiled form; None chooses.
         maximize: ascend instead of descend.
@@ -373,6 +384,7 @@ class AdaLipU(AdaLip):
         decoupled_weight_decay: bool = True,
         history: str | torch.dtype = "exact",
         sketch_size: int = DEFAULT_SKETCH_SIZE,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,
@@ -412,6 +424,8 @@ class RMSLipU(RMSLip):
         decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p; False adds λp to g_t.
         history: how u_{t-1} is kept: "exact", a floating-point dtype, or "sketch".
         sketch_size: how many numbers a sketch has; a power of two, at least 32.
+        stochastic_rounding: round bfloat16 parameters up or down at random, right on average, so
+            that small steps are not lost.
         foreach: use the multi-tensor form; None chooses.
         fused: use the compiled form; None chooses.
         maximize: ascend instead of descend.
@@ -467,6 +481,7 @@ class RMSLipU(RMSLip):
         decoupled_weight_decay: bool = True,
         history: str | torch.dtype = "exact",
         sketch_size: int = DEFAULT_SKETCH_SIZE,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,
@@ -506,6 +521,8 @@ class AdamLipU(AdamLip):
         decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p; False adds λp to g_t.
         history: only "exact", as u_{t-1} is not kept.
         sketch_size: how many numbers a sketch has; a power of two, at least 32.
+        stochastic_rounding: round bfloat16 parameters up or down at random, right on average, so
+            that small steps are not lost.
         foreach: use the multi-tensor form; None chooses.
         fused: use the compiled form; None chooses.
         maximize: ascend instead of descend.
@@ -562,6 +579,7 @@ class AdamLipU(AdamLip):
         decoupled_weight_decay: bool = True,
         history: str | torch.dtype = "exact",
         sketch_size: int = DEFAULT_SKETCH_SIZE,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,
@@ -599,6 +617,8 @@ class LionLip(LipOptimizer):
         decoupled_weight_decay: True for AdamW's form, p -= α_t·λ·p; False adds λp to g_t.
         history: how g_{t-1} is kept: "exact", a floating-point dtype, or "sketch".
         sketch_size: how many numbers a sketch has; a power of two, at least 32.
+        stochastic_rounding: round bfloat16 parameters up or down at random, right on average, so
+            that small steps are not lost.
         foreach: use the multi-tensor form; None chooses.
         fused: use the compiled form; None chooses.
         maximize: ascend instead of descend.
@@ -651,6 +671,7 @@ class LionLip(LipOptimizer):
         decoupled_weight_decay: bool = True,
         history: str | torch.dtype = "exact",
         sketch_size: int = DEFAULT_SKETCH_SIZE,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,

@@ -27,7 +27,7 @@ from hf_adalip.optim import LipOptimizer
 from hf_adalip.optim import step as loop
 from hf_adalip.optim.batch import Batch
 from hf_adalip.optim.forms import fused
-from hf_adalip.optim.forms.kernels import Constants, KernelError, Spec, Tensors, cpu
+from hf_adalip.optim.forms.kernels import COLUMNS, Constants, KernelError, Spec, Tensors, cpu
 from hf_adalip.optim.forms.kernels.build import warn_once
 from tests.optim.cases import (
     CLASSES,
@@ -443,7 +443,7 @@ def test_sketches_of_shards_add_up() -> None:
     def sketch(cuts: list[int]) -> Tensor:
         parts = [grad[a:b] for a, b in itertools.pairwise(cuts)]
         tensors = Tensors(parts, parts, (), [], cuts[:-1])
-        numbers = torch.ones(len(parts), 9, dtype=torch.float64)
+        numbers = torch.ones(len(parts), len(COLUMNS), dtype=torch.float64)
         rows = cpu.measure(spec, tensors, numbers, Constants(0.0, 0.0, 0.0, 0.0, 0.0))
         return rows[:, 3:].sum(0)
 

@@ -24,8 +24,10 @@ from torch import Tensor
 from hf_adalip.optim import signals
 from hf_adalip.optim import step as loop
 from hf_adalip.optim.batch import Batch
-from hf_adalip.optim.forms.kernels import Constants, Spec, Tensors, gpu, tables
+from hf_adalip.optim.forms.kernels import COLUMNS, Constants, Spec, Tensors, gpu, tables
+from hf_adalip.optim.rounding import Draws
 from hf_adalip.optim.rules import SGD, Adam, Lion, RMSprop, Rule
+from hf_adalip.optim.sharding import Place
 from hf_adalip.optim.signals import opmath_dtype
 
 needs_triton = pytest.mark.skipif(
@@ -222,7 +224,7 @@ def work(
     numbers = [
         *(torch.full_like(steps, lr), *corrections(steps)),
         *(prev_rate, *corrections(before)),
-        *(rates, rates, torch.full_like(steps, 1 - lr * group["weight_decay"] * decoupled)),
+        *(rates, rates, torch.full_like(steps, 1 - lr * group["weight_decay"] * decoupled), steps),
     ]
     spec = Spec(
         rule=type(rule).__name__,
@@ -316,6 +318,45 @@ def test_history_of_another_dtype(
     history: torch.dtype,
 ) -> None:
     assert_equals_loop(work(rule, signal, group, dtype, [5, 1, BLOCK], history))
+
+
+STARTS = [0, 2**32 - 3, 2**33 + 5, 7, 2**32 - 70, 1]
+
+
+def stochastic(made: Work) -> Work:
+    """The same with stochastic rounding, of tensors that begin anywhere in their parameters."""
+    made.spec = replace(made.spec, stochastic=True)
+    made.tensors.seeds = [31 * i + 2**32 - 7 for i in range(len(made.batch.params))]
+    made.tensors.starts = STARTS[: len(made.batch.params)]
+    of = zip(made.tensors.seeds, made.tensors.starts, strict=True)
+    made.batch.draws = [Draws(seed, Place((), ()), start) for seed, start in of]
+    return made
+
+
+@on_device
+@cases
+def test_stochastic_rounding(rule: Rule, signal: signals.Signal, group: dict[str, Any]) -> None:
+    assert_equals_loop(stochastic(work(rule, signal, group, torch.bfloat16)))
+
+
+@on_device
+@pytest.mark.parametrize("option", ["plain", "decoupled"])
+def test_stochastic_rounding_has_the_same_bits(option: str) -> None:
+    """Where all that comes before has: the bits of SGD and Lion are those of the loop."""
+    for rule, group in (
+        (SGD(), {"momentum": 0.9, "nesterov": False}),
+        (Lion(), {"betas": (0.9, 0.99)}),
+    ):
+        made = stochastic(work(rule, signals.Gradients(), group | OPTIONS[option], torch.bfloat16))
+        before = [p.clone() for p in made.batch.params]
+        made.batch.params[2][:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+        made.tensors.params[2][:3] = made.batch.params[2][:3]
+        everyone = torch.ones(len(SIZES), dtype=torch.bool)
+        loop.advance(made.batch, made.rates, made.history_rates, everyone)
+        made.advance()
+        for name, expected, actual in made.pairs():
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, msg=name)
+        assert not torch.equal(before[5], made.batch.params[5])
 
 
 @on_device
@@ -566,7 +607,9 @@ def test_compiles_for_every_dtype(dtype: torch.dtype, compiler: Compiler) -> Non
     spec = replace(made.spec, history=None, sketch=4096)
     tensors = replace(made.tensors, history=[], starts=[0] * len(SIZES))
     gpu.measure(spec, tensors, made.numbers, made.constants)
-    assert len(compiler.kernels) == 6
+    if dtype == torch.bfloat16:
+        stochastic(made).advance()
+    assert len(compiler.kernels) == (7 if dtype == torch.bfloat16 else 6)
     for kernel in compiler.kernels:
         assert len(kernel.asm["cubin"]) > 0
         assert "fma.rn" not in kernel.asm["ptx"]
@@ -716,7 +759,7 @@ def test_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None
     p, g = (torch.zeros(size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     g[0], g[-1] = 3.0, 4.0
     spec = Spec("SGD", "gradient", torch.bfloat16, None)
-    numbers = torch.tensor([[1.0] * 9], device=DEVICE)
+    numbers = torch.tensor([[1.0] * len(COLUMNS)], device=DEVICE)
     constants, tensors = Constants(0.0, 0.0, 0.0, 0.0, 0.0), Tensors([p], [g], (), [], [])
     assert gpu.measure(spec, tensors, numbers, constants)[0, 0].item() == 5.0
     gpu.advance(spec, tensors, numbers, constants, torch.ones(1, dtype=torch.bool, device=DEVICE))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..rounding import all_rounded
 from ..rules import Group, Numbers
 from ..signals import elements, layer_norms, norms, opmath_dtype
 from ..step import sketched, to_opmath
@@ -116,6 +117,8 @@ def _advance(batch: Batch, rates: Tensor, history_rates: Tensor, stepped: Tensor
     if group["weight_decay"] and group["decoupled_weight_decay"]:
         torch._foreach_mul_(values, 1 - batch.lr * group["weight_decay"])
     torch._foreach_add_(values, updates)
+    if batch.draws:
+        values = all_rounded(values, batch.draws, batch.steps)
     _store(batch.params, values, stepped)
 
 
@@ -210,8 +213,11 @@ def _cut(batch: Batch) -> list[Piece]:
 def _can_be_cut(batch: Batch, i: int) -> bool:
     """Whether one index says which elements of a tensor and its state belong together."""
     state = [batch.states[i][n] for n in (*batch.moment_keys, *batch.history_keys)]
-    return not batch.sketch and all(
-        x.is_contiguous() for x in (batch.params[i], batch.grads[i], *state)
+    has_indices = not batch.draws or batch.draws[i].start is not None
+    return (
+        has_indices
+        and not batch.sketch
+        and all(x.is_contiguous() for x in (batch.params[i], batch.grads[i], *state))
     )
 
 
@@ -224,6 +230,7 @@ def _some(batch: Batch, taken: list[int]) -> Piece:
         grads=batch.grads[here],
         states=batch.states[here],
         steps=batch.steps[here],
+        draws=batch.draws[here],
     )
     return Piece(part, here)
 
@@ -234,6 +241,7 @@ def _part(batch: Batch, i: int, at: int, count: int) -> Piece:
 
     whole, state = _some(batch, [i]), batch.states[i]
     whole.batch.params, whole.batch.grads = [part(batch.params[i])], [part(batch.grads[i])]
+    whole.batch.draws = [draws.part(at) for draws in whole.batch.draws]
     whole.batch.states = [
         state | {name: part(state[name]) for name in (*batch.moment_keys, *batch.history_keys)}
     ]

@@ -70,8 +70,9 @@ def fits(param: Tensor, grad: Tensor | None) -> bool:
 def takes(param: LocalParam) -> bool:
     """Whether the fused form can take a parameter, its gradient and its history."""
     grad = None if param.grad is None else param.shard.local(param.grad)
-    can_be_sketched = not param.sketch or param.shard.start is not None
-    return fits(param.shard.local(param.param), grad) and can_be_sketched
+    is_indexed = bool(param.sketch) or param.seed is not None
+    has_indices = not is_indexed or param.shard.start is not None
+    return fits(param.shard.local(param.param), grad) and has_indices
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -190,6 +191,7 @@ def _spec(batch: Batch) -> Spec:
         coupled=bool(group["weight_decay"]) and not group["decoupled_weight_decay"],
         sketch=batch.sketch,
         early=has_early and not batch.stoppable,
+        stochastic=bool(batch.draws),
     )
 
 
@@ -212,7 +214,7 @@ def _numbers(batch: Batch, rates: tuple[Tensor, Tensor] | None = None) -> Tensor
     steps = batch.steps.to(dtype)
     columns: dict[str, Tensor | float] = {"lr": lr}
     if rates is not None:
-        columns = {"rate": rates[0], "history_rate": rates[1], "decay": 1.0}
+        columns = {"rate": rates[0], "history_rate": rates[1], "decay": 1.0, "step": steps}
         if group["decoupled_weight_decay"]:
             columns["decay"] = 1 - lr * group["weight_decay"]
     elif _signal(batch) == "gradient":
@@ -271,7 +273,8 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
 
     def together(rows: list[list[Tensor]], starts: list[int]) -> Tensors:
         history = [x for row in rows[count:] for x in row]
-        return Tensors(params, grads, tuple(rows[:count]), history, starts)
+        seeds = [x.seed for x in batch.draws]
+        return Tensors(params, grads, tuple(rows[:count]), history, starts, seeds)
 
     if before is not None:
         tensors = together(rows, before.starts)
@@ -282,7 +285,8 @@ def _tensors(batch: Batch, spec: Spec) -> tuple[Tensors, Copies]:
         for row, dtype in zip(rows, dtypes, strict=False):
             _lay_out(params, row, dtype)
     used = [alike(row, dtype) for row, dtype in zip(rows, dtypes, strict=False)]
-    starts = [p.shard.start or 0 for p in batch.local_params] if batch.sketch else []
+    indexed = batch.local_params if batch.sketch or batch.draws else []
+    starts = [p.shard.start or 0 for p in indexed]
     tensors = together(used, starts)
     changed = [(row, other) for row, other in zip(rows, used, strict=True) if row is not other]
     if not changed:

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..hashing import GOLDEN, MASK, mix
 from ..signals import opmath_dtype
 
 DEFAULT_SKETCH_SIZE = 4096
@@ -41,8 +42,6 @@ BERT-base."""
 _SLAB = 2**17
 """Elements that are processed together, which bounds the extra memory."""
 
-_GOLDEN = 0x9E3779B9
-_MASK = 0xFFFFFFFF
 _WORD = 32
 """Signs that one hash has."""
 
@@ -146,7 +145,7 @@ def _sketch_run(flat: Tensor, start: int, size: int, seed: int) -> Tensor:
     blocks = flat.view(-1, 1, size)
     twice = blocks.expand(-1, 2, -1) * _signs(start, flat, seed).view(-1, 1, size)
     rows = torch.arange(len(blocks), device=flat.device)
-    turns = _mix(rows + (start // size + _GOLDEN * (2 * seed + 2) & _MASK)) & (size - 1)
+    turns = mix(rows + (start // size + GOLDEN * (2 * seed + 2) & MASK)) & (size - 1)
     windows = twice.view(-1).unfold(0, size, 1).index_select(0, (2 * rows + 1) * size - turns)
     return windows.sum(0)
 
@@ -154,7 +153,7 @@ def _sketch_run(flat: Tensor, start: int, size: int, seed: int) -> Tensor:
 def _signs(start: int, like: Tensor, seed: int) -> Tensor:
     """±1 for as many elements as `like` has, from index `start`, a multiple of 32, on."""
     words = torch.arange(like.numel() // _WORD, device=like.device)
-    words = _mix(words + (start // _WORD + _GOLDEN * (2 * seed + 1) & _MASK))
+    words = mix(words + (start // _WORD + GOLDEN * (2 * seed + 1) & MASK))
     # Put together as bits: the sign of a word's bit, and the rest of 1.0.
     bits, one = (
         (torch.int64, 0x3FF << 52) if like.dtype == torch.float64 else (torch.int32, 127 << 23)
@@ -163,11 +162,3 @@ def _signs(start: int, like: Tensor, seed: int) -> Tensor:
     shifts = torch.arange(top, top - _WORD, -1, dtype=bits, device=like.device)
     signs = words.to(bits).unsqueeze(1) << shifts
     return signs.bitwise_and_(-1 << top).bitwise_or_(one).view(like.dtype)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers, in int64; every bit of it depends on every bit of x."""
-    x = x & _MASK
-    x = (x ^ (x >> 16)) * 0x85EBCA6B & _MASK
-    x = (x ^ (x >> 13)) * 0xC2B2AE35 & _MASK
-    return x ^ (x >> 16)

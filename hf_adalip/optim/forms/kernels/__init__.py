@@ -27,7 +27,7 @@ to runs of buckets.
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -54,6 +54,7 @@ class Spec:
     coupled: bool = False  # λp is a part of the gradient
     sketch: int = 0  # k, or 0 for none
     early: bool = False  # the first pass writes the history, of gradients; on a CPU
+    stochastic: bool = False  # bfloat16 parameters are rounded as optim/rounding.py says
 
 
 @dataclass
@@ -64,11 +65,12 @@ class Tensors:
     grads: list[Tensor]
     moments: tuple[list[Tensor], ...]  # as `Rule.state_keys` names them
     history: list[Tensor]  # empty where Spec.history is None
-    starts: list[int]  # index of the first element in its whole parameter; empty without a sketch
+    starts: list[int]  # index of the first element in its whole parameter; empty where unused
+    seeds: list[int] = field(default_factory=list)  # for stochastic rounding; empty without
 
     @cached_property
     def rows(self) -> array[int]:
-        """Sizes, then the addresses of each role, then `starts`: n numbers each."""
+        """Sizes, then the addresses of each role, `starts` and `seeds`: n numbers each."""
         rows = array("q", map(Tensor.numel, self.params))
         for role in (self.params, self.grads):
             rows.extend(map(Tensor.data_ptr, role))
@@ -81,6 +83,7 @@ class Tensors:
         for role in (*self.moments, self.history):
             rows.extend(map(Tensor.data_ptr, role))
         rows.extend(self.starts)
+        rows.extend(self.seeds)
         return rows
 
 
@@ -104,6 +107,7 @@ COLUMNS = (
     "rate",  # A_t
     "history_rate",  # the history becomes -history_rate·d_t, where it is of updates
     "decay",  # what p is multiplied with before the step
+    "step",  # t, for stochastic rounding
 )
-"""`numbers` is [n, 9] in the opmath dtype, on the tensors' device, with these columns. `measure`
-reads the first six, `advance` 1, 2 and the last three; others may be anything."""
+"""`numbers` is [n, 10] in the opmath dtype, on the tensors' device, with these columns. `measure`
+reads the first six, `advance` 1, 2 and the last four; others may be anything."""

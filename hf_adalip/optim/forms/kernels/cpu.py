@@ -95,7 +95,7 @@ def _library(spec: Spec) -> ctypes.CDLL | KernelError:
 
 
 def _defined(spec: Spec) -> dict[str, str]:
-    flags = ("momentum", "nesterov", "eps_in_sqrt", "maximize", "coupled", "early")
+    flags = ("momentum", "nesterov", "eps_in_sqrt", "maximize", "coupled", "early", "stochastic")
     formula = RULES[spec.rule].cpp
     return {
         "COUNT": formula.moment_count,

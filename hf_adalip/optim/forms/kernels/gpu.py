@@ -108,7 +108,8 @@ def advance(
     given = (batch.table, numbers, _constants(spec, constants, numbers), batch.owner, active)
     if batch.chunks:
         with _on(numbers.device):
-            kernels.advance[(batch.chunks,)](*given, **_flags(spec), **_whole(spec, batch))
+            flags = _flags(spec) | {"STOCHASTIC": spec.stochastic}
+            kernels.advance[(batch.chunks,)](*given, **flags, **_whole(spec, batch))
 
 
 # What kernels are launched with
@@ -163,7 +164,7 @@ def _constants(spec: Spec, given: Constants, numbers: Tensor) -> Tensor:
 
 
 class _Batch(NamedTuple):
-    table: Tensor  # [n + 1, 8] int64: the records of step_triton.py
+    table: Tensor  # [n + 1, 9] int64: the records of step_triton.py
     owner: Tensor  # [chunks] int32, the tensor of each chunk
     chunks: int
     aligned: bool  # whether every tensor begins at a multiple of 16 bytes
@@ -180,14 +181,15 @@ def _batch(tensors: Tensors, device: torch.device, sketch: int) -> _Batch:
         list(map(Tensor.data_ptr, tensors.history)) or zeros,
         list(map(Tensor.numel, tensors.params)),
         tensors.starts or zeros,
+        tensors.seeds or zeros,
     )
-    *pointers, sizes, starts = map(tuple, columns)
+    *pointers, sizes, starts, seeds = map(tuple, columns)
     firsts = _firsts(sizes, starts if sketch else None, sketch or BLOCK)
 
     def records() -> Tensor:
-        table = torch.zeros(8, len(firsts), dtype=torch.int64, device="cpu")
-        table[:7, :-1] = torch.tensor(columns, device="cpu")
-        table[7] = torch.tensor(firsts, device="cpu")
+        table = torch.zeros(9, len(firsts), dtype=torch.int64, device="cpu")
+        table[:8, :-1] = torch.tensor(columns, device="cpu")
+        table[8] = torch.tensor(firsts, device="cpu")
         return table.T.contiguous()
 
     def owner() -> Tensor:
@@ -195,7 +197,7 @@ def _batch(tensors: Tensors, device: torch.device, sketch: int) -> _Batch:
         return torch.repeat_interleave(counts).to(torch.int32)
 
     return _Batch(
-        on_device((*pointers, sizes, starts, firsts), device, records),
+        on_device((*pointers, sizes, starts, seeds, firsts), device, records),
         on_device(firsts, device, owner),
         firsts[-1],
         _aligned(tuple(pointers)),

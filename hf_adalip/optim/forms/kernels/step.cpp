@@ -13,7 +13,7 @@
 //   PARAM OPMATH HISTORY   types: of parameters, of arithmetic, of the history (void for none)
 //   HALF                 whether one of them is float16
 //   SKETCH               k, or 0
-//   EARLY                true or false
+//   EARLY STOCHASTIC     true or false
 //
 // Sums are added up in an order that neither the number of threads nor the width of vectors
 // changes: that all ranks have the same S, bit for bit, rests on it.
@@ -93,7 +93,7 @@ constexpr int64_t lanes = SKETCH > 0 ? 32 : 128 / sizeof(Opmath);
 struct Numbers {  // of one tensor, a row of `numbers`
   Opmath lr, correction1, correction2;
   Opmath prev_rate, prev_correction1, prev_correction2;
-  Opmath rate, history_rate, decay;
+  Opmath rate, history_rate, decay, step;
 };
 
 struct Constants {  // of the group
@@ -112,6 +112,7 @@ struct Tensors {  // rows of n numbers each
   Param* moment(int64_t which, int64_t i) const { return role<Param>(2 + which, i); }
   History* history(int64_t i) const { return role<History>(2 + moments, i); }
   int64_t start(int64_t i) const { return rows[(3 + moments + has_history) * n + i]; }
+  int64_t seed(int64_t i) const { return rows[(4 + moments + has_history) * n + i]; }
 };
 
 // The base optimizer, one element at a time
@@ -199,15 +200,19 @@ void stream(const void* from, int64_t bytes, void* to) {
 #endif
 }
 
-// Sketch (see kernels/__init__.py)
+// Hashes
 
-constexpr int64_t k = std::max(SKETCH, 1);
+constexpr uint32_t golden = 0x9e3779b9u;
 
 constexpr uint32_t mix(uint32_t x) {
   x = (x ^ x >> 16) * 0x85ebca6bu;
   x = (x ^ x >> 13) * 0xc2b2ae35u;
   return x ^ x >> 16;
 }
+
+// Sketch (see kernels/__init__.py)
+
+constexpr int64_t k = std::max(SKETCH, 1);
 
 // x with its sign turned where `sign`, 0 or 1, is set.
 Opmath turned(Opmath x, uint32_t sign) {
@@ -225,7 +230,7 @@ struct Runs {
   std::array<uint32_t, most> signs, places;
 
   explicit Runs(int64_t index) {  // of the block's first element in its parameter
-    constexpr uint32_t golden = 0x9e3779b9u, in_k = std::max<int64_t>(k / lanes, 1);
+    constexpr uint32_t in_k = std::max<int64_t>(k / lanes, 1);
     const uint32_t first = index / lanes;
     for (uint32_t r = 0; r < most; ++r) {  // as vectors
       signs[r] = mix(first + r + golden);
@@ -233,6 +238,37 @@ struct Runs {
     }
   }
 };
+
+// Stochastic rounding (see optim/rounding.py)
+
+// The words of a run of elements whose indices have the same upper half.
+struct Words {
+  uint32_t first = 0, key = 0;
+
+  Words(const Tensors& tensors, const Numbers& of, int64_t i, int64_t at) {
+    if constexpr (STOCHASTIC) {
+      const uint64_t index = tensors.start(i) + at;
+      const uint32_t seed = tensors.seed(i);
+      first = uint32_t(index) + seed;
+      key = mix(seed + golden * uint32_t(of.step)) + golden * uint32_t(index >> 32);
+    }
+  }
+
+  uint32_t operator[](int64_t i) const { return mix(mix(first + uint32_t(i)) ^ key); }
+
+  // How many elements are left in the half that `index` is in.
+  static int64_t left(int64_t index) { return (int64_t{1} << 32) - (index & 0xffffffff); }
+};
+
+// To a neighbouring bfloat16; what is not finite stays as it is.
+float rounded(float x, uint32_t word) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  bits = finite ? (bits + (word & 0xffffu)) & 0xffff0000u : bits;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 
 // Arithmetic on a block. Functions of pointers that are known to differ, and not inlined: so
 // compilers make vectors of them.
@@ -305,7 +341,7 @@ __attribute__((noinline)) void measure_block(
 __attribute__((noinline)) void advance_block(
     const Arithmetic rules, const Numbers of, const int64_t n, const Opmath* __restrict grad,
     Opmath* __restrict param, Opmath* __restrict first, Opmath* __restrict second,
-    Opmath* __restrict history) {
+    Opmath* __restrict history, const Words words) {
   const Opmath inverse1 = 1 / of.correction1, inverse2 = 1 / of.correction2;
   for (int64_t i = 0; i < n; ++i) {
     const Opmath g = rules.gradient(grad[i], param[i]);
@@ -315,6 +351,7 @@ __attribute__((noinline)) void advance_block(
     if constexpr (moments > 0) first[i] = next.first;
     if constexpr (moments > 1) second[i] = next.second;
     param[i] = param[i] * of.decay - of.rate * d;
+    if constexpr (STOCHASTIC) param[i] = rounded(param[i], words[i]);
     if constexpr (written_late)
       history[i] = signal == Signal::gradient ? g : -of.history_rate * d;
   }
@@ -432,8 +469,9 @@ extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
       if constexpr (has_history) std::memset(tensors.history(i) + first, 0, size * sizeof(History));
       return;
     }
-    for (int64_t at = first, end = first + size; at < end; at += burst) {
-      const int64_t count = std::min(burst, end - at);
+    for (int64_t at = first, end = first + size, count; at < end; at += count) {
+      count = std::min(burst, end - at);
+      if constexpr (STOCHASTIC) count = std::min(count, Words::left(tensors.start(i) + at));
       fetch<burst>(tensors.grad(i) + at + ahead);
       fetch<burst, true>(tensors.param(i) + at + ahead);
       for (int m = 0; m < moments; ++m) fetch<burst, true>(tensors.moment(m, i) + at + ahead);
@@ -441,7 +479,8 @@ extern "C" void advance(int64_t n, const int64_t* rows, const Numbers* numbers,
       Opmath *param = as(tensors.param(i) + at, count, buffers[1]), *moment[2] = {nullptr, nullptr};
       for (int m = 0; m < moments; ++m)
         moment[m] = as(tensors.moment(m, i) + at, count, buffers[2 + m]);
-      advance_block(rules, numbers[i], count, grad, param, moment[0], moment[1], buffers[4]);
+      advance_block(rules, numbers[i], count, grad, param, moment[0], moment[1], buffers[4],
+                    Words(tensors, numbers[i], i, at));
       put(param, count, tensors.param(i) + at);
       for (int m = 0; m < moments; ++m) put(moment[m], count, tensors.moment(m, i) + at);
       if constexpr (written_late)

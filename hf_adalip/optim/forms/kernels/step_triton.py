@@ -22,7 +22,7 @@ import triton.language as tl
 from ...rules.triton import direction, moments, root
 
 # A record of a tensor: pointers, then its size, the index of its first element in the whole
-# parameter, and its first chunk, which the following record ends.
+# parameter, its seed, and its first chunk, which the following record ends.
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
 FIRST_MOMENT = tl.constexpr(2)
@@ -30,8 +30,9 @@ SECOND_MOMENT = tl.constexpr(3)
 HISTORY = tl.constexpr(4)
 SIZE = tl.constexpr(5)
 START = tl.constexpr(6)
-CHUNK = tl.constexpr(7)
-RECORD = tl.constexpr(8)
+SEED = tl.constexpr(7)  # for stochastic rounding
+CHUNK = tl.constexpr(8)
+RECORD = tl.constexpr(9)
 
 # A row of `numbers`: kernels/__init__.py's COLUMNS.
 LR = tl.constexpr(0)
@@ -41,12 +42,14 @@ PREV_CORRECTIONS = tl.constexpr(4)  # of t-1: two
 RATE = tl.constexpr(6)
 HISTORY_RATE = tl.constexpr(7)
 DECAY = tl.constexpr(8)
-NUMBERS = tl.constexpr(9)
+STEP_NUMBER = tl.constexpr(9)
+NUMBERS = tl.constexpr(10)
 
 # The constants of a group, after those of rules/triton.py.
 WEIGHT_DECAY = tl.constexpr(7)
 SIGN = tl.constexpr(8)  # of the gradient: -1 to maximize
 
+GOLDEN = tl.constexpr(0x9E3779B9)
 SIGNS = tl.constexpr(0x9E3779B9)  # of the sketch's two hashes, with seed 0
 TURNS = tl.constexpr(0x3C6EF372)
 
@@ -273,10 +276,22 @@ def sketch(
 
 
 @triton.jit
+def _rounded(value, record, row, index):
+    """float32 to a neighbouring bfloat16, in float32; what is not finite stays as it is."""
+    seed = tl.load(record + SEED)
+    key = _mix(seed + tl.load(row + STEP_NUMBER).to(tl.int64) * GOLDEN)
+    noise = _mix(_mix(index + seed) ^ (key + (index >> 32) * GOLDEN)) & 0xFFFF
+    bits = value.to(tl.int32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    bits = tl.where(finite, (bits + noise.to(tl.int32)) & -0x10000, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _advance(
     record, row, constants, offset, at, mask,
     RULE: tl.constexpr, SIGNAL: tl.constexpr, COUPLED: tl.constexpr, DTYPE: tl.constexpr,
-    HISTORY_DTYPE: tl.constexpr, ACCESS: tl.constexpr,
+    HISTORY_DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, ACCESS: tl.constexpr,
 ):
     grad = _gradient(record, constants, offset, at, mask, COUPLED, DTYPE, ACCESS)
     first, second = _moments(grad, record, offset, at, mask, RULE, DTYPE, ACCESS)
@@ -284,6 +299,8 @@ def _advance(
     d = direction(grad, first, second, constants, row + CORRECTIONS, RULE)
     param = _load(record, PARAM, offset, at, mask, DTYPE, ACCESS).to(grad.dtype)
     param = param * tl.load(row + DECAY) - d * tl.load(row + RATE)
+    if STOCHASTIC:
+        param = _rounded(param, record, row, tl.load(record + START) + offset + at)
     if RULE != "plain":
         _store(record, FIRST_MOMENT, offset, at, mask, first, DTYPE, ACCESS)
     if RULE == "Adam":
@@ -300,7 +317,8 @@ def _advance(
 def advance(
     table, numbers, constants, owner, active,
     RULE: tl.constexpr, SIGNAL: tl.constexpr, COUPLED: tl.constexpr, DTYPE: tl.constexpr,
-    HISTORY_DTYPE: tl.constexpr, ACCESS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    HISTORY_DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, ACCESS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(owner + chunk).to(tl.int64)
@@ -314,13 +332,13 @@ def advance(
             for step in range(0, BLOCK, STEP):
                 _advance(
                     record, row, constants, offset + step, at, at < left,
-                    RULE, SIGNAL, COUPLED, DTYPE, HISTORY_DTYPE, ACCESS,
+                    RULE, SIGNAL, COUPLED, DTYPE, HISTORY_DTYPE, STOCHASTIC, ACCESS,
                 )
         else:
             for last in range(0, left, STEP):
                 _advance(
                     record, row, constants, offset + last, at, at < left - last,
-                    RULE, SIGNAL, COUPLED, DTYPE, HISTORY_DTYPE, "masked",
+                    RULE, SIGNAL, COUPLED, DTYPE, HISTORY_DTYPE, STOCHASTIC, "masked",
                 )
     elif HISTORY_DTYPE is not None:
         for last in range(0, tl.minimum(left, BLOCK), STEP):
