@@ -1,4 +1,4 @@
-"""Trials of `Secant` on small tasks, beside tuned AdamW, Prodigy and schedule-free AdamW.
+"""Trials of `Secant` on small tasks, beside tuned AdamW or SGD, Prodigy and schedule-free AdamW.
 
     python scripts/secant_trials.py trials.jsonl --text input.txt --mnist ylecun/mnist
         --cifar uoft-cs/cifar10 --reviews cornell-movie-review-data/rotten_tomatoes
@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from hf_adalip.optim.secant import Law, Secant
 
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-SCHEDULES = ("constant", "linear")
+SGD_GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+SCHEDULES = ("constant", "linear", "decay")
 Batch = tuple[Tensor, Tensor]
 
 
@@ -280,17 +281,18 @@ TASKS = {
         10,
     ),
 }
+TASKS["lstm-long"] = replace(TASKS["lstm"], steps=2000)
 
 
 # One run
 
 
 def schedule(name: str, steps: int) -> Callable[[int], float]:
-    """Constant, or a warm-up over a tenth of the steps and a linear decay to nothing."""
+    """Constant, or a linear decay to nothing, for "linear" after a warm-up over a tenth."""
     if name == "constant":
         return lambda t: 1.0
-    rise = max(1, steps // 10)
-    return lambda t: min((t + 1) / rise, (steps - t) / (steps - rise))
+    rise = 0 if name == "decay" else max(1, steps // 10)
+    return lambda t: min((t + 1) / max(rise, 1), (steps - t) / (steps - rise))
 
 
 @torch.no_grad()
@@ -358,22 +360,34 @@ def run(
     return result
 
 
+def _adamw(params: Any, lr: float) -> Optimizer:
+    return torch.optim.AdamW(params, lr=lr, fused=True)
+
+
+def _sgd(params: Any, lr: float) -> Optimizer:
+    return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+
 def optimizers(laws: list[str]) -> dict[str, Callable[[nn.Module, int], Optimizer]]:
     """The optimizers by name."""
 
-    def secant(law: str) -> Callable[[nn.Module, int], Optimizer]:
+    def secant(
+        law: str, base_of: Callable[[Any, float], Optimizer] = _adamw
+    ) -> Callable[[nn.Module, int], Optimizer]:
         options = {key: float(value) for key, value in (x.split("=") for x in law.split())}
         every = int(options.pop("every", 20))
         lr = options.pop("lr", 1e-3)
 
         def make(model: nn.Module, steps: int) -> Optimizer:
-            base = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+            base = base_of(model.parameters(), lr)
             return Secant(base, every, model=model, law=Law(**options))
 
         return make
 
-    def adamw(lr: float) -> Callable[[nn.Module, int], Optimizer]:
-        return lambda model, steps: torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    def tuned(
+        base_of: Callable[[Any, float], Optimizer], lr: float
+    ) -> Callable[[nn.Module, int], Optimizer]:
+        return lambda model, steps: base_of(model.parameters(), lr)
 
     def prodigy(model: nn.Module, steps: int) -> Optimizer:
         from prodigyopt import Prodigy
@@ -386,10 +400,13 @@ def optimizers(laws: list[str]) -> dict[str, Callable[[nn.Module, int], Optimize
         return AdamWScheduleFree(model.parameters())
 
     return {
-        **{f"adamw {lr:g}": adamw(lr) for lr in GRID},
+        **{f"adamw {lr:g}": tuned(_adamw, lr) for lr in GRID},
         "prodigy": prodigy,
         "schedulefree": schedule_free,
         **{f"secant {law}".strip(): secant(law) for law in laws},
+        "start only": secant("climb=0 fall=1"),
+        **{f"sgd {lr:g}": tuned(_sgd, lr) for lr in SGD_GRID},
+        **{f"secant-sgd {law}".strip(): secant(law, _sgd) for law in laws},
     }
 
 

@@ -60,7 +60,7 @@ def test_the_given_lr_does_not_matter(tmp_path, way):
     assert torch.equal(weights(one), weights(other))
     assert secant(one.optimizer).probes == secant(other.optimizer).probes
     assert len(secant(one.optimizer).probes) > 3
-    assert secant(one.optimizer)._model is one.model
+    assert secant(one.optimizer).model is one.model
     assert secant(one.optimizer).every == 5
 
 
@@ -158,8 +158,7 @@ def test_resuming_is_bit_exact(tmp_path, step):
     assert torch.equal(weights(whole), weights(again))
     optimizers = [secant(t.optimizer) for t in (whole, again)]
     assert optimizers[0]._now == optimizers[1]._now
-    after = [probe for probe in optimizers[0].probes if probe.step >= step]
-    assert optimizers[1].probes == after
+    assert optimizers[1].probes == optimizers[0].probes
 
 
 def test_logs_card_and_pictures_say_the_rate(tmp_path):

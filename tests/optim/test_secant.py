@@ -439,6 +439,25 @@ def test_killed_and_resumed_is_never_killed(tmp_path: Path) -> None:
     assert_same(torch.load(path), torch.load(tmp_path / "whole"))
 
 
+def test_measurements_are_saved_and_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_adalip.optim.secant.optimizer.RECORDED", 10)
+    model, optimizer = made(every=1)
+    for t in range(40):
+        train(model, optimizer, range(t, t + 1))
+        assert len(optimizer.probes) <= 10
+        assert not t or optimizer.probes[-1].step == t
+    steps = [probe.step for probe in optimizer.probes]
+    assert steps == sorted(steps)
+    assert steps[0] == 1
+    assert len(steps) > 5
+    _, other = made(every=1)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.probes == optimizer.probes
+    state = {k: v for k, v in made()[1].state_dict().items() if k in ("state", "param_groups")}
+    other.load_state_dict(state)  # as torch.distributed.checkpoint has it
+    assert other.probes == []
+
+
 def test_copies_go_on_alike() -> None:
     model, optimizer = made(every=5)
     train(model, optimizer, range(10))
@@ -627,8 +646,9 @@ def test_a_state_without_the_copy_of_the_parameters_is_measured_later() -> None:
         own.pop("secant_previous", None)
     other, resumed = made(every=5)
     resumed.load_state_dict(state)
+    assert resumed.probes == optimizer.probes
     train(other, resumed, range(8))
-    assert len(resumed.probes) == 1
+    assert len(resumed.probes) == len(optimizer.probes) + 1
 
 
 def test_a_closure_that_draws_another_batch() -> None:
