@@ -488,6 +488,39 @@ def probe(e0: float, e1: float, step: int = 40, rate: float = 0.1, scale: float 
 NOW = Rate(0.1, 1.0, 1.0, 15.0, 1.0, 15.0, 225.0, step=21, peak=1.0)
 
 
+def test_a_step_that_is_not_built_up_counts_as_one_of_full_size() -> None:
+    """Whose curvature along it is four times as large for the same slope."""
+    after = Law().follow(NOW, probe(1.0, 0.9), 1.0, built=0.25)
+    expected = Law().follow(NOW, probe(1.0, 0.6), 1.0)
+    assert after == pytest.approx(expected)
+    assert after.rate < Law().follow(NOW, probe(1.0, 0.9), 1.0).rate
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_how_far_momentum_has_built_up(nesterov: bool) -> None:
+    """Along a gradient that does not change."""
+    p = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    base = torch.optim.SGD([p], lr=1.0, momentum=0.9, nesterov=nesterov)
+    optimizer = Secant(base, law=Law(margin=1e-9, climb=0, fall=1))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        p.square().sum().backward()
+        return p.detach().square().sum()
+
+    for _ in range(12):
+        before = p.detach().clone()
+        optimizer.step(closure)
+        step = (before - p.detach()) / optimizer.rate
+        full = torch.full_like(step, 2.0 / (1 - 0.9))
+        torch.testing.assert_close(
+            step / full, torch.full_like(step, optimizer._built), rtol=1e-5, atol=0
+        )
+    model, other = made("AdamW")  # which corrects its bias
+    train(model, other, range(1))
+    assert other._built == 1.0
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_probes_that_are_not_finite_poison_nothing(bad: float) -> None:
     law = Law()

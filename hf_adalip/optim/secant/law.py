@@ -107,20 +107,22 @@ class Law:
         warmup = schedule < 1.0
         return Rate(bound * (self.warmup_margin if warmup else self.margin), warmup=warmup)
 
-    def follow(self, now: Rate, probe: Probe, schedule: float) -> Rate:
+    def follow(self, now: Rate, probe: Probe, schedule: float, built: float = 1.0) -> Rate:
         """The rate after a probe.
 
         Args:
             now: the rate before.
             probe: what was measured.
             schedule: s_t of the step that was measured.
+            built: the part of its full size that the step had, because momentum builds up. a·C/N
+                is that of a step of full size, which is as much larger.
         """
         now = now._replace(peak=max(now.peak, schedule))
         if not math.isfinite(probe.e0) or not probe.scale:
             return now  # nothing is known of the step, or there was none
         if not probe.finite:  # the step has led out of what can be computed
             return now._replace(rate=now.rate / self.fall)
-        e0, c = probe.e0 / probe.scale, probe.curvature / probe.scale
+        e0, c = probe.e0 / probe.scale, probe.curvature / probe.scale / built
         news = (1.0, e0, c, e0 * e0, e0 * c, c * c)
         sums = [self.average * old + new for old, new in zip(now[1:7], news, strict=True)]
         if not all(map(math.isfinite, sums)):

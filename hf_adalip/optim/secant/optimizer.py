@@ -402,7 +402,7 @@ class Secant(Optimizer):
         rate = self.rate * self._schedule
         if rate > 0.0:  # else no step was taken
             probe = measured(self._step, rate, before, after, self._sign)
-            self._now = self.law.follow(self._now, probe, self._schedule)
+            self._now = self.law.follow(self._now, probe, self._schedule, self._built)
             self.probes.append(probe)
             if len(self.probes) > RECORDED:
                 del self.probes[1::2]
@@ -476,6 +476,14 @@ class Secant(Optimizer):
             if abs(math.log(factor)) < _SETTLED:
                 break
         return a
+
+    @property
+    def _built(self) -> float:
+        """The part of its full size that the last step had: momentum which sums up gradients, as
+        that of SGD and RMSprop, begins with one (and nesterov's with two)."""
+        group = self.param_groups[0]
+        summed = 0.0 if group.get("dampening") else float(group.get("momentum", 0.0))
+        return 1.0 - summed ** (self._step + bool(group.get("nesterov")))
 
     @property
     def _sign(self) -> float:
