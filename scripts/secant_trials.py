@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -411,40 +412,63 @@ def optimizers(laws: list[str]) -> dict[str, Callable[[nn.Module, int], Optimize
 
 
 def report(file: Path) -> None:
-    """Prints gains in parts of that of the best AdamW of the grid, means over seeds."""
-    gains: dict[tuple[str, int, str], dict[str, list[float]]] = {}
+    """Prints the gains in parts of those of the base with the best learning rate of the grid."""
+    gains: dict[Row, dict[str, dict[int, float]]] = {}
     for line in map(json.loads, file.read_text().splitlines()):
-        loss = line["val_loss"]
+        loss, name = line["val_loss"], line["optimizer"]
         chance = math.log(TASKS[line["task"]].classes)
+        row = "sgd" in name, line["task"], line["batch"], line["schedule"]
         gain = 0.0 if loss is None else max(chance - loss, 0.0)
-        kind = line["task"], line["batch"], line["schedule"]
-        gains.setdefault(kind, {}).setdefault(line["optimizer"], []).append(gain)
-    names = sorted({x for row in gains.values() for x in row if not x.startswith("adamw")})
-    head = ["task, batch, schedule", "best AdamW", "lr", "its neighbours", *names, "seeds"]
-    print("|", " | ".join(head), "|")
-    print("|---" * len(head) + "|")
-    for kind, row in sorted(gains.items()):
-        means = {name: sum(x) / len(x) for name, x in row.items()}
-        grid = [name for name in (f"adamw {lr:g}" for lr in GRID) if name in means]
-        if not grid:
-            continue
-        best = max(grid, key=means.__getitem__)
-        at = grid.index(best)
-        near = " ".join(
-            f"{means[grid[i]] / means[best]:.3f}" if 0 <= i < len(grid) else "–"
-            for i in (at - 1, at + 1)
-        )
-        cells = [
-            f"{means[name] / means[best]:.3f} ({min(row[name]) / means[best]:.2f})"
-            if name in means
-            else ""
-            for name in names
-        ]
-        print(
-            f"| {kind[0]}, {kind[1]}, {kind[2]} | {means[best]:.3f} | {best[6:]} | {near} |",
-            " | ".join(cells),
-            f"| {len(row[best])} |",
-        )
+        gains.setdefault(row, {}).setdefault(name, {})[line["seed"]] = gain
+    for base, sgd, grid in (("adamw", False, GRID), ("sgd", True, SGD_GRID)):
+        tuned = [f"{base} {lr:g}" for lr in grid]
+        rows = {key[1:]: row for key, row in sorted(gains.items()) if key[0] == sgd}
+        names = sorted({name for row in rows.values() for name in row} - set(tuned))
+        head = ["task, batch, schedule", f"best {base}", "lr", "its neighbours", *names]
+        print("\n|", " | ".join(head), "|")
+        print("|---" * len(head) + "|")
+        for (task, batch, kind), row in rows.items():
+            if tried := [name for name in tuned if name in row]:
+                best = max(tried, key=lambda name: statistics.fmean(row[name].values()))
+                cells = [f"{statistics.fmean(row[best].values()):.3f}", best.split()[1]]
+                cells.append(_neighbours(row, tuned, best))
+                cells += [_relative(row.get(name, {}), row[best]) for name in names]
+                print(f"| {task}, {batch}, {kind} |", " | ".join(cells), "|")
+
+
+Row = tuple[bool, str, int, str]
+"""Whether over SGD, the task, the batch size and the schedule."""
+
+
+def _neighbours(row: dict[str, dict[int, float]], tuned: list[str], best: str) -> str:
+    """What the base keeps at the rates beside the best."""
+    at = tuned.index(best)
+    names = [tuned[i] if 0 <= i < len(tuned) else "" for i in (at - 1, at + 1)]
+    return " ".join(f"{_ratio(row[x], row[best]):.3f}" if x in row else "–" for x in names)
+
+
+def _ratio(found: dict[int, float], best: dict[int, float]) -> float:
+    seeds = found.keys() & best.keys()
+    if not seeds:
+        return math.nan
+    return sum(found[seed] for seed in seeds) / sum(best[seed] for seed in seeds)
+
+
+def _relative(found: dict[int, float], best: dict[int, float]) -> str:
+    """The mean over the seeds, from three on its 95 % interval, the seeds are paired; the worst."""
+    from scipy import stats
+
+    seeds = sorted(found.keys() & best.keys())
+    if not seeds:
+        return ""
+    mean = statistics.fmean(best[seed] for seed in seeds)
+    text = f"{_ratio(found, best):.3f}"
+    if len(seeds) > 2:
+        differences = [(found[seed] - best[seed]) / mean for seed in seeds]
+        error = statistics.stdev(differences) / math.sqrt(len(seeds))
+        text += f" ± {stats.t.ppf(0.975, len(seeds) - 1) * error:.3f}"
+    worst = min(found[seed] for seed in seeds) / mean
+    return f"{text} ({worst:.2f})" if len(seeds) > 1 else text
 
 
 def main() -> None:

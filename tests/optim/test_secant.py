@@ -553,13 +553,24 @@ def test_a_step_that_overflows_lowers_the_rate_and_training_goes_on() -> None:
     assert all(map(math.isfinite, optimizer._now))
 
 
-def test_negative_curvature_climbs_no_faster_than_time() -> None:
+def test_it_climbs_no_faster_than_time() -> None:
     law = Law(climb=1.0)
     now = law.start(1.0)
     for t in range(1, 50):
-        before, now = now, law.follow(now, probe(1.0, 2.0, step=t), 1.0)
+        before, now = now, law.follow(now, probe(1.0, 1.0 - 1e-6, step=t), 1.0)
         assert before.rate < now.rate <= law.margin * (t + 1)
     assert now.rate > law.margin * 15
+
+
+def test_negative_curvature_holds_the_rate() -> None:
+    """It does not say how far the loss goes down."""
+    now = Law().start(1.0)
+    for t in range(1, 5):
+        now = Law().follow(now, probe(1.0, 2.0, step=t), 1.0)
+        assert now.rate == Law().margin
+    for t in range(5, 20):
+        now = Law().follow(now, probe(1.0, 0.9, step=t, rate=now.rate), 1.0)
+    assert now.rate > Law().margin
 
 
 def test_steps_that_climb_lower_the_rate() -> None:

@@ -6,9 +6,10 @@ at a constant rate settles whatever the rate is. So a·C/N speaks clearly only e
 and the law acts where it is outside two bounds, and holds between:
 
     start    a = margin × the rate at which the first batch's own slope vanishes along its step
-    raise    a·C/N < σ, or C ≤ 0:  ln a += trust·κ·ln(σ·N/(a·C)), never faster than t^climb
+    raise    a·C/N < σ, C > 0:     ln a += trust·κ·ln(σ·N/(a·C)), never faster than t^climb
     lower    a·C/N > limit:        ln a += trust·κ·ln(limit·N/(a·C)), at most by `fall` a probe
-    hold     between the two, and once the schedule has fallen below `hold` of its peak
+    hold     between the two; where C ≤ 0, which does not say how far the loss goes down; and once
+             the schedule has fallen below `hold` of its peak
 
     trust    the square of the mean of σ·e0 - a·curvature over its mean square, with one probe
              more that says nothing: 1 for probes that agree, 1/n for n that are noise
@@ -146,6 +147,8 @@ class Law:
         """Of ln a."""
         slope = now.weight * _mean_of_positive(now)
         sigma = self.warmup_sigma if now.warmup else self.sigma
+        if now.curvature <= 0:  # which does not say how far it goes down
+            return 0.0
         for bound, up in ((sigma, True), (self.limit, False)):
             excess = bound * slope - now.rate * now.curvature
             square = (
@@ -155,9 +158,8 @@ class Law:
             )
             if square > 0 and (excess > 0) == up:
                 trust = min(1.0, excess**2 / (square * (now.weight + 1.0)))
-                wanted = math.inf if up else -math.inf
-                if now.curvature > 0 and slope > 0:
-                    wanted = self.gain * math.log(bound * slope / (now.curvature * now.rate))
+                ratio = bound * slope / (now.curvature * now.rate)
+                wanted = self.gain * math.log(ratio) if ratio > 0 else -math.inf
                 return trust * min(most, max(-math.log(self.fall), wanted))
         return 0.0
 

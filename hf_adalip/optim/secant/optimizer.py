@@ -154,6 +154,10 @@ class Secant(Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return self.optimizer.param_groups
 
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value  # DeepSpeed does, and is then told that it cannot be
+
     @property
     def state(self) -> Any:  # type: ignore[override]
         return self.optimizer.state
