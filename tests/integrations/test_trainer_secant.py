@@ -64,8 +64,12 @@ def test_the_given_lr_does_not_matter(tmp_path, way):
     assert secant(one.optimizer).every == 5
 
 
-def test_it_learns_without_an_lr(tmp_path):
-    schedule = {"lr_scheduler_type": "linear", "warmup_steps": 6}
+@pytest.mark.parametrize(
+    "schedule",
+    [{"lr_scheduler_type": "linear", "warmup_steps": 6}, {"lr_scheduler_type": "constant"}],
+    ids=["warm-up", "constant"],
+)
+def test_it_learns_without_an_lr(tmp_path, schedule):
     trainer = trained(tmp_path, max_steps=60, logging_steps=10, lr=None, **schedule)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.6 * losses[0]
