@@ -50,8 +50,7 @@ def secant_summary(optimizer: Any) -> dict[str, float]:
 
     Returns:
         keys `secant/rate`, and after the first measurement `secant/r` and `secant/probes`, how
-        many there were since the training was started or resumed. Empty before the first step, and
-        for other optimizers.
+        many are recorded. Empty before the first step, and for other optimizers.
     """
     found = secant(optimizer)
     if found is None or not found.rate:
@@ -169,8 +168,8 @@ class LayerRateHistory:
 
 
 def save_probes(optimizer: Secant, folder: Path, title: str) -> None:
-    """Writes the measurements since the training was started or resumed to `secant.json` (lists of
-    step, rate and r) and draws them in `secant.png`; nothing if there were none.
+    """Writes the measurements to `secant.json` (lists of step, rate and r) and draws them in
+    `secant.png`; nothing if there were none.
 
     Raises:
         ImportError: without matplotlib, naming the extra that has it.
@@ -180,7 +179,7 @@ def save_probes(optimizer: Secant, folder: Path, title: str) -> None:
 
     if not optimizer.probes:
         return
-    probes = [probe for probe in optimizer.probes if probe.finite]
+    probes = [probe for probe in optimizer.probes if math.isfinite(probe.r)]
     table = {key: [getattr(probe, key) for probe in probes] for key in ("step", "rate", "r")}
     whole(folder / f"{PROBES}.json", lambda path: path.write_text(json.dumps(table)))
     save_figure(draw_probes(table, title), folder / f"{PROBES}.png")

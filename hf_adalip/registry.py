@@ -33,6 +33,7 @@ from .optim import (
 )
 from .optim.groups import STRUCTURE, checked_params
 from .optim.optimizer import LipOptimizer
+from .optim.secant.optimizer import NUMBERS
 
 LIP_PREFIX = "lip-"
 SECANT_PREFIX = "secant-"
@@ -40,7 +41,7 @@ SECANT_PREFIX = "secant-"
 NOT_DESCRIBED = {  # structure, or how rather than what is computed
     *("params", *STRUCTURE, "lr", "initial_lr", "lipschitz_step"),
     *("foreach", "fused", "capturable", "differentiable"),
-    *("reference_lr", "effective_lr"),
+    *("reference_lr", "effective_lr", *NUMBERS),
 }
 
 _WHAT_AND_WHICH = {"model_or_params", "params", "optimizer", "name", "defaults"}
@@ -362,11 +363,8 @@ def describe_optimizer(optimizer: Optimizer) -> str:
     group = max(optimizer.param_groups, key=lambda group: group.get("weight_decay", 0.0))
     shown: dict[str, Any] = {"lr": group.get("initial_lr", group["lr"])}
     if isinstance(optimizer, Secant):
-        shown = {"every": optimizer.every}
-        if optimizer.rate:
-            shown["rate"] = float(f"{optimizer.rate:.3g}")
-    described = [key for key in group if key not in NOT_DESCRIBED and key[:7] != "secant_"]
-    shown |= {key: group[key] for key in described}
+        shown = optimizer.hyperparameters
+    shown |= {key: group[key] for key in group if key not in NOT_DESCRIBED}
     name = type(optimizer).__name__
     if isinstance(optimizer, (Lipschitz, Secant)):
         name = f"{name}({type(optimizer.optimizer).__name__})"

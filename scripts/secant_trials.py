@@ -1,4 +1,4 @@
-"""Trials of `Secant` on small tasks, beside tuned AdamW, Prodigy and schedule-free AdamW.
+"""Trials of `Secant` on small tasks, beside tuned AdamW or SGD, Prodigy and schedule-free AdamW.
 
     python scripts/secant_trials.py trials.jsonl --text input.txt --mnist ylecun/mnist
         --cifar uoft-cs/cifar10 --reviews cornell-movie-review-data/rotten_tomatoes
@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from hf_adalip.optim.secant import Law, Secant
 
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-SCHEDULES = ("constant", "linear")
+SGD_GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+SCHEDULES = ("constant", "linear", "decay")
 Batch = tuple[Tensor, Tensor]
 
 
@@ -280,17 +282,18 @@ TASKS = {
         10,
     ),
 }
+TASKS["lstm-long"] = replace(TASKS["lstm"], steps=2000)
 
 
 # One run
 
 
 def schedule(name: str, steps: int) -> Callable[[int], float]:
-    """Constant, or a warm-up over a tenth of the steps and a linear decay to nothing."""
+    """Constant, or a linear decay to nothing, for "linear" after a warm-up over a tenth."""
     if name == "constant":
         return lambda t: 1.0
-    rise = max(1, steps // 10)
-    return lambda t: min((t + 1) / rise, (steps - t) / (steps - rise))
+    rise = 0 if name == "decay" else max(1, steps // 10)
+    return lambda t: min((t + 1) / max(rise, 1), (steps - t) / (steps - rise))
 
 
 @torch.no_grad()
@@ -358,22 +361,34 @@ def run(
     return result
 
 
+def _adamw(params: Any, lr: float) -> Optimizer:
+    return torch.optim.AdamW(params, lr=lr, fused=True)
+
+
+def _sgd(params: Any, lr: float) -> Optimizer:
+    return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+
 def optimizers(laws: list[str]) -> dict[str, Callable[[nn.Module, int], Optimizer]]:
     """The optimizers by name."""
 
-    def secant(law: str) -> Callable[[nn.Module, int], Optimizer]:
+    def secant(
+        law: str, base_of: Callable[[Any, float], Optimizer] = _adamw
+    ) -> Callable[[nn.Module, int], Optimizer]:
         options = {key: float(value) for key, value in (x.split("=") for x in law.split())}
         every = int(options.pop("every", 20))
         lr = options.pop("lr", 1e-3)
 
         def make(model: nn.Module, steps: int) -> Optimizer:
-            base = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+            base = base_of(model.parameters(), lr)
             return Secant(base, every, model=model, law=Law(**options))
 
         return make
 
-    def adamw(lr: float) -> Callable[[nn.Module, int], Optimizer]:
-        return lambda model, steps: torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    def tuned(
+        base_of: Callable[[Any, float], Optimizer], lr: float
+    ) -> Callable[[nn.Module, int], Optimizer]:
+        return lambda model, steps: base_of(model.parameters(), lr)
 
     def prodigy(model: nn.Module, steps: int) -> Optimizer:
         from prodigyopt import Prodigy
@@ -386,48 +401,74 @@ def optimizers(laws: list[str]) -> dict[str, Callable[[nn.Module, int], Optimize
         return AdamWScheduleFree(model.parameters())
 
     return {
-        **{f"adamw {lr:g}": adamw(lr) for lr in GRID},
+        **{f"adamw {lr:g}": tuned(_adamw, lr) for lr in GRID},
         "prodigy": prodigy,
         "schedulefree": schedule_free,
         **{f"secant {law}".strip(): secant(law) for law in laws},
+        "start only": secant("climb=0 fall=1"),
+        **{f"sgd {lr:g}": tuned(_sgd, lr) for lr in SGD_GRID},
+        **{f"secant-sgd {law}".strip(): secant(law, _sgd) for law in laws},
     }
 
 
 def report(file: Path) -> None:
-    """Prints gains in parts of that of the best AdamW of the grid, means over seeds."""
-    gains: dict[tuple[str, int, str], dict[str, list[float]]] = {}
+    """Prints the gains in parts of those of the base with the best learning rate of the grid."""
+    gains: dict[Row, dict[str, dict[int, float]]] = {}
     for line in map(json.loads, file.read_text().splitlines()):
-        loss = line["val_loss"]
+        loss, name = line["val_loss"], line["optimizer"]
         chance = math.log(TASKS[line["task"]].classes)
+        row = "sgd" in name, line["task"], line["batch"], line["schedule"]
         gain = 0.0 if loss is None else max(chance - loss, 0.0)
-        kind = line["task"], line["batch"], line["schedule"]
-        gains.setdefault(kind, {}).setdefault(line["optimizer"], []).append(gain)
-    names = sorted({x for row in gains.values() for x in row if not x.startswith("adamw")})
-    head = ["task, batch, schedule", "best AdamW", "lr", "its neighbours", *names, "seeds"]
-    print("|", " | ".join(head), "|")
-    print("|---" * len(head) + "|")
-    for kind, row in sorted(gains.items()):
-        means = {name: sum(x) / len(x) for name, x in row.items()}
-        grid = [name for name in (f"adamw {lr:g}" for lr in GRID) if name in means]
-        if not grid:
-            continue
-        best = max(grid, key=means.__getitem__)
-        at = grid.index(best)
-        near = " ".join(
-            f"{means[grid[i]] / means[best]:.3f}" if 0 <= i < len(grid) else "–"
-            for i in (at - 1, at + 1)
-        )
-        cells = [
-            f"{means[name] / means[best]:.3f} ({min(row[name]) / means[best]:.2f})"
-            if name in means
-            else ""
-            for name in names
-        ]
-        print(
-            f"| {kind[0]}, {kind[1]}, {kind[2]} | {means[best]:.3f} | {best[6:]} | {near} |",
-            " | ".join(cells),
-            f"| {len(row[best])} |",
-        )
+        gains.setdefault(row, {}).setdefault(name, {})[line["seed"]] = gain
+    for base, sgd, grid in (("adamw", False, GRID), ("sgd", True, SGD_GRID)):
+        tuned = [f"{base} {lr:g}" for lr in grid]
+        rows = {key[1:]: row for key, row in sorted(gains.items()) if key[0] == sgd}
+        names = sorted({name for row in rows.values() for name in row} - set(tuned))
+        head = ["task, batch, schedule", f"best {base}", "lr", "its neighbours", *names]
+        print("\n|", " | ".join(head), "|")
+        print("|---" * len(head) + "|")
+        for (task, batch, kind), row in rows.items():
+            if tried := [name for name in tuned if name in row]:
+                best = max(tried, key=lambda name: statistics.fmean(row[name].values()))
+                cells = [f"{statistics.fmean(row[best].values()):.3f}", best.split()[1]]
+                cells.append(_neighbours(row, tuned, best))
+                cells += [_relative(row.get(name, {}), row[best]) for name in names]
+                print(f"| {task}, {batch}, {kind} |", " | ".join(cells), "|")
+
+
+Row = tuple[bool, str, int, str]
+"""Whether over SGD, the task, the batch size and the schedule."""
+
+
+def _neighbours(row: dict[str, dict[int, float]], tuned: list[str], best: str) -> str:
+    """What the base keeps at the rates beside the best."""
+    at = tuned.index(best)
+    names = [tuned[i] if 0 <= i < len(tuned) else "" for i in (at - 1, at + 1)]
+    return " ".join(f"{_ratio(row[x], row[best]):.3f}" if x in row else "–" for x in names)
+
+
+def _ratio(found: dict[int, float], best: dict[int, float]) -> float:
+    seeds = found.keys() & best.keys()
+    if not seeds:
+        return math.nan
+    return sum(found[seed] for seed in seeds) / sum(best[seed] for seed in seeds)
+
+
+def _relative(found: dict[int, float], best: dict[int, float]) -> str:
+    """The mean over the seeds, from three on its 95 % interval, the seeds are paired; the worst."""
+    from scipy import stats
+
+    seeds = sorted(found.keys() & best.keys())
+    if not seeds:
+        return ""
+    mean = statistics.fmean(best[seed] for seed in seeds)
+    text = f"{_ratio(found, best):.3f}"
+    if len(seeds) > 2:
+        differences = [(found[seed] - best[seed]) / mean for seed in seeds]
+        error = statistics.stdev(differences) / math.sqrt(len(seeds))
+        text += f" ± {stats.t.ppf(0.975, len(seeds) - 1) * error:.3f}"
+    worst = min(found[seed] for seed in seeds) / mean
+    return f"{text} ({worst:.2f})" if len(seeds) > 1 else text
 
 
 def main() -> None:

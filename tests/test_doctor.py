@@ -28,7 +28,7 @@ from transformers import (
     get_scheduler,
 )
 
-from hf_adalip import AdamLip, AdamLipU, attach, release_gradients, trainer_kwargs
+from hf_adalip import AdamLip, AdamLipU, Secant, attach, release_gradients, trainer_kwargs
 from hf_adalip.cli.doctor import doctor
 from hf_adalip.diagnose.checks import (
     LOOKS,
@@ -567,6 +567,71 @@ def test_the_doctor_explains_optimizers_under_fsdp(script, capsys):
     given = '**trainer_kwargs("adamlip", lr=1e-3)'
     assert doctor(script(ON_ONE_DEVICE, given), []) == 0
     assert [path.name for path in Path().iterdir()] == ["train.py"]
+
+
+SECANT = "Secant(torch.optim.SGD(net.parameters(), 1.0, momentum=0.9), every=5)"
+MEASURED = """
+from hf_adalip import Secant
+def closure():
+    optimizer.zero_grad()
+    loss = ((net(x)[:, 0] - x.sum(1)) ** 2).mean()
+    loss.backward()
+    return loss.detach()
+"""
+
+
+def test_the_doctor_says_what_secant_found(script, capsys):
+    """Its clipping changes nothing that is compared, and lr is only what a schedule multiplies."""
+    loop = LOOP.replace("optimizer = ", MEASURED + "optimizer = ")
+    text = loop.replace("optimizer.step()", "optimizer.step(closure)")
+    assert doctor(script(text, SECANT), []) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("nothing wrong (watched for 20 steps; a rate of ")
+    assert " was found after 12 measurements, the last with r = " in line
+    assert doctor(script(loop, SECANT), []) == 1
+    assert "needs a closure; call optimizer.step(closure)" in capsys.readouterr().out
+    clip = "optimizer.compute_gradients(closure)\n    "
+    clip += "torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)"
+    assert doctor(script(loop, SECANT, clip=clip), []) == 0
+    schedule = "schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, 5)"
+    short = text.replace("for step", f"{schedule}\nfor step")
+    short = short.replace("step(closure)", "step(closure); schedule.step()")
+    assert doctor(script(short, SECANT), []) == 1
+    assert "- the learning rate has become 0, and the training goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_the_doctor_knows_secant_in_a_trainer(script, capsys, attached):
+    text = ON_ONE_DEVICE.replace("net = Net()", "net = Net(norm=nn.BatchNorm1d(8))")
+    if attached:
+        text = text.replace("Trainer(net", "trainer = Trainer(net")
+        text = text.replace(").train()", ")\nattach(trainer)\ntrainer.train()")
+    given = "optimizers=(Secant(torch.optim.AdamW(net.parameters())OPTIONS), None)"
+    text = "from hf_adalip import Secant\n" + text.replace("arguments(", "arguments(SCHEDULE")
+    text = text.replace('SCHEDULE"out"', '"out", lr_scheduler_type="constant"')
+    for options, told in ((", model=net", ""), ("", "running statistics")):
+        optimizer = given.replace("OPTIONS", options)
+        assert doctor(script(text, optimizer), []) == int(bool(told) or not attached)
+        out = capsys.readouterr().out
+        assert told in out
+        assert ("call hf_adalip.attach(trainer) before train()" in out) == (not attached)
+        assert ("a rate of " in out) == attached
+
+
+def test_attach_warns_of_statistics_that_secant_does_not_see(tmp_path):
+    net = Net(norm=nn.BatchNorm1d(8))
+    made = {"model": net}, {}
+    for options, count in zip(made, (0, 1), strict=True):
+        seen = told(
+            tmp_path,
+            net,
+            lambda net, options=options: (
+                Secant(torch.optim.AdamW(net.parameters()), **options),
+                None,
+            ),
+            max_steps=3,
+        )
+        assert len([text for text in seen if "running statistics" in text]) == count
 
 
 def content(folder):

@@ -160,8 +160,13 @@ def test_the_card_of_secant_has_the_rate_that_was_found(run: Path, tmp_path: Pat
         "secant_rate": 0.00123456,
     }
     (folder / "all_results.json").write_text(json.dumps(found))
-    text = prepare(folder, REPO)["README.md"]
+    (folder / "layer_learning_rates.png").rename(folder / "secant.png")
+    files = prepare(folder, REPO)
+    text = files["README.md"]
     assert isinstance(text, bytes)
+    assert "secant.png" in files
+    assert "](secant.png)" in text.decode()
+    assert "](layer_learning_rates.png)" not in text.decode()
     assert "| learning rate | 0.00123 at the end, found |" in text.decode()
     assert "| optimizer | Secant(AdamW) with every=50, " in text.decode()
 

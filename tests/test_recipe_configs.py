@@ -202,7 +202,8 @@ def test_batch_statistics_are_those_of_one_process(name, tmp_path):
 def deepspeed_with(config, **options):
     """What becomes of DeepSpeed's configuration with these options of the recipe."""
     config = {"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": "auto"} | config
-    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    plugin = SimpleNamespace(deepspeed_config=config, zero_stage=3)
+    state = SimpleNamespace(deepspeed_plugin=plugin)
     accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=state)
     engines.check_engine(accelerator, TrainingArguments(**options))
     return config
@@ -220,6 +221,44 @@ def test_deepspeed_clips_and_accumulates_as_the_recipe_says():
     with pytest.raises(UsageError, match="--gradient_accumulation_steps 4 would lose"):
         deepspeed_with({"gradient_accumulation_steps": 1}, gradient_accumulation_steps=4)
     deepspeed_with({"gradient_accumulation_steps": 4}, gradient_accumulation_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "said"),
+    [
+        (DistributedType.FSDP, "no", "under FSDP1, .* fsdp_version: 2"),
+        (DistributedType.MULTI_GPU, "fp16", "with fp16, .* use bf16"),
+    ],
+)
+def test_what_secant_cannot_measure_under_is_said_before_training(kind, precision, said):
+    args = TrainingArguments(optim="secant-adamw")
+    with pytest.raises(UsageError, match="--optim secant-adamw cannot measure under DeepSpeed"):
+        deepspeed_with({}, optim="secant-adamw")
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    accelerator = SimpleNamespace(
+        distributed_type=kind, state=state, mixed_precision=precision, num_processes=2
+    )
+    with pytest.raises(UsageError, match=said):
+        engines.check_engine(accelerator, args)
+    accelerator.mixed_precision, state.fsdp_plugin.fsdp_version = "bf16", 2
+    engines.check_engine(accelerator, args)
+
+
+@pytest.mark.slow
+def test_secant_measures_while_fsdp2_accumulates(tmp_path):
+    """The recipe has those gradients reduced that are measured, and resumes bit for bit."""
+    command = [str(ROOT / "tests" / "recipe_and_resume.py"), str(tmp_path), RECIPE, *OPTIONS]
+    command += ["--optim=secant-adamw", "--gradient_accumulation_steps=2"]
+    done = launch("fsdp2", *command, "--per_device_train_batch_size=16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, resumed = (
+        json.loads((tmp_path / name / "all_results.json").read_text())
+        for name in ("whole", "resumed")
+    )
+    assert whole["engine"] == "FSDP2"
+    assert whole["secant_rate"] == resumed["secant_rate"] > 0
+    assert whole["eval_loss"] == resumed["eval_loss"]
+    assert len(json.loads((tmp_path / "whole" / "secant.json").read_text())["step"]) > 3
 
 
 @pytest.fixture

@@ -142,6 +142,10 @@ def test_secant_needs_no_learning_rate_and_resumes(tmp_path: Path) -> None:
         found = [results(tmp_path / folder) for folder in ("out", name)]
         assert found[0]["secant_rate"] == found[1]["secant_rate"] > 0
         assert found[0]["eval_loss"] == found[1]["eval_loss"]
+        tables = [(tmp_path / folder / "secant.json").read_text() for folder in ("out", name)]
+        assert tables[0] == tables[1]
+    assert len(json.loads(tables[0])["step"]) > 1
+    assert (tmp_path / "out" / "secant.png").stat().st_size > 1000
 
 
 def test_steps_left_out_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

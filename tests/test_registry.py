@@ -139,12 +139,12 @@ def test_secant_names_wrap_any_torch_or_timm_optimizer(base):
     assert type(optimizer) is hf_adalip.Secant
     assert type(optimizer.optimizer).__name__.lower() == base
     assert optimizer.every == 7
-    assert optimizer._model is net
+    assert optimizer.model is net
     groups = optimizer.param_groups
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1.0, 0.1), (1.0, 0.0)]
     params = list(model().parameters())
     other = create_optimizer(params, f"secant-{base}", lr=0.3)
-    assert other._model is None
+    assert other.model is None
     assert other.param_groups[0]["lr"] == 0.3
 
 

@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "after 20 steps of its optimizer, and says what is wrong, why, and the line to change. "
         "Recipes and Trainers write to a folder that is removed, and resume nothing. "
         "The exit status is 1 if anything is, and 2 if nothing is found and no optimizer with a "
-        "learning rate per layer took a step.",
+        "learning rate per layer, and no Secant, took a step.",
     )
     parser.add_argument("script", metavar="SCRIPT", help="a Python file that trains")
     called_with = parser.add_argument(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..monitor import layerwise, secant
-from ..optim import LayerRate, LayerwiseOptimizer
+from ..optim import LayerRate, LayerwiseOptimizer, Secant
 from ..registry import NOT_DESCRIBED, list_optimizers
 from .watched import Clipping, Losses
 
@@ -75,6 +75,18 @@ def examine_run(
         unused_learning_rate(trainer, optimizer),
         decay_set_twice(trainer, optimizer),
         clip_of_nothing(trainer, optimizer),
+        early_end(optimizer, scheduler, steps),
+    )
+    return [finding for finding in found if finding is not None]
+
+
+def examine_secant(
+    trainer: Trainer, optimizer: Secant, scheduler: Any, steps: int
+) -> list[Finding]:
+    """As `examine_run`, of a `Secant`, for which a learning rate that is not used is none."""
+    found = (
+        unseen_statistics(trainer, optimizer),
+        decay_set_twice(trainer, optimizer),
         early_end(optimizer, scheduler, steps),
     )
     return [finding for finding in found if finding is not None]
@@ -220,7 +232,34 @@ def replaced_options(
     )
 
 
-def decay_set_twice(trainer: Trainer, optimizer: LayerwiseOptimizer) -> Finding | None:
+def unseen_statistics(trainer: Trainer, optimizer: Secant) -> Finding | None:
+    """Running statistics that measurements change, because `Secant` was not given the model."""
+    from torch.nn.modules.batchnorm import _NormBase
+
+    norms = (module for module in trainer.model.modules() if isinstance(module, _NormBase))
+    if optimizer.model is not None or not any(norm.track_running_stats for norm in norms):
+        return None
+    return Finding(
+        "Secant was made without its model, which has running statistics",
+        "they take in the batches of measurements, which are computed twice",
+        "make it with Secant(..., model=model), or pass "
+        'Trainer(..., **trainer_kwargs("secant-adamw"))',
+    )
+
+
+def unmeasured(optimizer: Secant) -> Finding | None:
+    """Measurements none of which came to a number."""
+    probes = optimizer.probes
+    if not probes or any(probe.finite for probe in probes):
+        return None
+    return Finding(
+        f"none of {len(probes)} measurements of Secant is finite",
+        "the loss or its gradients are inf or NaN, and the rate only falls",
+        "look for what overflows, or give the schedule a warm-up",
+    )
+
+
+def decay_set_twice(trainer: Trainer, optimizer: LayerwiseOptimizer | Secant) -> Finding | None:
     """Weight decay in TrainingArguments and, another one, in the optimizer's own arguments."""
     used = {float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups} - {0.0}
     here = " and ".join(f"{decay:g}" for decay in sorted(used)) or "none"
@@ -254,10 +293,10 @@ def clip_of_nothing(trainer: Trainer, optimizer: LayerwiseOptimizer) -> Finding 
     )
 
 
-NOT_TRAINED = "nothing is trained after that, whatever S is"
+NOT_TRAINED = "nothing is trained after that, whatever the optimizer does"
 
 
-def early_end(optimizer: LayerwiseOptimizer, scheduler: Any, steps: int) -> Finding | None:
+def early_end(optimizer: LayerwiseOptimizer | Secant, scheduler: Any, steps: int) -> Finding | None:
     """A schedule at 0 before the training ends, or before S, an average over steps, has moved.
 
     Looked ahead is in LambdaLRs, which are functions of the step: all of transformers' schedules.
@@ -300,8 +339,8 @@ class Watch:
     """What is seen of a training while it runs.
 
     Call `clip` with the norm of each gradient that may be clipped and `losses.add` with each loss,
-    which wait for no device; and `layers`, now and then, with the learning rates of the layers.
-    `findings` says what is wrong so far, `ended` what was at the end.
+    which wait for no device; and `layers`, now and then, with the learning rates of the layers, or
+    for a `Secant`, which has none, `measured`. `findings` says what is wrong so far.
     """
 
     def __init__(self) -> None:
@@ -313,6 +352,7 @@ class Watch:
         self.ended: dict[int, int] = {}  # looks at a group's lr at 0, in a row, after it was not
         self.rates: Mapping[str, LayerRate] = {}  # at the last look
         self.frozen = False  # whether all layers were, at the last look
+        self.secant: Secant | None = None
 
     def clip(self, norm: Tensor | float, max_norm: Tensor | float, words: str = "") -> None:
         """A gradient of this norm was clipped to `max_norm`, if that is less."""
@@ -333,6 +373,13 @@ class Watch:
             if rate is not None and rate.nonfinite_steps:
                 self.left_out[name] = rate.nonfinite_steps
         self.rates = rates
+        self._groups(optimizer)
+
+    def measured(self, optimizer: Secant) -> None:
+        self.secant = optimizer
+        self._groups(optimizer)
+
+    def _groups(self, optimizer: LayerwiseOptimizer | Secant) -> None:
         for i, group in enumerate(optimizer.param_groups):
             if float(group["lr"]):
                 self.ended[i] = 0
@@ -341,7 +388,8 @@ class Watch:
 
     def findings(self) -> list[Finding]:
         frozen = FROZEN if self.frozen else None
-        looked = (frozen, self._clip(), self._dead(), self._ended(), self._nonfinite())
+        without = unmeasured(self.secant) if self.secant else None
+        looked = (frozen, self._clip(), self._dead(), self._ended(), self._nonfinite(), without)
         return [found for found in looked if found is not None]
 
     def _clip(self) -> Finding | None:
@@ -351,6 +399,8 @@ class Watch:
                 "they are 0 then, and nothing is trained",
                 "leave the clipping out, or clip to more",
             )
+        if self.secant:  # which measures gradients before they are clipped
+            return None
         if (seen := self.clipping.changes(least=LOOKS)) is None:
             return self.changing_clip
         self.changing_clip = None
@@ -401,6 +451,10 @@ class Watch:
             "a layer is not trained in such a step",
             "lower the learning rate, or look for what overflows (fp16 without a GradScaler)",
         )
+
+
+WITHOUT_LR = "give the schedule a warm-up, or train with AdamW and a learning rate of your choice"
+"""What to change of a training with `Secant` that has diverged."""
 
 
 def diverged(loss: float, of: str, chance: float | None, first: float = 0.0) -> Finding | None:

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..as_main import run_script
-from ..monitor import layerwise
-from ..optim import LayerwiseOptimizer
+from ..monitor import layerwise, secant
+from ..optim import LayerwiseOptimizer, Secant
+from ..optim.secant.optimizer import NUMBERS
 from .checks import (
     TRIAL,
     Finding,
@@ -25,6 +26,7 @@ from .checks import (
     WrongOptimizerError,
     examine,
     examine_run,
+    examine_secant,
     refused_by_fsdp,
 )
 
@@ -50,15 +52,21 @@ class Trial:
         self.stepped_last = ""  # the name of its class
 
     def stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        ours = isinstance(optimizer, (LayerwiseOptimizer, Secant))
+        if not ours and NUMBERS[0] in optimizer.param_groups[0]:
+            return  # the base of a Secant, whose first step takes many of them
         self.all_steps += 1
         self.stepped_last = type(optimizer).__name__
-        if not self.steps and self.all_steps > STEPS + 1:  # the base of one of ours steps before it
+        if not ours and not self.steps and self.all_steps > STEPS:
             raise Reached
         if isinstance(optimizer, LayerwiseOptimizer):
             self.steps += 1
             self.watch.layers(optimizer, optimizer.layer_learning_rates())
-            if self.steps >= STEPS:
-                raise Reached
+        if isinstance(optimizer, Secant):
+            self.steps += 1
+            self.watch.measured(optimizer)
+        if self.steps >= STEPS:
+            raise Reached
 
     def clipped(self) -> str:
         """What is said of clipping, where there was any, right or wrong."""
@@ -66,6 +74,14 @@ class Trial:
         if not seen.clipped:
             return ""
         return f"; {seen.clipped} of {seen.steps} gradients were clipped to {self.watch.clipped_to}"
+
+    def measured(self) -> str:
+        """What is said of a `Secant`, right or wrong."""
+        if (found := self.watch.secant) is None:
+            return ""
+        last = f", the last with r = {found.probes[-1].r:.3g}" if found.probes else ""
+        count = f"{len(found.probes)} measurement{'s' * (len(found.probes) != 1)}"
+        return f"; a rate of {found.rate:.3g} was found after {count}{last}"
 
     def clipping(self, clip: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """clip_grad_norm_ that is watched."""
@@ -136,10 +152,11 @@ class Trial:
 
         class Start(TrainerCallback):  # type: ignore[misc]
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                found = layerwise(kwargs.get("optimizer"))
-                if found is not None:
-                    scheduler = kwargs.get("lr_scheduler")
+                optimizer, scheduler = kwargs.get("optimizer"), kwargs.get("lr_scheduler")
+                if (found := layerwise(optimizer)) is not None:
                     trial.findings += examine_run(trainer, found, scheduler, state.max_steps)
+                elif (finding := secant(optimizer)) is not None:
+                    trial.findings += examine_secant(trainer, finding, scheduler, state.max_steps)
 
         return Start()
 
@@ -199,7 +216,7 @@ def doctor(script: str, arguments: list[str], register: Callable[[], None]) -> i
 
     Returns:
         0 for nothing, 1 for something, 2 if the script ended without a step of an optimizer with a
-        learning rate per layer.
+        learning rate per layer, or of `Secant`.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         return _doctor(Trial(folder), script, arguments, register)
@@ -236,5 +253,5 @@ def _doctor(trial: Trial, script: str, arguments: list[str], register: Callable[
         for found in findings:
             print(f"- {found}")
         count = {0: "nothing", 1: "1 thing"}.get(len(findings), f"{len(findings)} things")
-        print(f"{count} wrong (watched for {trial.steps} steps{trial.clipped()})")
+        print(f"{count} wrong (watched for {trial.steps} steps{trial.clipped()}{trial.measured()})")
     return int(bool(findings))

@@ -1,4 +1,4 @@
-"""`Secant` in transformers.Trainer, which steps an optimizer without a closure."""
+"""`Secant` in transformers.Trainer, which steps an optimizer without a closure, and accelerate."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..monitor import secant
 from ..optim import Secant
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import Trainer
 
 
@@ -35,19 +36,19 @@ def measure_training_steps(trainer: Trainer) -> None:
             model.zero_grad()  # also of what the optimizer does not have
             return training_step(model, copy.copy(inputs), *args, **kwargs)
 
-        with _gradients_reduced(trainer, model):
+        with gradients_reduced(trainer.accelerator, model):
             return optimizer.compute_gradients(closure, trainer.current_gradient_accumulation_steps)
 
     trainer.training_step = measured_step
 
 
 @contextmanager
-def _gradients_reduced(trainer: Trainer, model: Any) -> Iterator[None]:
+def gradients_reduced(accelerator: Accelerator, model: Any) -> Iterator[None]:
     """FSDP2 keeps gradients back while accumulating; not those that are measured."""
     from torch.distributed.fsdp import FSDPModule
 
-    model = trainer.accelerator.unwrap_model(model)
-    kept_back = isinstance(model, FSDPModule) and not trainer.accelerator.sync_gradients
+    model = accelerator.unwrap_model(model)
+    kept_back = isinstance(model, FSDPModule) and not accelerator.sync_gradients
     if kept_back:
         model.set_requires_gradient_sync(True)
     try:

@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..diagnose.checks import (
     INSTEAD,
+    WITHOUT_LR,
     Finding,
     Watch,
     WrongOptimizerError,
@@ -22,6 +24,7 @@ from ..diagnose.checks import (
     dropped_optimizer,
     examine,
     examine_run,
+    examine_secant,
     flat_shards,
     nothing_to_train,
     replaced_options,
@@ -220,8 +223,9 @@ def attach(  # noqa: C901 - with the callback inside of it
     `optimizers=(Secant(...), None)`) it is what lets it measure: now and then Trainer's
     `training_step` is called once more for the same batch, at the parameters before the last step.
     All that is in it is the same in both calls; it must not count its calls or draw data itself.
-    The logs have `secant/rate` and the last `secant/r` then, and of the warnings only that of the
-    end is given.
+    The logs have `secant/rate` and the last `secant/r` then. Of the warnings it gives that of
+    weight decay, of a schedule that ends too early and of the end; and that of running statistics
+    in a model that it was not made with.
 
     Args:
         trainer: before `train()`. Called again with the same one, it changes the two options.
@@ -273,6 +277,8 @@ def attach(  # noqa: C901 - with the callback inside of it
             found = layerwise(optimizer)
             if found is None and (finding := secant(optimizer)) is not None:
                 refuse_trainer(trainer, finding)
+                scheduler = kwargs.get("lr_scheduler")
+                warn_once(examine_secant(trainer, finding, scheduler, state.max_steps))
                 return
             if found is None and not attached["required"]:
                 return
@@ -323,6 +329,8 @@ def attach(  # noqa: C901 - with the callback inside of it
             first, last = share * watch.losses.first, share * watch.losses.last
             if watch.losses.count and (whole_epochs or not math.isfinite(last)):
                 ended = diverged(last, "training loss at the end", chance, first)
+                if ended and finding is not None:
+                    ended = replace(ended, change=WITHOUT_LR)
                 warn_once([ended] if ended else [])
 
     def watch_clipping() -> None:

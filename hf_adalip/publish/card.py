@@ -92,7 +92,12 @@ def eval_results(results: Mapping[str, Any], url: str) -> str | None:
 
 
 def model_card(
-    repo_id: str, results: Mapping[str, Any], task: str, library: str, picture: str | None, url: str
+    repo_id: str,
+    results: Mapping[str, Any],
+    task: str,
+    library: str,
+    pictures: Mapping[str, tuple[str, str]],
+    url: str,
 ) -> str:
     """The text of README.md, metadata included.
 
@@ -101,7 +106,7 @@ def model_card(
         results: the run's; see `hub` for what has to be there.
         task: the Hub's name of what the model does.
         library: that loads the model.
-        picture: of the layers' learning rates, a file in the repository.
+        pictures: files in the repository, each with a heading and what it shows.
         url: of train.py.
 
     Raises:
@@ -181,8 +186,8 @@ def model_card(
     ]
     if elsewhere := [f"`{name}`" for name in (data, base) if name and name not in on_hub]:
         sections.append(f"Not on the Hub: {', '.join(elsewhere)}.")
-    if picture:
-        sections += ["## Learning rates of the layers", f"![A = lr × S of each layer]({picture})"]
+    for picture, (heading, words) in pictures.items():
+        sections += [f"## {heading}", f"![{words}]({picture})"]
     return str(ModelCard(f"---\n{meta.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 

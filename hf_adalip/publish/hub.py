@@ -18,7 +18,7 @@ What has to be in OUTPUT_DIR, and what every recipe leaves there:
   eval_samples, lr_scheduler_type, weight_decay, epoch, step, device, model_name_or_path,
   on_hub (which of dataset_name and model_name_or_path are the Hub's), num_processes, ...
   With `finished: false` the run is not published.
-- `layer_learning_rates.png`: if the optimizer has an S per layer.
+- `layer_learning_rates.png`: if the optimizer has an S per layer; `secant.png`, of `Secant`.
 
 Of OUTPUT_DIR, what `WRITTEN` lists is uploaded: the files that a recipe, Trainer or timm writes of
 a finished run. With it come, made anew, `train.py` with its dependencies pinned, the wheel of
@@ -53,7 +53,13 @@ from ..files import MANIFEST, RESULTS
 from ..version import __version__
 from .script import SCRIPT, build_wheel, is_on_index, pin, running_script
 
-CARD, PICTURE = "README.md", "layer_learning_rates.png"
+CARD = "README.md"
+
+PICTURES = {
+    "layer_learning_rates.png": ("Learning rates of the layers", "A = lr × S of each layer"),
+    "secant.png": ("Learning rate", "the rate that was found, and r of each measurement"),
+}
+"""What the card shows of a run that has them: the heading and the picture in words."""
 
 Files: TypeAlias = dict[str, "bytes | Path"]
 """What is in a repository: content by path."""
@@ -67,8 +73,8 @@ WRITTEN = {
     r"tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model": "any",
     rf"{re.escape(RESULTS)}": "any",  # what is wrong with it is said when it is read
     r"(train|eval|predict|test)_results\.json|trainer_state\.json": "json",
-    r"layer_learning_rates\.json": "json",
-    r"layer_learning_rates\.png": "png",
+    r"(layer_learning_rates|secant)\.json": "json",
+    r"(layer_learning_rates|secant)\.png": "png",
     r"training_args\.bin": "zip",  # a pickle, but Trainer's, and without a state
     rf"{re.escape(SCRIPT)}": "text",
     r"([^/]+/){0,3}events\.out\.tfevents\.[^/]+": "events",  # of TensorBoard
@@ -194,13 +200,13 @@ def prepare(  # noqa: C901 - one check after the other
     library = "peft" if "adapter_config.json" in files else "hf_adalip"
     library = "transformers" if config.get("architectures") and library != "peft" else library
     library = "timm" if "architecture" in config and "pretrained_cfg" in config else library
-    picture = PICTURE if PICTURE in files else None
+    pictures = {name: words for name, words in PICTURES.items() if name in files}
     try:
         if scores := card.eval_results(results, url(SCRIPT)):
             made[f".eval_results/{results['dataset_name'].replace('/', '--')}.yaml"] = (
                 scores.encode()
             )
-        text = card.model_card(repo_id, results, task, library, picture, url(SCRIPT))
+        text = card.model_card(repo_id, results, task, library, pictures, url(SCRIPT))
     except (TypeError, ValueError, AttributeError) as error:  # a value of another type or name
         raise PublishError(f"{folder / RESULTS} cannot be published: {error}") from error
     made[CARD] = text.encode()

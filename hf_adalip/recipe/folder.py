@@ -16,7 +16,7 @@ from typing import Protocol
 
 from ..errors import UsageError
 from ..files import MANIFEST, PARTIAL, RESULTS
-from ..monitor import RATES
+from ..monitor import PROBES, RATES
 from ..publish.script import SCRIPT
 
 
@@ -44,7 +44,8 @@ class OwnFiles:
     def __call__(self, folder: Path) -> list[Path]:
         """Those in a folder, whether it exists or not, by name."""
         found = sorted(folder.iterdir()) if folder.is_dir() else []
-        files = rf"{re.escape(RESULTS)}|{RATES}\.(json|png)|{re.escape(SCRIPT)}|{self.files}"
+        tables = rf"({RATES}|{PROBES})\.(json|png)"
+        files = rf"{re.escape(RESULTS)}|{tables}|{re.escape(SCRIPT)}|{self.files}"
         return [
             path
             for path in found

@@ -19,7 +19,7 @@ import torch
 from ..diagnose.checks import Finding
 from ..errors import DataError, DivergedError, Interrupted, PublishError, SaveError, UsageError
 from ..files import RESULTS, saving, whole
-from ..monitor import RATES, LayerRateHistory, layerwise
+from ..monitor import PROBES, RATES, LayerRateHistory, layerwise, save_probes, secant
 from ..publish import hub
 from ..publish.script import SCRIPT, versions
 from .folder import RunOptions
@@ -121,16 +121,26 @@ def load_rates(checkpoint: Path) -> LayerRateHistory:
 
 
 def write_run(
-    folder: Path, results: Mapping[str, Any], rates: LayerRateHistory, script: str | None
+    folder: Path,
+    results: Mapping[str, Any],
+    rates: LayerRateHistory,
+    script: str | None,
+    optimizer: Any,
 ) -> None:
-    """Writes what every run leaves besides its model: results, script, the layers' learning rates.
+    """Writes what every run leaves besides its model: results, script, the layers' learning rates,
+    and the measurements of a `Secant`.
 
     Args:
         folder: a temporary one, of `replacing`.
         results: of the run.
         rates: of the layers; none, if the optimizer has no S.
         script: the source of what ran, if it can be published.
+        optimizer: that trained.
     """
+    if (measured := secant(optimizer)) is not None:
+        title = f"{results['recipe']}, {results['optimizer']}, {results['step']} steps"
+        with saving(folder / f"{PROBES}.png"):
+            save_probes(measured, folder, title)
     if rates.steps:
         rates.save(folder / f"{RATES}.json")
         lr = f"lr {results['learning_rate']:g}"

@@ -26,6 +26,22 @@ REFUSED = {
 }
 
 
+SECANT = [
+    f"{engine}/secant/{loop}"
+    for engine in ("zero0", "zero1", "zero2", "zero3")
+    for loop in ("closure", "plain", "attached", "Trainer")
+    if (engine, loop) != ("zero0", "closure")  # which keeps whole parameters with their gradients
+]
+
+
+def test_secant_is_refused_before_anything_is_trained(tmp_path):
+    found = launch(tmp_path / "found.json", 2, SECANT, "zero", torchrun)
+    for case, said in found.items():
+        assert "DeepSpeed" in said["error"], case
+        assert "use DDP" in said["error"] or "closure" in said["error"], case
+        assert not said["trained"], case
+
+
 def test_training_is_that_of_one_process_or_refused(tmp_path):
     found = launch(tmp_path / "found.json", 2, [*EXACT, *BF16, *REFUSED], "zero", torchrun)
     for case in EXACT:

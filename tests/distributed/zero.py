@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m tests.distributed.zero OUTPUT.json CASE...
 
 A case is ENGINE/OPTIMIZER/LAYERS/FORM/WEIGHT_DECAY, ENGINE one of CONFIGS. What is written is what
-engines.py writes, or {"error": text} for a case that is refused.
+engines.py writes, or {"error": text} for a case that is refused. Another is ENGINE/secant/LOOP, for
+which the error and whether anything was trained before it are written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch import nn
+from transformers import Trainer, TrainingArguments
 
+from hf_adalip import attach, create_optimizer, trainer_kwargs
 from tests.distributed import engines
 from tests.distributed.engines import ACCUMULATED, MAX_NORM, ROWS, STEPS, Net, Run
 
@@ -87,7 +91,77 @@ def train(engine, *optimizer_options):
         return Run(engines.weights_of(net), rates, losses, norms, 0)
 
 
+class Classifier(Net):
+    """As Trainer wants it."""
+
+    def forward(self, x, labels):
+        return {"loss": nn.functional.cross_entropy(super().forward(x), labels)}
+
+
+def trainer_of(engine, net, loop):
+    args = TrainingArguments(
+        "unused",
+        max_steps=2,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        deepspeed=CONFIGS[engine]
+        | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        | dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size"), "auto"),
+    )
+    x, y = engines.batch(0)
+    rows = [{"x": row, "labels": label} for row, label in zip(x, y, strict=True)]
+    trainer = Trainer(net, args, train_dataset=rows, **trainer_kwargs("secant-adamw"))
+    if loop == "attached":
+        attach(trainer)
+    return trainer
+
+
+def secant_loop(engine, net, loop):
+    """What is to end in an error."""
+    if loop in ("attached", "Trainer"):
+        trainer_of(engine, net, loop).train()
+        return
+    accelerator = accelerator_for(engine)
+    found = create_optimizer(net, "secant-adamw")
+    model, optimizer = accelerator.prepare(net, found)
+    share = engines.data_parallel_share(engine)
+    x, y = engines.batch(0)
+
+    def closure():
+        loss = nn.functional.cross_entropy(model(x[share]), y[share])
+        accelerator.backward(loss)
+        return loss.detach()
+
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            if loop == "closure":
+                found.compute_gradients(closure, accelerator.gradient_accumulation_steps)
+            else:
+                closure()
+            optimizer.step()
+
+
+def secant(engine, loop):
+    AcceleratorState._reset_state()
+    torch.manual_seed(0)
+    net = Classifier() if loop in ("attached", "Trainer") else Net()
+    before = [param.detach().clone() for param in net.parameters()]
+    error = "not refused"
+    try:
+        secant_loop(engine, net, loop)
+    except RuntimeError as refused:
+        error = str(refused)
+    with deepspeed.zero.GatheredParameters(list(net.parameters())):
+        pairs = zip(before, net.parameters(), strict=True)
+        return {"error": error, "trained": not all(torch.equal(p, q) for p, q in pairs)}
+
+
 def case(engine, *optimizer_options):
+    if optimizer_options[0] == "secant":
+        return secant(engine, optimizer_options[1])
     try:
         found = train(engine, *optimizer_options)
     except RuntimeError as error:

@@ -439,6 +439,25 @@ def test_killed_and_resumed_is_never_killed(tmp_path: Path) -> None:
     assert_same(torch.load(path), torch.load(tmp_path / "whole"))
 
 
+def test_measurements_are_saved_and_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_adalip.optim.secant.optimizer.RECORDED", 10)
+    model, optimizer = made(every=1)
+    for t in range(40):
+        train(model, optimizer, range(t, t + 1))
+        assert len(optimizer.probes) <= 10
+        assert not t or optimizer.probes[-1].step == t
+    steps = [probe.step for probe in optimizer.probes]
+    assert steps == sorted(steps)
+    assert steps[0] == 1
+    assert len(steps) > 5
+    _, other = made(every=1)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.probes == optimizer.probes
+    state = {k: v for k, v in made()[1].state_dict().items() if k in ("state", "param_groups")}
+    other.load_state_dict(state)  # as torch.distributed.checkpoint has it
+    assert other.probes == []
+
+
 def test_copies_go_on_alike() -> None:
     model, optimizer = made(every=5)
     train(model, optimizer, range(10))
@@ -467,6 +486,39 @@ def probe(e0: float, e1: float, step: int = 40, rate: float = 0.1, scale: float 
 
 # One probe's worth: of a rate of 0.1 with slope 1 and curvature 15, between the two bounds.
 NOW = Rate(0.1, 1.0, 1.0, 15.0, 1.0, 15.0, 225.0, step=21, peak=1.0)
+
+
+def test_a_step_that_is_not_built_up_counts_as_one_of_full_size() -> None:
+    """Whose curvature along it is four times as large for the same slope."""
+    after = Law().follow(NOW, probe(1.0, 0.9), 1.0, built=0.25)
+    expected = Law().follow(NOW, probe(1.0, 0.6), 1.0)
+    assert after == pytest.approx(expected)
+    assert after.rate < Law().follow(NOW, probe(1.0, 0.9), 1.0).rate
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_how_far_momentum_has_built_up(nesterov: bool) -> None:
+    """Along a gradient that does not change."""
+    p = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    base = torch.optim.SGD([p], lr=1.0, momentum=0.9, nesterov=nesterov)
+    optimizer = Secant(base, law=Law(margin=1e-9, climb=0, fall=1))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        p.square().sum().backward()
+        return p.detach().square().sum()
+
+    for _ in range(12):
+        before = p.detach().clone()
+        optimizer.step(closure)
+        step = (before - p.detach()) / optimizer.rate
+        full = torch.full_like(step, 2.0 / (1 - 0.9))
+        torch.testing.assert_close(
+            step / full, torch.full_like(step, optimizer._built), rtol=1e-5, atol=0
+        )
+    model, other = made("AdamW")  # which corrects its bias
+    train(model, other, range(1))
+    assert other._built == 1.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -501,13 +553,24 @@ def test_a_step_that_overflows_lowers_the_rate_and_training_goes_on() -> None:
     assert all(map(math.isfinite, optimizer._now))
 
 
-def test_negative_curvature_climbs_no_faster_than_time() -> None:
+def test_it_climbs_no_faster_than_time() -> None:
     law = Law(climb=1.0)
     now = law.start(1.0)
     for t in range(1, 50):
-        before, now = now, law.follow(now, probe(1.0, 2.0, step=t), 1.0)
+        before, now = now, law.follow(now, probe(1.0, 1.0 - 1e-6, step=t), 1.0)
         assert before.rate < now.rate <= law.margin * (t + 1)
     assert now.rate > law.margin * 15
+
+
+def test_negative_curvature_holds_the_rate() -> None:
+    """It does not say how far the loss goes down."""
+    now = Law().start(1.0)
+    for t in range(1, 5):
+        now = Law().follow(now, probe(1.0, 2.0, step=t), 1.0)
+        assert now.rate == Law().margin
+    for t in range(5, 20):
+        now = Law().follow(now, probe(1.0, 0.9, step=t, rate=now.rate), 1.0)
+    assert now.rate > Law().margin
 
 
 def test_steps_that_climb_lower_the_rate() -> None:
@@ -627,8 +690,9 @@ def test_a_state_without_the_copy_of_the_parameters_is_measured_later() -> None:
         own.pop("secant_previous", None)
     other, resumed = made(every=5)
     resumed.load_state_dict(state)
+    assert resumed.probes == optimizer.probes
     train(other, resumed, range(8))
-    assert len(resumed.probes) == 1
+    assert len(resumed.probes) == len(optimizer.probes) + 1
 
 
 def test_a_closure_that_draws_another_batch() -> None:

@@ -6,9 +6,10 @@ at a constant rate settles whatever the rate is. So a·C/N speaks clearly only e
 and the law acts where it is outside two bounds, and holds between:
 
     start    a = margin × the rate at which the first batch's own slope vanishes along its step
-    raise    a·C/N < σ, or C ≤ 0:  ln a += trust·κ·ln(σ·N/(a·C)), never faster than t^climb
+    raise    a·C/N < σ, C > 0:     ln a += trust·κ·ln(σ·N/(a·C)), never faster than t^climb
     lower    a·C/N > limit:        ln a += trust·κ·ln(limit·N/(a·C)), at most by `fall` a probe
-    hold     between the two, and once the schedule has fallen below `hold` of its peak
+    hold     between the two; where C ≤ 0, which does not say how far the loss goes down; and once
+             the schedule has fallen below `hold` of its peak
 
     trust    the square of the mean of σ·e0 - a·curvature over its mean square, with one probe
              more that says nothing: 1 for probes that agree, 1/n for n that are noise
@@ -107,20 +108,22 @@ class Law:
         warmup = schedule < 1.0
         return Rate(bound * (self.warmup_margin if warmup else self.margin), warmup=warmup)
 
-    def follow(self, now: Rate, probe: Probe, schedule: float) -> Rate:
+    def follow(self, now: Rate, probe: Probe, schedule: float, built: float = 1.0) -> Rate:
         """The rate after a probe.
 
         Args:
             now: the rate before.
             probe: what was measured.
             schedule: s_t of the step that was measured.
+            built: the part of its full size that the step had, because momentum builds up. a·C/N
+                is that of a step of full size, which is as much larger.
         """
         now = now._replace(peak=max(now.peak, schedule))
         if not math.isfinite(probe.e0) or not probe.scale:
             return now  # nothing is known of the step, or there was none
         if not probe.finite:  # the step has led out of what can be computed
             return now._replace(rate=now.rate / self.fall)
-        e0, c = probe.e0 / probe.scale, probe.curvature / probe.scale
+        e0, c = probe.e0 / probe.scale, probe.curvature / probe.scale / built
         news = (1.0, e0, c, e0 * e0, e0 * c, c * c)
         sums = [self.average * old + new for old, new in zip(now[1:7], news, strict=True)]
         if not all(map(math.isfinite, sums)):
@@ -144,6 +147,8 @@ class Law:
         """Of ln a."""
         slope = now.weight * _mean_of_positive(now)
         sigma = self.warmup_sigma if now.warmup else self.sigma
+        if now.curvature <= 0:  # which does not say how far it goes down
+            return 0.0
         for bound, up in ((sigma, True), (self.limit, False)):
             excess = bound * slope - now.rate * now.curvature
             square = (
@@ -153,9 +158,8 @@ class Law:
             )
             if square > 0 and (excess > 0) == up:
                 trust = min(1.0, excess**2 / (square * (now.weight + 1.0)))
-                wanted = math.inf if up else -math.inf
-                if now.curvature > 0 and slope > 0:
-                    wanted = self.gain * math.log(bound * slope / (now.curvature * now.rate))
+                ratio = bound * slope / (now.curvature * now.rate)
+                wanted = self.gain * math.log(ratio) if ratio > 0 else -math.inf
                 return trust * min(most, max(-math.log(self.fall), wanted))
         return 0.0
 

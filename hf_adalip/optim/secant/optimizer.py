@@ -25,6 +25,14 @@ _KEY = "secant_"
 
 _PREVIOUS = _KEY + "previous"
 
+_PROBES = _KEY + "probes"
+
+NUMBERS = tuple(_KEY + name for name in (*Rate._fields, "taken", "measured", "schedule"))
+"""What is ours in a parameter group, besides reference_lr and effective_lr: no hyperparameters."""
+
+RECORDED = 1000
+"""Measurements that are kept at most; then every second of them goes."""
+
 _STARTING_STEP = 1e-3
 """The first trial step, as a part of the norm of the parameters."""
 
@@ -70,7 +78,8 @@ class Secant(Optimizer):
 
     It is a torch.optim.Optimizer itself, with the base's param_groups and state. Between a step
     that is to be measured and the next it keeps one copy of the parameters, else nothing. There is
-    one rate for all layers, so it has no `layer_learning_rates()`.
+    one rate for all layers, so it has no `layer_learning_rates()`. `probes` has the measurements,
+    in order; of more than a thousand, every second one is dropped.
 
     Under DDP and FSDP2 all ranks measure in the same steps and find the same rate, bit for bit.
     GradScaler, DeepSpeed and FSDP1 are refused, by the first step.
@@ -128,7 +137,7 @@ class Secant(Optimizer):
         self.every = every
         self.law = Law() if law is None else law
         self.probes: list[Probe] = []
-        self._model = model
+        self.model = model
         self._now = Rate()
         self._step = 0  # steps taken
         self._measured = 0  # the step that is measured next, or was just taken to be measured
@@ -147,7 +156,7 @@ class Secant(Optimizer):
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = value
+        self.optimizer.param_groups = value  # as ms-swift and DeepSpeed do
 
     @property
     def state(self) -> Any:  # type: ignore[override]
@@ -182,13 +191,8 @@ class Secant(Optimizer):
         group.update(self._numbers())
 
     def _numbers(self) -> dict[str, Any]:
-        numbers = {
-            **self._now._asdict(),
-            "taken": self._step,
-            "measured": self._measured,
-            "schedule": self._schedule,
-        }
-        return {_KEY + key: value for key, value in numbers.items()}
+        numbers = (*self._now, self._step, self._measured, self._schedule)
+        return dict(zip(NUMBERS, numbers, strict=True))
 
     # What it says
 
@@ -196,6 +200,12 @@ class Secant(Optimizer):
     def rate(self) -> float:
         """The rate that was found, which the schedule multiplies; 0 before the first step."""
         return self._now.rate
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Its own, and the rate to three digits once there is one; groups have the base's."""
+        found = {"rate": float(f"{self.rate:.3g}")} if self.rate else {}
+        return {"every": self.every, **found}
 
     @property
     def due(self) -> bool:
@@ -213,8 +223,9 @@ class Secant(Optimizer):
     # Its state
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state_dict; beside it the rate, what it follows from, and the parameters
-        before a step that is to be measured."""
+        """The base's state_dict; beside it the rate, what it follows from, the parameters before a
+        step that is to be measured, and the measurements (which torch.distributed.checkpoint
+        leaves out: they are for the record)."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         for group in self.param_groups:
@@ -228,6 +239,7 @@ class Secant(Optimizer):
                 before = self._previous.get(param)
                 kept = {_PREVIOUS: param.detach().clone() if before is None else before}
                 packed["state"][key] = {**packed["state"].get(key, {}), **kept}
+        packed[_PROBES] = [list(probe) for probe in self.probes]
         for after in self._optimizer_state_dict_post_hooks.values():
             packed = after(self, packed) or packed
         return packed
@@ -238,10 +250,9 @@ class Secant(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         groups = state_dict["param_groups"]
-        wanted = list(self._numbers())
-        if missing := [key for key in (*wanted, "reference_lr") if key not in groups[0]]:
+        if missing := [key for key in (*NUMBERS, "reference_lr") if key not in groups[0]]:
             raise ValueError(f"state_dict is not of Secant: its groups have no {missing[0]!r}")
-        numbers = [groups[0][key] for key in wanted]
+        numbers = [groups[0][key] for key in NUMBERS]
         state, previous = {}, {}
         for key, saved in state_dict["state"].items():
             if isinstance(saved, dict) and _PREVIOUS in saved:
@@ -253,6 +264,7 @@ class Secant(Optimizer):
         self.optimizer.load_state_dict({**state_dict, "state": state, "param_groups": groups})
         *rate, self._step, self._measured, self._schedule = numbers
         self._now = Rate(*rate)
+        self.probes = [Probe(*numbers) for numbers in state_dict.get(_PROBES, ())]
         self._previous = {
             param: previous[key].to(param.device, param.dtype, copy=True)
             for key, param in zip(_ids(state_dict), self._parameters(), strict=True)
@@ -293,7 +305,8 @@ class Secant(Optimizer):
             raise RuntimeError(
                 f"step {self._step + 1} measures how far to go and needs a closure; call "
                 "optimizer.step(closure), or optimizer.compute_gradients(closure) before step(); "
-                "for transformers' Trainer, call hf_adalip.attach(trainer) before train(). "
+                "for transformers' Trainer, call hf_adalip.attach(trainer) before train(), or run "
+                "the script as python -m hf_adalip.run SCRIPT. "
                 "DeepSpeed's engine and timm's train.py have no closure: choose others"
             )
         if not self._measured:
@@ -343,7 +356,7 @@ class Secant(Optimizer):
     def _evaluate(self, closure: Callable[[], Any], accumulated: int = 1) -> Any:
         if not self.due:
             return _call(closure)
-        models = [] if self._model is None else self._model.parameters()
+        models = [] if self.model is None else self.model.parameters()
         refuse_engines(itertools.chain(self._parameters(), models))
         return self._probe(closure) if self._previous else self._start(closure, accumulated)
 
@@ -393,8 +406,10 @@ class Secant(Optimizer):
         rate = self.rate * self._schedule
         if rate > 0.0:  # else no step was taken
             probe = measured(self._step, rate, before, after, self._sign)
-            self._now = self.law.follow(self._now, probe, self._schedule)
+            self._now = self.law.follow(self._now, probe, self._schedule, self._built)
             self.probes.append(probe)
+            if len(self.probes) > RECORDED:
+                del self.probes[1::2]
         self._measured = next_probe(self._step, self.every)
         return loss
 
@@ -467,6 +482,14 @@ class Secant(Optimizer):
         return a
 
     @property
+    def _built(self) -> float:
+        """The part of its full size that the last step had: momentum which sums up gradients, as
+        that of SGD and RMSprop, begins with one (and nesterov's with two)."""
+        group = self.param_groups[0]
+        summed = 0.0 if group.get("dampening") else float(group.get("momentum", 0.0))
+        return 1.0 - summed ** (self._step + bool(group.get("nesterov")))
+
+    @property
     def _sign(self) -> float:
         return -1.0 if self.param_groups[0].get("maximize") else 1.0
 
@@ -476,7 +499,7 @@ class Secant(Optimizer):
     @contextmanager
     def _unseen(self) -> Iterator[None]:
         """Puts the model's buffers and the generators back in the end."""
-        buffers = [] if self._model is None else list(self._model.buffers())
+        buffers = [] if self.model is None else list(self.model.buffers())
         copies = [x.clone() for x in buffers]
         devices = {p.device for p in self._parameters()} - {torch.device("cpu")}
         modules = [(torch.get_device_module(device), device) for device in devices]
@@ -513,7 +536,7 @@ _OWN = (
     "every",
     "law",
     "probes",
-    "_model",
+    "model",
     "_now",
     "_step",
     "_measured",

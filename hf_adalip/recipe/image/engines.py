@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
+from ...registry import SECANT_PREFIX
 from .options import TrainingArguments, trackers
 
 try:
@@ -78,6 +79,8 @@ def _asked_for(engine: str) -> bool:
 def check_engine(accelerator: Accelerator, args: TrainingArguments) -> None:
     """Where accelerate would go on with something else than it was asked for, without a word."""
     found = accelerator.distributed_type
+    if args.optim.lower().startswith(SECANT_PREFIX):
+        _check_secant(accelerator, args)
     if _asked_for("FSDP") and found != DistributedType.FSDP:
         raise UsageError(
             f"accelerate's configuration has FSDP, but it would train with {found.value}: it has "
@@ -101,6 +104,20 @@ def check_engine(accelerator: Accelerator, args: TrainingArguments) -> None:
             "DeepSpeed's configuration; give the same, or auto there"
         )
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # to save it
+
+
+def _check_secant(accelerator: Accelerator, args: TrainingArguments) -> None:
+    """What its first step would refuse."""
+    engine = engine_name(accelerator)
+    if engine.startswith("DeepSpeed"):
+        why = "under DeepSpeed, whose engine keeps the gradients; use DDP or FSDP2"
+    elif engine == "FSDP1":
+        why = "under FSDP1, which hides gradients; set fsdp_version: 2 in its configuration"
+    elif accelerator.mixed_precision == "fp16":
+        why = "with fp16, which scales the loss by a number that changes; use bf16"
+    else:
+        return
+    raise UsageError(f"--optim {args.optim} cannot measure {why}")
 
 
 def engine_name(accelerator: Accelerator) -> str:

@@ -32,6 +32,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-un
 
 from ...errors import SaveError, UsageError
 from ...files import PARTIAL, saving, whole
+from ...integrations.secant import gradients_reduced
 from ...monitor import (
     NORMS,
     RATES,
@@ -296,10 +297,12 @@ class Training:
             found = logits, losses
             return loss.detach()
 
-        if (measures := secant(self.optimizer)) is None:
+        measures = secant(self.optimizer)
+        if measures is None or not measures.due:
             closure()
-        else:  # calls it more than once, now and then
-            measures.compute_gradients(closure, self.accelerator.gradient_accumulation_steps)
+        else:  # calls it more than once
+            with gradients_reduced(self.accelerator, self.model):
+                measures.compute_gradients(closure, self.accelerator.gradient_accumulation_steps)
         assert found is not None
         return found
 
@@ -497,7 +500,7 @@ class Training:
                         whole(folder / CONFIG, lambda path: path.write_text(text + "\n"))
                 if self.norms is not None:
                     self.norms.save(folder / NORMS)
-                write_run(folder, results, self.rates, self.script)
+                write_run(folder, results, self.rates, self.script, self.optimizer)
         self.accelerator.wait_for_everyone()
         return results
 

@@ -80,8 +80,8 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Trains, from the checkpoint of `resume_from_checkpoint` if there is one, and writes results.
 
     The output folder gets the model, `all_results.json`, the script that ran as `train.py` and, if
-    the optimizer has an S, the layers' learning rates. Stopped by Ctrl-C or SIGTERM it saves a
-    checkpoint at the end of the step; a second Ctrl-C does not wait.
+    the optimizer has an S, the layers' learning rates; of `Secant` its measurements. Stopped by
+    Ctrl-C or SIGTERM it saves a checkpoint at the end of the step; a second Ctrl-C does not wait.
 
     Args:
         trainer: not trained yet, its arguments from `parse`.
@@ -195,7 +195,7 @@ def _finish(
         "epochs": epochs,
     }
     if args.should_save:
-        write_run(folder, results, watch.rates, script)
+        write_run(folder, results, watch.rates, script, trainer.optimizer)
     return results
 
 
