@@ -1,4 +1,4 @@
-"""`Lipschitz` and `Secant` for programs that make optimizers as `Class(params, **arguments)`."""
+"""`Lipschitz` and `Secant` for programs that call an optimizer's class with the parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LipschitzOver(Lipschitz):
         LipschitzOver(model.parameters(), base="nadam", lr=1e-3, gamma=0.9)
 
     is `Lipschitz(torch.optim.NAdam(model.parameters(), lr=1e-3), gamma=0.9)`. It is for programs
-    that take the path of a class, `hf_adalip.LipschitzOver`, and call it with the parameters.
+    that are given a class by its import path, `hf_adalip.LipschitzOver`.
 
     Args:
         params: tensors, pairs of a name and a tensor, or groups of one of the two.
@@ -28,12 +28,12 @@ class LipschitzOver(Lipschitz):
             the path of a class ("package.module.Class").
         lr: α; None for the base's default.
         weight_decay: the base's λ; None for its default (0.01 for AdamW).
-        gamma, c, layers, signal, previous, scale_bounds, nonfinite, fused: of `Lipschitz`. `fused`
-            is for both, where the base has it.
-        **base_arguments: the base's, such as `betas` or `momentum`.
+        gamma, c, layers, signal, previous, scale_bounds, nonfinite, fused: as in `Lipschitz`.
+            `fused` is also passed to the base if it has that.
+        **base_arguments: the base's, such as `betas` or `momentum`; None for its default.
 
     Raises:
-        ValueError: for an unknown base, and for a value that `Lipschitz` or the base refuse.
+        ValueError: for an unknown base, and for a value that `Lipschitz` or the base refuses.
         TypeError: for an argument that neither of the two takes.
 
     Examples:
@@ -81,8 +81,8 @@ class SecantOver(Secant):
         SecantOver(model.parameters(), base="adamw", weight_decay=0.1, model=model)
 
     is `Secant(torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1), model=model)`. It is
-    for programs that take the path of a class, `hf_adalip.SecantOver`, call it with the parameters,
-    and step it with a closure, as Lightning does.
+    for programs that are given a class by its import path, `hf_adalip.SecantOver`, and step with a
+    closure, as Lightning does.
 
     Args:
         params: tensors, pairs of a name and a tensor, or groups of one of the two.
@@ -94,7 +94,7 @@ class SecantOver(Secant):
         **base_arguments: the base's, such as `betas` or `momentum`.
 
     Raises:
-        ValueError: for an unknown base, and for a value that `Secant` or the base refuse.
+        ValueError: for an unknown base, and for a value that `Secant` or the base refuses.
         TypeError: for an argument that neither of the two takes.
 
     Examples:

@@ -1,4 +1,4 @@
-"""The words of a step: parameters as this rank has them, layers, buckets and batches.
+"""The data structures of a step: parameters as this rank has them, layers, buckets and batches.
 
     LocalParam   one parameter, whole or the part of it that this rank has
     Layer        the parameters that share one S
@@ -6,14 +6,15 @@
     Batch        the tensors of a bucket at one step
 
 A parameter is absent if it has no gradient now, but others of its layer have one, here or on other
-ranks. Its gradient then counts as zero.
+ranks. In the layer's norms its gradient then counts as zero. It is not stepped: only its history
+becomes zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,12 @@ from .state import SCALARS, State
 if TYPE_CHECKING:
     from .step import Form
 
-LayerOptions = tuple[Estimator, str | None]  # with -U's `previous`
+
+class LayerOptions(NamedTuple):
+    """How S of a layer is estimated."""
+
+    estimator: Estimator
+    previous: str | None  # of the -U forms, which update the next one is compared with
 
 
 @dataclass(eq=False)
@@ -125,10 +131,10 @@ class Bucket:
             return self.sketches
         return torch.stack([p.state[p.sketch_key] for p in self.params])
 
-    def keep_sketches(self, sketches: Tensor, active: Tensor) -> None:
+    def keep_sketches(self, sketches: Tensor, stepped: Tensor) -> None:
         """Stores those of x_t, and zero where the parameters take no step."""
         history = self.previous_sketches()
-        history.copy_(torch.where(active[:, None], sketches, 0.0))
+        history.copy_(torch.where(stepped[:, None], sketches, 0.0))
         if self.sketches is None:
             store([p.state[p.sketch_key] for p in self.params], history)
 

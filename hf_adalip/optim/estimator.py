@@ -64,7 +64,7 @@ def theoretical_c(
 
 @dataclass(frozen=True)
 class Estimator:
-    """The recurrence of S, and every case in which it is not simply applied.
+    """The recurrence of S, and its special cases.
 
         x_t                 x_{t-1}                  S_t               A_t/α_t   prev_norm
         ------------------  -----------------------  ----------------  --------  -------------------
@@ -72,13 +72,13 @@ class Estimator:
         not finite, "skip"  none yet                 S_{t-1}, no step            `NO_PREDECESSOR`
         not finite, "skip"  any other                S_{t-1}, no step            `FORGOTTEN`
         finite              lost (`FORGOTTEN`), or   S_{t-1}           S_t       ‖x_t‖
-                            ‖x_t - x_{t-1}‖ is inf
+                            its change not finite
         zero                zero, or none yet        S_{t-1}           S_t       as it was
         non-zero            none yet                 γ·S_{t-1}         1         ‖x_t‖
         finite              finite                   Eq. 8             S_t       ‖x_t‖
 
-    The first row that fits holds. By Eq. 8 S_t is kept in `scale_bounds`. A layer is active in a
-    step if one of its parameters has a gradient; x_t of the others is zero then. With
+    The first row that fits holds. Where S_t is new it is kept in `scale_bounds`. A layer is active
+    in a step if one of its parameters has a gradient; x_t of the others is zero then. With
     nonfinite="propagate" a signal that is not finite is computed with as any other.
 
     Args:
@@ -166,35 +166,35 @@ class Estimator:
         # A norm is never negative: less than infinity, it is finite.
         lost = (norm < math.inf) & (~(change < math.inf) | (layer.prev_norm == FORGOTTEN))
         # Both signals zero: 0/0 says nothing, and S keeps its value. (NaN != 0 is True.)
-        signal = ((norm != 0) | (before > 0)) & ~lost
-        first = signal & (layer.prev_norm == NO_PREDECESSOR)
+        informative = ((norm != 0) | (before > 0)) & ~lost
+        first = informative & (layer.prev_norm == NO_PREDECESSOR)
 
         c: Any = self.c
         if layer.c is not None and step is not None:
             needed = theoretical_c(layer.scale, before, change, layer.c, step, self.gamma)
-            c = torch.where(signal, needed, layer.c)
+            c = torch.where(informative, needed, layer.c)
         observed = before / (change + c)  # Eq. 7
         scale = moving_average(layer.scale, observed, self.gamma)
         if self.scale_bounds is not None:
             scale = scale.clamp(*self.scale_bounds)
-        scale = torch.where(signal, scale, layer.scale)
+        scale = torch.where(informative, scale, layer.scale)
         factor = scale.masked_fill(first, 1.0)
         kept = norm * factor if applied else norm
-        prev_norm = torch.where(signal | lost, kept, layer.prev_norm)
+        prev_norm = torch.where(informative | lost, kept, layer.prev_norm)
 
         # The first rows of the table: layers that take no step keep S.
-        steps = torch.ones_like(signal) if active is None else active
+        stepped = torch.ones_like(informative) if active is None else active
         old = layer.prev_norm
         if self.nonfinite == "skip" and finite is not None:
-            steps = steps & finite
+            stepped = stepped & finite
             # An optimizer may overwrite x_{t-1} before it knows all of x_t.
             old = old.masked_fill((old != NO_PREDECESSOR) & ~finite, FORGOTTEN)
         state = LayerState(
-            torch.where(steps, scale, layer.scale),
-            torch.where(steps, prev_norm, old),
-            None if layer.c is None else torch.where(steps, c, layer.c),
+            torch.where(stepped, scale, layer.scale),
+            torch.where(stepped, prev_norm, old),
+            None if layer.c is None else torch.where(stepped, c, layer.c),
         )
-        return state, factor, steps
+        return state, factor, stepped
 
 
 def is_number(value: object) -> bool:

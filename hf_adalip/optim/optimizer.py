@@ -116,7 +116,7 @@ class LipOptimizer(LayerwiseOptimizer):
         bounds = group["scale_bounds"]
         bounds = bounds and tuple(bounds)  # some checkpoint formats make a list of it
         estimator = _estimator(group["gamma"], group["c"], bounds, group["nonfinite"])
-        return estimator, group.get("previous")
+        return LayerOptions(estimator, group.get("previous"))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group may have its own value of every option, `layers` included, and

@@ -69,7 +69,7 @@ class StepPlan:
             end = start + sum(layer.options == kind for layer in layers)
             self.kinds.append((kind, slice(start, end)))
             start = end
-        self.raises = any(estimator.nonfinite == "raise" for estimator, _ in kinds)
+        self.raises = any(kind.estimator.nonfinite == "raise" for kind in kinds)
         groups = {group_index(p.group): p.group for layer in self.layers for p in layer.all}
         self.groups = list(groups.values())
         self.buckets: list[Bucket] = []
@@ -137,7 +137,7 @@ class StepPlan:
         Args:
             optimizer: the plan's; None to ask for the state alone.
         """
-        # Asked at every step, when little of the parameters is in a cache: hence the loops of C.
+        # Runs at every step, with cold caches: hence map, whose loop is in C.
         if optimizer is not None:
             same, equal = _facts(optimizer)
             if len(same) != len(self._same) or not all(map(is_, same, self._same)):
@@ -157,7 +157,7 @@ class StepPlan:
         """Makes each number of the parameters a view of one vector, so that all are read or
         written by one operation. For a plan that is used again; the order may no longer change.
 
-        State that a CUDA graph may have captured stays where it is; FakeTensors are nowhere.
+        State that a CUDA graph may have captured must not move; FakeTensors have no memory.
         """
         if self._is_packed:
             return

@@ -52,8 +52,8 @@ def release_gradients(optimizer: LipOptimizer, *, bucket_cap_mb: float = 25) -> 
     gradient accumulation, which is an error at the second backward before a step.
 
     Args:
-        optimizer: one of the six, with one parameter per layer (layers="tensor"), of an unsharded
-            model on one process.
+        optimizer: one of the six or LionLip, with one parameter per layer (layers="tensor"), of an
+            unsharded model on one process.
         bucket_cap_mb: parameters are stepped together when so many MiB of their gradients are
             there, and the last of them at the end of backward. 0 for each on its own: the least
             memory, for about a millisecond for each parameter.
@@ -63,7 +63,7 @@ def release_gradients(optimizer: LipOptimizer, *, bucket_cap_mb: float = 25) -> 
         the optimizer an ordinary one again; between two steps.
 
     Raises:
-        TypeError: if it is not one of the six.
+        TypeError: if it is another optimizer.
         ValueError: for an option that needs the gradients of several parameters, for a
             parameter whose gradient is released already, and for a bucket_cap_mb that is no
             number from 0 on. No hook has been set then.
@@ -83,12 +83,13 @@ def release_gradients(optimizer: LipOptimizer, *, bucket_cap_mb: float = 25) -> 
     if isinstance(optimizer, Lipschitz):
         raise TypeError(
             f"optimizer is Lipschitz over {type(optimizer.optimizer).__name__}, which steps all "
-            "parameters at once: use one of the six (AdamLip for Adam, RMSLip, AdaLip, -U)"
+            "parameters at once: use one of the six (AdamLip for Adam, RMSLip, AdaLip, -U) or "
+            "LionLip"
         )
     if not isinstance(optimizer, LipOptimizer):
         raise TypeError(
             "optimizer must be one of the six (AdaLip, RMSLip, AdamLip, AdaLipU, RMSLipU, "
-            f"AdamLipU) itself, not what wraps it, got {type(optimizer).__name__}"
+            f"AdamLipU) or LionLip, itself and not what wraps it, got {type(optimizer).__name__}"
         )
     if not is_number(bucket_cap_mb) or not bucket_cap_mb >= 0:
         raise ValueError(f"bucket_cap_mb must be a number >= 0, got {bucket_cap_mb!r}")

@@ -1,12 +1,13 @@
-"""Stochastic rounding of bfloat16 parameters: to one of the two neighbours, right on average.
+"""Unbiased stochastic rounding of bfloat16 parameters.
 
-A step that is less than half the distance to the next bfloat16, 2⁻⁹ of a parameter or more, is lost
+An update smaller than half the spacing of bfloat16 (2⁻⁹ to 2⁻⁸ of the parameter's value) is lost
 when the parameter is rounded to the nearest. Here a value is rounded up with the probability that
 makes the mean of the result the value itself: 16 random bits are added to its float32 pattern, of
 which then the upper 16 are kept.
 
-The bits are a hash of what identifies the write, so that nothing is kept, runs repeat and go on
-alike when they are resumed, and all forms, shards and orders of parameters have the same:
+The bits are a hash of what identifies the write. So no state of a generator is kept, runs can be
+repeated, resumed runs go on identically, and every form, sharding and order of parameters has the
+same bits:
 
     word(i) = mix(mix(i mod 2³² + seed) xor (key + G·(i div 2³²))),    key = mix(seed + G·t)
 
@@ -67,7 +68,7 @@ def _seed(name: str) -> int:
 
 
 def draws_of(params: Sequence[LocalParam]) -> list[Draws]:
-    """Of parameters that all are rounded stochastically; none of others."""
+    """One for each parameter if they are rounded stochastically, else an empty list."""
     return [Draws(p.seed, p.shard.place, p.shard.start) for p in params if p.seed is not None]
 
 

@@ -1,4 +1,4 @@
-"""What is measured: the signal x_t of Eq. 7, from whose successive values S follows, and its norms.
+"""What is measured: the signal x_t of Eq. 7, and norms.
 
 Norms are Euclidean, and accumulated in float32 (float64 for float64).
 """
@@ -118,7 +118,7 @@ _vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 
 
 OPMATH = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-"""The dtypes that arithmetic on tensors of low precision is done in; on others, in their own."""
+"""The dtypes of low precision, and the one that their arithmetic is done in."""
 
 
 def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -175,7 +175,7 @@ def layer_norms(tensor_norms: Tensor, layer_of: tuple[int, ...], layers: int) ->
     # two ranks could round differently.
     parts = padded[index]
     if parts.requires_grad:
-        return _vector_norm(parts, dim=1)  # the gradient of which is zero where it is
+        return _vector_norm(parts, dim=1)  # its gradient at 0 is 0, that of sqrt is not
     # Rounds the squares before it adds them, so that two tensors may come in any order;
     # vector_norm over a dimension does not, in torch 2.6.
     return parts.square().sum(dim=1).sqrt()

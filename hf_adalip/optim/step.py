@@ -4,9 +4,14 @@
     follow    S of every layer (estimator.py)
     advance   moments, parameters and history, with A_t = α_t·S_t
 
-`step_layers` is the one driver, for the six optimizers and for `Lipschitz`. `measure` and
+`step_layers` is the one driver, for every `LipOptimizer` and for `Lipschitz`. `measure` and
 `advance` here are the loop form, which reads as the paper's algorithms do and is the truth that
-the faster forms in forms/ are tested against. Arithmetic is done in at least float32 and rounded
+the faster forms in forms/ are tested against; this module itself is that `Form`.
+
+Moments, history, `step` and `layer_lr` belong to a parameter, and `advance` writes them. S,
+`prev_norm`, `nonfinite_steps` and c belong to a layer, of which each parameter keeps a copy, and
+`step_layers` writes those.
+ Arithmetic is done in at least float32 and rounded
 once, when a result is stored in the parameter's dtype.
 """
 
@@ -58,11 +63,9 @@ class LayerRate(NamedTuple):
 
     scale: float  # S_t
     lr: float  # A_t as applied: α_t·S_t, or α_t on the layer's first step
-    norm: (
-        float  # ‖x_t‖, which the next step is compared with: of the gradient, or in the -U forms of
-    )
-    # the update; 0 after a step that was skipped
-    nonfinite_steps: int  # steps at which it was not finite, and which "skip" skipped
+    # ‖x_t‖ of the gradient, or in the -U forms of the update; 0 after a step that was skipped
+    norm: float
+    nonfinite_steps: int  # steps with a norm that was not finite; left out with nonfinite="skip"
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -105,7 +108,7 @@ class LayerwiseOptimizer(Optimizer):
 
         Raises:
             RuntimeError: for sparse gradients, and with nonfinite="raise" for a gradient norm
-                that is not finite. Parameters, moments and S are as they were then.
+                that is not finite. Nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -119,7 +122,7 @@ class LayerwiseOptimizer(Optimizer):
         active = self._release.finish() if self._release else []
         kept: StepPlan | None = self.__dict__.get("_plan")
         is_new = torch.compiler.is_compiling() or kept is None or not kept.is_current(self)
-        if kept is None or is_new:
+        if kept is None or is_new:  # the first is for the type checker
             self.__dict__.pop("_plan", None)
             plan = make_plan(self)
         else:
@@ -253,6 +256,8 @@ class LayerwiseOptimizer(Optimizer):
                 bucket.form.advance(batch, rates, history_rates, own)
                 scalars = {"step": batch.steps, "layer_lr": rates}
                 if bucket.recomputes:
+                    # with the factor of t that the rule's direction has, so that u_t can be
+                    # computed again after betas have changed
                     correction = self.rule.inverse_bias_correction(batch.steps, batch.group)
                     scalars["prev_lr"] = history_rates * correction
             for key, values in scalars.items():
@@ -330,7 +335,7 @@ def step_layers(optimizer: LayerwiseOptimizer, plan: StepPlan) -> Tensor:
     norms, active = plan.layer_norms(
         torch.cat([x[:, :3] for x in rows]), None if sketches is None else sketches[1]
     )
-    if not plan.layers:
+    if not plan.layers:  # after the collective, in which other ranks take part
         return norms.new_zeros(0, dtype=torch.bool)
     finite = optimizer._finite(plan, norms[:, :2])
 
@@ -565,20 +570,20 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[1] if len(parts) == 2 else torch.cat(parts)
 
 
-def _keep_sketches(plan: StepPlan, sketches: Tensor, factor: Tensor, active: Tensor) -> None:
+def _keep_sketches(plan: StepPlan, sketches: Tensor, factor: Tensor, stepped: Tensor) -> None:
     for bucket in plan.buckets:
         if bucket.sketch:
             x = sketches[bucket.sketch_rows, : bucket.sketch].to(bucket.params[0].param.device)
             if bucket.params[0].group.get("previous") == "applied":
                 x = x * factor[bucket.where, None].to(x)
-            bucket.keep_sketches(x, active[bucket.where].to(x.device))
+            bucket.keep_sketches(x, stepped[bucket.where].to(x.device))
 
 
 def _raise_unless(finite: Tensor, plan: StepPlan) -> None:
     bad = [
         layer.name
         for layer, ok in zip(plan.layers, finite.tolist(), strict=True)
-        if layer.options[0].nonfinite == "raise" and not ok
+        if layer.options.estimator.nonfinite == "raise" and not ok
     ]
     if bad:
         raise RuntimeError(
@@ -628,7 +633,7 @@ def _steps_taken(optimizer: LayerwiseOptimizer, like: Tensor) -> Tensor:
 
 
 def _count_step(optimizer: LayerwiseOptimizer, active: list[Tensor]) -> None:
-    """Ends a step, also one in which no layer had a gradient."""
+    """Counts the step for c="theoretical", even if no layer had a gradient."""
     for group in optimizer.param_groups:
         if group.get("c", optimizer._c) != "theoretical":
             continue

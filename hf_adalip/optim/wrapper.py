@@ -89,7 +89,7 @@ class Lipschitz(LayerwiseOptimizer):
             the base for the step, and S stays, as at the layer's next step, too; "raise" stops
             before anything has changed. Both look at one flag per layer on the host; "propagate"
             looks at nothing.
-        fused: measure and scale in the compiled form, as the six optimizers do (see
+        fused: measure and scale in the compiled form, as AdamLip and the others do (see
             `LipOptimizer`); how the base steps is for it to say. For signal="gradient". None
             takes it where they do.
 
@@ -332,7 +332,7 @@ class Lipschitz(LayerwiseOptimizer):
         return "prev_grad" if isinstance(self.signal, Gradients) else "prev_update"
 
     def _layer_options(self, group: dict[str, Any]) -> LayerOptions:
-        return self._estimator, self._previous
+        return LayerOptions(self._estimator, self._previous)
 
     def _state_keys(self, group: dict[str, Any]) -> StateKeys:
         return StateKeys((), (self._history,), ())
