@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .optim import Lipschitz, Secant
@@ -30,7 +29,7 @@ class LipschitzOver(Lipschitz):
         weight_decay: the base's λ; None for its default (0.01 for AdamW).
         gamma, c, layers, signal, previous, scale_bounds, nonfinite, fused: as in `Lipschitz`.
             `fused` is also passed to the base if it has that.
-        **base_arguments: the base's, such as `betas` or `momentum`; None for its default.
+        **base_arguments: the base's, such as `betas` or `momentum`.
 
     Raises:
         ValueError: for an unknown base, and for a value that `Lipschitz` or the base refuses.
@@ -70,8 +69,9 @@ class LipschitzOver(Lipschitz):
             "nonfinite": nonfinite,
             "fused": fused,
         }
-        of_base = {**base_arguments, "lr": lr, "weight_decay": weight_decay}
-        optimizer, own = _base_and_own(Lipschitz, params, base, of_base, own)
+        of_base = _without_none(lr=lr, weight_decay=weight_decay) | base_arguments
+        info = get_wrapper_info(Lipschitz, base)
+        optimizer, own = info.create_base(params, of_base | own)
         super().__init__(optimizer, **own)
 
 
@@ -116,17 +116,10 @@ class SecantOver(Secant):
         **base_arguments: Any,
     ) -> None:
         own: dict[str, Any] = {"every": every, "model": model, "law": law}
-        of_base = {**base_arguments, "lr": lr, "weight_decay": weight_decay}
-        optimizer, own = _base_and_own(Secant, params, base, of_base, own)
+        of_base = _without_none(lr=lr, weight_decay=weight_decay) | base_arguments
+        optimizer, own = get_wrapper_info(Secant, base).create_base(params, of_base | own)
         super().__init__(optimizer, **own)
 
 
-def _base_and_own(
-    wrapper: type[Lipschitz | Secant],
-    params: ParamsT,
-    base: str,
-    of_base: dict[str, Any],
-    own: dict[str, Any],
-) -> tuple[Optimizer, dict[str, Any]]:
-    given = {key: value for key, value in of_base.items() if value is not None}
-    return get_wrapper_info(wrapper, base).create_base(params, {**given, **own})
+def _without_none(**arguments: Any) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}

@@ -96,6 +96,11 @@ class OptimizerInfo:
                 "optimizer_class must be a subclass of torch.optim.Optimizer, "
                 f"got {self.optimizer_class!r}"
             )
+        if issubclass(self.optimizer_class, (Lipschitz, Secant)) and self.base is None:
+            raise ValueError(
+                f"{self.optimizer_class.__name__} is over a base optimizer: a name with "
+                f"{LIP_PREFIX} or {SECANT_PREFIX} before the base's is known already"
+            )
         if not isinstance(self.defaults, Mapping):
             raise TypeError(f"defaults must be a mapping of arguments, got {self.defaults!r}")
         object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))

@@ -110,6 +110,30 @@ def test_base_may_be_of_timm():
     assert type(optimizer.optimizer).__name__ == "Lamb"
 
 
+def test_none_is_the_bases_own_value_where_it_is_one():
+    optimizer = LipschitzOver(net().parameters(), "lamb", lr=1e-3, max_grad_norm=None)
+    assert optimizer.param_groups[0]["max_grad_norm"] is None
+    with pytest.raises(TypeError, match="nonsense"):
+        LipschitzOver(net().parameters(), "adamw", nonsense=None)
+
+
+def test_options_of_a_group():
+    """Layers are a group's own; what there is one of for all groups is refused in a group."""
+    model = net()
+    group = {"params": list(model.named_parameters()), "layers": "module"}
+    optimizer = LipschitzOver([group], "sgd", lr=0.1)
+    assert optimizer.param_groups[0]["layer_names"] == ["0", "0", "2", "2"]
+    assert "layers" not in optimizer.param_groups[0]
+    for over, name in ((LipschitzOver, "gamma"), (SecantOver, "every")):
+        params = {"params": list(model.parameters()), name: 0.5}
+        with pytest.raises(ValueError, match=f"{name}=0.5, of which .* has one for all groups"):
+            over([params], "sgd", lr=0.1)
+        made = over([nn.Parameter(torch.ones(2))], "sgd", lr=0.1)
+        with pytest.raises(ValueError, match=f"{name}=0.5, of which"):
+            made.add_param_group(params)
+        assert len(made.param_groups) == 1
+
+
 def test_fused_is_for_both():
     optimizer = LipschitzOver(net().parameters(), "adamw", fused=False)
     assert optimizer.optimizer.defaults["fused"] is False

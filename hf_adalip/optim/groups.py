@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .names import plain_names
 
@@ -90,6 +91,22 @@ def checked_params(params: Any) -> Any:
                 f"model.named_parameters(), got ({parts})"
             )
     return params
+
+
+def refuse_options(
+    group: dict[str, Any], names: tuple[str, ...], wrapper: str, base: Optimizer
+) -> None:
+    """Refuses options in a parameter group of which a wrapper has one for all groups.
+
+    Raises:
+        ValueError: for one that is not the base's own, naming it. Nothing has been changed then.
+    """
+    for name in names:
+        if name in group and name not in base.defaults:
+            raise ValueError(
+                f"a parameter group has {name}={group[name]!r}, of which {wrapper} has one for all "
+                f"groups: give it to {wrapper} itself"
+            )
 
 
 def name_layers(groups: list[dict[str, Any]], layers: Layers) -> None:

@@ -162,7 +162,8 @@ class LipOptimizer(LayerwiseOptimizer):
         For training loops that call it in a hook of their own and free the gradient then, as
         OneTrainer's fused back pass does. The numbers are those of `step`, bit for bit. Where the
         loop is your own, `release_gradients` does the same in larger parts, which is faster: a
-        call takes about a millisecond whatever the parameter's size.
+        call takes about a millisecond whatever the parameter's size. No step hooks run, and a
+        scheduler may warn that `step` was not called: call it once all gradients are freed.
 
         Args:
             parameter: with its gradient in `grad`; without one, nothing is done. It has to be
@@ -171,6 +172,7 @@ class LipOptimizer(LayerwiseOptimizer):
             index: its place in the group; looked up if not given.
 
         Raises:
+            TypeError: if `parameter` is no tensor.
             ValueError: if it is not there, and for an option that needs several parameters'
                 gradients or the number of steps taken: capturable, differentiable,
                 nonfinite="raise", c="theoretical", and layers of several parameters.

@@ -106,6 +106,8 @@ def step_parameter(
     index: int | None = None,
 ) -> None:
     """`LipOptimizer.step_parameter`."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"parameter must be a tensor of the optimizer's, got {param!r}")
     if optimizer.releases_gradients:
         raise RuntimeError(
             "release_gradients steps the optimizer's parameters already; call its remove() first, "

@@ -82,7 +82,7 @@ def refuse_unless_roundable(groups: Sequence[dict[str, Any]], params: Sequence[L
     dtypes = [p.dtype for g in groups if g.get("stochastic_rounding") for p in g["params"]]
     if dtypes and torch.bfloat16 not in dtypes:
         raise ValueError(
-            "stochastic_rounding=True is for bfloat16 parameters, and the optimizer has only "
+            "stochastic_rounding=True is for bfloat16 parameters, and the groups with it have only "
             f"{str(dtypes[0]).removeprefix('torch.')} (as it does where a trainer keeps a master "
             "copy in float32, which loses no small step): leave it out, or train the model in "
             "bfloat16"

@@ -23,6 +23,7 @@ from .groups import (
     decays_of,
     group_index,
     name_layers,
+    refuse_options,
     restore_structure,
     structure_of,
 )
@@ -58,6 +59,10 @@ _OURS = "lipschitz."
 _ENTRIES = "lipschitz.entries"
 """Key in a state_dict that lists the entries of our own `state` that belong to no parameter; other
 such entries are the base's."""
+
+
+_OF_ALL_GROUPS = ("gamma", "c", "signal", "previous", "scale_bounds", "nonfinite")
+"""Arguments that no parameter group has its own value of."""
 
 
 class Lipschitz(LayerwiseOptimizer):
@@ -170,9 +175,11 @@ class Lipschitz(LayerwiseOptimizer):
         self._flat_tensors = FlatTensors()
         named: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
+            refuse_options(group, _OF_ALL_GROUPS, "Lipschitz", optimizer)
             named.append(dict(group))
-            name_layers(named, layers)
+            name_layers(named, named[-1].pop("layers", layers))
         for group, copy in zip(optimizer.param_groups, named, strict=True):
+            group.pop("layers", None)
             group.update(structure_of(copy))
             self._flat_tensors.note(group, decays_of(group))
         self.optimizer = optimizer
@@ -223,6 +230,7 @@ class Lipschitz(LayerwiseOptimizer):
             group["params"] = checked_params(group["params"])
         if self._fused:
             fused_form.refuse_unless_possible(group["params"])
+        refuse_options(group, _OF_ALL_GROUPS, "Lipschitz", self.optimizer)
         self.optimizer.add_param_group(group)
         self._name_last_group(param_group.get("layers", self._layers))
 

@@ -108,6 +108,8 @@ def test_places_that_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"parameter, of shape .* is none of the optimizer's"):
             optimizer.step_parameter(parameter, group, index)
+    with pytest.raises(TypeError, match="parameter must be a tensor of the optimizer's, got None"):
+        optimizer.step_parameter(None)
     assert not optimizer.state
 
 

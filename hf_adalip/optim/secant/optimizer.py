@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import ASGD, LBFGS, Optimizer, Rprop
 
 from ..estimator import is_number
+from ..groups import refuse_options
 from ..sharding import is_dtensor
 from ..step import LayerwiseOptimizer
 from .law import Law, Rate, next_probe
@@ -44,6 +45,10 @@ _TRIALS = 20
 
 _SETTLED = math.log(1.3)
 """A trial that moves the bound by less is the last."""
+
+
+_OF_ALL_GROUPS = ("every", "model", "law")
+"""Arguments that no parameter group has its own value of."""
 
 
 class Secant(Optimizer):
@@ -132,6 +137,7 @@ class Secant(Optimizer):
         if law is not None and not isinstance(law, Law):
             raise TypeError(f"law must be a Law or None, got {law!r}")
         for group in optimizer.param_groups:
+            refuse_options(group, _OF_ALL_GROUPS, "Secant", optimizer)
             _check_lr(group.get("lr"), name)
         self.optimizer = optimizer
         self.every = every
@@ -178,6 +184,7 @@ class Secant(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base's. Its rate is to that of the first group as their learning rates are."""
+        refuse_options(param_group, _OF_ALL_GROUPS, "Secant", self.optimizer)
         first = self.param_groups[0]
         lr = param_group.get("lr", first["reference_lr"])
         _check_lr(lr, type(self.optimizer).__name__)
