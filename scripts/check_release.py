@@ -165,7 +165,10 @@ def main() -> int:
     if torch is None or torch.origin is None:
         parser.error("torch is not installed here: pip install torch")
     beside = Path(torch.origin).parents[1]
-    wrong = wrong_contents(wheel, sdist)
+    try:
+        wrong = wrong_contents(wheel, sdist)
+    except (zipfile.BadZipFile, tarfile.TarError, KeyError) as error:
+        parser.error(f"an archive in {dist} is damaged: {error}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         twine = run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist, cwd=folder)

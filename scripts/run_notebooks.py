@@ -6,9 +6,9 @@ Pictures are reduced to 128 colours and 720 pixels; what goes to stderr is left 
 changes from run to run (execution counts and times). A notebook that fails is left as it was.
 """
 
+import argparse
 import base64
 import io
-import sys
 import tempfile
 from pathlib import Path
 
@@ -61,8 +61,19 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
                 output.data["image/png"] = smaller(output.data["image/png"])
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        ran = run(Path(name))
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    for path in parser.parse_args().notebooks:
+        try:
+            ran = run(path)
+        except (OSError, nbformat.reader.NotJSONError) as error:
+            parser.error(f"{path} cannot be read as a notebook: {error}")
         tidy(ran)
-        nbformat.write(ran, name)
+        nbformat.write(ran, path)
+
+
+if __name__ == "__main__":
+    main()
