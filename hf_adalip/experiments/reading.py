@@ -121,7 +121,8 @@ class _Reader:
             raise self.error(f"optimizer_option must be an option of its own, got {option!r}")
         self.own |= {option}
         schedules = self.mapping(found.get("schedules", {}), "schedules")
-        self.schedules = {CONSTANT: {}} | {
+        self.schedules: dict[str, dict[str, Any]] = {CONSTANT: {}}
+        self.schedules |= {
             self.plain(name, "each of schedules"): self.arguments(value, f"schedule {name}")
             for name, value in schedules.items()
         }
