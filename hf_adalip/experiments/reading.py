@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,7 +14,7 @@ from typing import Any, Literal
 
 from ..errors import UsageError
 from ..registry import get_optimizer_info
-from .study import CONSTANT, Pair, Peer, Study
+from .study import CONSTANT, Pair, Peer, Study, as_rates, as_seeds, is_number
 
 try:
     import yaml  # type: ignore[import-untyped]
@@ -73,7 +75,7 @@ def load_study(
     text, name = _text(name)
     try:
         found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         raise UsageError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     return _Reader(name, found, changes or Changes()).read(scale or {}, extras, tuple(rest))
 
@@ -84,7 +86,7 @@ def _text(name: str) -> tuple[str, str]:
         return known[name].read_text(encoding="utf-8"), name
     if path.suffix in (".yaml", ".yml"):
         try:
-            return path.read_text(encoding="utf-8"), path.stem
+            return path.read_text(encoding="utf-8-sig"), path.stem
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the study {name}: {error}") from error
     raise UsageError(
@@ -109,10 +111,21 @@ class _Reader:
         for key in ("script", "seeds"):
             found[key] = getattr(changes, key) or found.get(key)
         for key in ("script", "metric", "seeds"):
-            if not found.get(key):
+            if found.get(key) is None:
                 raise self.error(f"{key} is missing")
         self.found = found
-        self.schedules = {CONSTANT: {}, **self.mapping(found.get("schedules", {}), "schedules")}
+        self.check_script(found["script"])
+        option = found.setdefault("optimizer_option", "optim")
+        self.own = {"learning_rate", "seed", "output_dir"}
+        if option is not None and self.text("optimizer_option") in self.own:
+            raise self.error(f"optimizer_option must be an option of its own, got {option!r}")
+        self.own |= {option}
+        schedules = self.mapping(found.get("schedules", {}), "schedules")
+        self.schedules: dict[str, dict[str, Any]] = {CONSTANT: {}}
+        self.schedules |= {
+            self.plain(name, "each of schedules"): self.arguments(value, f"schedule {name}")
+            for name, value in schedules.items()
+        }
         if tune := found.get("tune"):
             found["learning_rates"] = draw(self.mapping(tune, "tune"), self.name)
         self.usual = changes.learning_rates or found.get("learning_rates")
@@ -123,15 +136,19 @@ class _Reader:
     ) -> Study:
         found, known = self.found, self.mapping(self.found.get("extras", {}), "extras")
         chosen = self.chosen(extras, known)
-        groups = [found, *(self.mapping(known[extra], extra) for extra in chosen if extra in known)]
+        for extra, group in known.items():
+            self.check_keys(
+                self.mapping(group, f"extra {extra}"), ("pairs", "peers"), f"extra {extra}"
+            )
+        groups = [found, *(known[extra] for extra in chosen if extra in known)]
         if self.changes.optimizers:
             groups[0] = self.given(self.changes.optimizers)
-        arguments = self.mapping(found.get("arguments", {}), "arguments")
+        arguments = self.arguments(found.get("arguments", {}), "arguments")
         seeds, scale_name = self.scaled(scale, arguments)
         study = Study(
             name=self.name + self.changes.name,
-            script=str(found["script"]),
-            metric=str(found["metric"]),
+            script=found["script"],
+            metric=self.text("metric"),
             seeds=seeds,
             description=str(found.get("description", "")),
             scale=scale_name,
@@ -140,15 +157,19 @@ class _Reader:
             schedules=self.schedules,
             pairs=tuple(self.pair(entry) for g in groups for entry in self.items(g, "pairs")),
             peers=tuple(self.peer(entry) for g in groups for entry in self.items(g, "peers")),
-            control=bool(found.get("control")) or "control" in chosen,
-            optimizer_option=found.get("optimizer_option", "optim"),
+            control=self.flag("control") or "control" in chosen,
+            optimizer_option=found["optimizer_option"],
             direction=self.direction(),
             record=tuple(map(self.recorded, self.items(found, "record"))),
-            discard=tuple(found.get("discard", ())),
+            discard=self.patterns("discard"),
             extras=tuple(chosen),
         )
         if not study.pairs and not study.peers:
             raise self.error("neither pairs nor peers: there is no optimizer to run")
+        for name in {pair.base for pair in study.pairs} & {pair.form for pair in study.pairs}:
+            raise self.error(
+                f"{name} is the base of a pair and the form of a pair; remove one of the two"
+            )
         if self.changes.learning_rates and not self.usual_is_used:
             raise UsageError(
                 f"--learning_rate: the optimizers of {self.name} have learning rates of their own; "
@@ -163,6 +184,52 @@ class _Reader:
         if not isinstance(value, Mapping):
             raise self.error(f"{what} must have lines of `key: value`, got {value!r}")
         return dict(value)
+
+    def text(self, key: str) -> str:
+        if not isinstance(value := self.found[key], str) or not value.strip():
+            raise self.error(f"{key} must be a name, got {value!r}")
+        return value
+
+    def flag(self, key: str) -> bool:
+        if not isinstance(value := self.found.get(key, False), bool):
+            raise self.error(f"{key} must be true or false, without quotes, got {value!r}")
+        return value
+
+    def plain(self, value: Any, what: str) -> str:
+        """A name that the folder of a run may have in its own."""
+        if (
+            not isinstance(value, str)
+            or not (value.strip() and value.isprintable())
+            or any(part in value for part in ("/", "\\", ".."))
+        ):
+            raise self.error(f"{what} must be a name without /, \\ and .., got {value!r}")
+        return value
+
+    def patterns(self, key: str) -> tuple[str, ...]:
+        """Patterns of files in the folder of a run, and nowhere else."""
+        found = self.found.get(key, [])
+        if not isinstance(found, list) or not all(map(_stays_inside, found)):
+            raise self.error(
+                f"{key} must be a list of patterns of files in a run's folder, as in "
+                f'["*.png"], got {found!r}'
+            )
+        return tuple(found)
+
+    def arguments(self, value: Any, what: str) -> dict[str, Any]:
+        """Of the script, but for those that every run has of its own."""
+        found = self.mapping(value, what)
+        for key in found:
+            if str(key).lstrip("-").replace("-", "_") in self.own:
+                raise self.error(f"{what} must not set {key}, which every run is given; remove it")
+        return found
+
+    def check_script(self, script: Any) -> None:
+        try:
+            words = shlex.split(script) if isinstance(script, str) else []
+        except ValueError:  # a quotation mark without its other
+            words = []
+        if not words or not words[0].strip():
+            raise self.error(f"script must be a file or a module, and its words, got {script!r}")
 
     def items(self, group: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
         found = group.get(key, [])
@@ -181,30 +248,38 @@ class _Reader:
     def chosen(self, extras: Collection[str], known: Mapping[str, Any]) -> list[str]:
         for extra in extras:
             if extra != "control" and extra not in known:
-                raise self.error(
-                    f"there is no extra {extra!r}; there are {', '.join(['control', *known])}"
-                )
-        return [extra for extra in ("control", *known) if extra in extras]
+                names = ", ".join(dict.fromkeys(["control", *known]))
+                raise self.error(f"there is no extra {extra!r}; there are {names}")
+        return [extra for extra in dict.fromkeys(["control", *known]) if extra in extras]
 
     def scaled(
         self, scale: Mapping[str, int], arguments: dict[str, Any]
     ) -> tuple[tuple[int, ...], str | None]:
         """The seeds and the scale's name; sets the arguments that it stands for."""
         scales = self.mapping(self.found.get("scale", {}), "scale")
+        for key, argument in scales.items():
+            self.plain(key, "each of scale")
+            if not isinstance(argument, str) or argument in self.own:
+                raise self.error(f"scale: {key} must name an argument, got {argument!r}")
+        known = list(dict.fromkeys([*scales, "seeds"]))
         for key, number in scale.items():
-            if key not in (*scales, "seeds"):
-                known = ", ".join([*scales, "seeds"])
-                raise UsageError(f"--scale: {self.name} has no {key!r}; there are {known}")
+            if key not in known:
+                raise UsageError(
+                    f"--scale: {self.name} has no {key!r}; there are {', '.join(known)}"
+                )
             if number < 1:
                 raise UsageError(f"--scale: {key} must be at least 1, got {number}")
             if key != "seeds":
                 arguments[scales[key]] = number
         seeds = scale.get("seeds", self.found["seeds"])
-        seeds = range(seeds) if isinstance(seeds, int) else seeds
-        if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-            raise self.error(f"seeds must be a number of them, or a list from 0 on, got {seeds!r}")
-        parts = [f"{scale[key]}{key}" for key in (*scales, "seeds") if key in scale]
-        return tuple(seeds), "-".join(parts) or None
+        try:
+            numbers = as_seeds(seeds)
+        except ValueError as error:
+            raise self.error(
+                f"seeds must be a number of them, or a list from 0 on, got {seeds!r}"
+            ) from error
+        parts = [f"{scale[key]}{key}" for key in known if key in scale]
+        return numbers, "-".join(parts) or None
 
     def given(self, names: Sequence[str]) -> dict[str, Any]:
         """The pairs and peers of --optim; those that the study has are as they are there."""
@@ -229,12 +304,16 @@ class _Reader:
         for key in ("base", "form"):
             if not isinstance(entry.get(key), str):
                 raise self.error(f"a pair must have a {key}, got {entry!r}")
+            self.plain(entry[key], f"{key} of a pair")
+        if entry["base"] == entry["form"]:
+            raise self.error(f"base and form of a pair must differ, got {entry['base']!r} for both")
         return Pair(entry["base"], entry["form"], *self.grid(entry))
 
     def peer(self, entry: dict[str, Any]) -> Peer:
         self.check_keys(entry, {one.name for one in fields(Peer)}, "a peer")
         if not isinstance(entry.get("optimizer"), str):
             raise self.error(f"a peer must have an optimizer, got {entry!r}")
+        self.plain(entry["optimizer"], "optimizer of a peer")
         return Peer(entry["optimizer"], *self.grid(entry))
 
     def grid(self, entry: dict[str, Any]) -> tuple[tuple[float, ...], tuple[str, ...]]:
@@ -245,23 +324,25 @@ class _Reader:
         if not isinstance(rates, (list, tuple)) or not rates:
             raise self.error(f"{who} has no learning_rates; give a list of them")
         try:
-            numbers = tuple(float(rate) for rate in rates)
-        except (TypeError, ValueError):
-            numbers = (-1.0,)
-        if not all(0 < number < float("inf") for number in numbers):
-            raise self.error(f"learning_rates of {who} must be positive numbers, got {rates!r}")
-        names = self.changes.schedules or entry.get("schedules") or [CONSTANT]
+            numbers = as_rates(rates)
+        except ValueError as error:
+            raise self.error(
+                f"learning_rates of {who} must be positive numbers, got {rates!r}"
+            ) from error
+        names = self.changes.schedules or entry.get("schedules", [CONSTANT])
+        if not isinstance(names, (list, tuple)) or not names:
+            raise self.error(f"schedules of {who} must be a list, as in [constant], got {names!r}")
         for name in names:
-            if name not in self.schedules:
+            if not isinstance(name, str) or name not in self.schedules:
                 known = ", ".join(self.schedules)
                 raise self.error(f"{who}: no schedule {name!r} in schedules, which has {known}")
-        return tuple(dict.fromkeys(numbers)), tuple(dict.fromkeys(names))
+        return numbers, tuple(dict.fromkeys(names))
 
     def recorded(self, entry: dict[str, Any]) -> dict[str, Any]:
         needed = {"optimizer", "learning_rate", "seed", "arguments"}
         if set(entry) != needed:
             raise self.error(f"each of record must have {', '.join(sorted(needed))}, got {entry}")
-        return {**entry, "arguments": self.mapping(entry["arguments"], "arguments of record")}
+        return {**entry, "arguments": self.arguments(entry["arguments"], "arguments of record")}
 
     def direction(self) -> Literal["maximize", "minimize"]:
         lower = str(self.found["metric"]).endswith(("loss", "perplexity", "error"))
@@ -269,6 +350,16 @@ class _Reader:
         if given not in ("maximize", "minimize"):
             raise self.error(f"direction must be maximize or minimize, got {given!r}")
         return "minimize" if given == "minimize" else "maximize"
+
+
+def _stays_inside(pattern: Any) -> bool:
+    """Whether a pattern is of what is in a folder, so that it may be removed."""
+    if not isinstance(pattern, str) or not pattern.isprintable() or re.match(r"[/\\]|\w:", pattern):
+        return False
+    parts = set(re.split(r"[/\\]", pattern)) - {"", "."}
+    return bool(parts) and not any(
+        ".." in part or ("**" in part and part != "**") for part in parts
+    )
 
 
 def _base_of(name: str) -> str | None:
@@ -292,7 +383,7 @@ def draw(tune: Mapping[str, Any], name: str) -> list[float]:
 
     keys = ("low", "high", "trials")
     low, high, trials = (tune.get(key, -1) for key in keys)
-    numbers = all(isinstance(value, (int, float)) for value in (low, high, trials))
+    numbers = all(map(is_number, (low, high, trials))) and isinstance(trials, int)
     if set(tune) != set(keys) or not numbers or not 0 < low < high or trials < 1:
         raise UsageError(
             f"study {name}: tune must have low, high (learning rates) and trials, got {dict(tune)}"

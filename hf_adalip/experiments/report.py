@@ -232,9 +232,7 @@ def _distinct(values: Iterable[object]) -> str:
 
 
 def _versions(trials: Sequence[Trial]) -> str:
-    names = dict.fromkeys(name for t in trials for name in t.results.get("versions") or ())
-    found = [
-        f"{name} {_distinct((t.results.get('versions') or {}).get(name) for t in trials)}"
-        for name in names
-    ]
+    given = [v for t in trials if isinstance(v := t.results.get("versions"), dict)]
+    names = dict.fromkeys(name for versions in given for name in versions)
+    found = [f"{name} {_distinct(versions.get(name) for versions in given)}" for name in names]
     return ", ".join(found) or "not in the results"

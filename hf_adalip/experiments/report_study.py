@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from ..errors import UsageError
 from .paper import Benchmark, benchmark_of
-from .study import CONSTANT, ROWS, STUDY, Cell, Pair, Peer, Role
+from .study import CONSTANT, ROWS, STUDY, Cell, Pair, Peer, Role, as_rates, as_seeds, is_number
 
 ROLES = get_args(Role)
 
@@ -78,9 +78,9 @@ class Trial:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What the trials of one run have in common. Pairs share the runs of their base."""
+        """What the trials of one run have in common. Pairs and peers share those of a base."""
         pair = self.pair if self.role == "control" else None
-        return (self.role, self.optimizer, pair, self.schedule, self.learning_rate, self.seed)
+        return (self.optimizer, pair, self.schedule, self.learning_rate, self.seed)
 
     @property
     def folder(self) -> str:
@@ -99,7 +99,10 @@ class Trial:
     @property
     def epochs(self) -> Sequence[Mapping[str, Any]]:
         """The numbers of each epoch, where the script writes them and did not fail."""
-        return () if self.outcome == "failed" else self.results.get("epochs") or ()
+        found = self.results.get("epochs")
+        if self.outcome == "failed" or not isinstance(found, list):  # it may be their number
+            return ()
+        return [entry for entry in found if isinstance(entry, dict)]
 
     def curve(self, metric: Metric) -> list[tuple[float, float]]:
         """(epoch, value) of the epochs in which the metric is finite."""
@@ -127,11 +130,6 @@ class Trial:
 _LOSSES = ("train_loss", "eval_loss", "loss")
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number: a diverged run has null, or NaN."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 @dataclass(frozen=True)
 class Arm:
     """Runs of one optimizer in one role with one schedule, at each learning rate and seed."""
@@ -141,11 +139,12 @@ class Arm:
     pair: str | None  # of a control; of a base only where pairs with it have other rates
     learning_rates: tuple[float, ...]
     trials: Mapping[tuple[float, int], Trial]
+    also: bool = False  # of a peer: a pair has the optimizer too
 
     @property
     def label(self) -> str:
         """Its name in tables and figures."""
-        name = shown(self.optimizer)
+        name = f"{shown(self.optimizer)}{' as a peer' if self.also else ''}"
         if not self.pair:
             return name
         form = shown(self.pair.partition("/")[2])
@@ -241,16 +240,15 @@ class StudyResults:
         """How many runs the study has when it is finished."""
         keys = {trial.key for trial in self.trials}
         for pair in self.pairs:
-            runs: list[tuple[str, str, str | None]] = [("base", pair.base, None)]
-            runs += [("form", pair.form, None)]
-            runs += [("control", pair.base, pair.name)] if self.control else []
+            runs: list[tuple[str, str | None]] = [(pair.base, None), (pair.form, None)]
+            runs += [(pair.base, pair.name)] if self.control else []
             keys |= self._keys(runs, pair)
         for peer in self.peers:
-            keys |= self._keys([("peer", peer.optimizer, None)], peer)
+            keys |= self._keys([(peer.optimizer, None)], peer)
         return len(keys)
 
     def _keys(
-        self, runs: Iterable[tuple[str, str, str | None]], of: Pair | Peer
+        self, runs: Iterable[tuple[str, str | None]], of: Pair | Peer
     ) -> set[tuple[Any, ...]]:
         places = itertools.product(of.schedules, of.learning_rates, self.seeds)
         return {(*run, *place) for run, place in itertools.product(runs, places)}
@@ -272,8 +270,9 @@ class StudyResults:
         runs = self._runs(
             trial
             for trial in self.trials
-            if (trial.role, trial.optimizer, trial.schedule) == (role, optimizer, schedule)
+            if (trial.optimizer, trial.schedule) == (optimizer, schedule)
             and trial.learning_rate in pair.learning_rates
+            and (trial.role == "control") == (role == "control")
             and (role != "control" or trial.pair == pair.name)
         )
         others = [other for other in self.pairs_with(schedule) if other.base == pair.base]
@@ -293,12 +292,15 @@ class StudyResults:
         for peer in self.peers:
             if schedule in peer.schedules:
                 rates.setdefault(peer.optimizer, set()).update(peer.learning_rates)
-        peers = [t for t in self.trials if (t.role, t.schedule) == ("peer", schedule)]
-        for trial in peers:
-            rates.setdefault(trial.optimizer, set()).add(trial.learning_rate)
+        there = [t for t in self.trials if t.role != "control" and t.schedule == schedule]
+        of_pairs = {arm.optimizer for arm in found.values()}
+        for trial in there:
+            if trial.role == "peer" and trial.optimizer not in of_pairs:
+                rates.setdefault(trial.optimizer, set()).add(trial.learning_rate)
         for name, own in rates.items():
-            runs = self._runs(trial for trial in peers if trial.optimizer == name)
-            found["peer", name] = Arm("peer", name, None, tuple(sorted(own)), runs)
+            runs = self._runs(t for t in there if t.optimizer == name and t.learning_rate in own)
+            also = name in of_pairs
+            found["peer", name] = Arm("peer", name, None, tuple(sorted(own)), runs, also)
         return list(found.values())
 
     @staticmethod
@@ -340,7 +342,11 @@ def read_study(folder: Path) -> StudyResults:
     metric = str(settings.get("metric", "eval_accuracy"))
     lower = metric.endswith(("loss", "perplexity", "error"))
     if (direction := settings.get("direction")) is not None:
+        if direction not in ("maximize", "minimize"):
+            raise UsageError(f"{path}: direction must be maximize or minimize, got {direction!r}")
         lower = direction == "minimize"
+    if not isinstance(control := settings.get("control") or False, bool):
+        raise UsageError(f"{path}: control must be true or false, without quotes, got {control!r}")
     study = StudyResults(
         folder=folder,
         name=name,
@@ -350,7 +356,7 @@ def read_study(folder: Path) -> StudyResults:
         command=str(settings.get("command") or sweep_command(settings, path)),
         pairs=_entries(settings, "pairs", Pair, ("base", "form"), path),
         peers=_entries(settings, "peers", Peer, ("optimizer",), path),
-        control=bool(settings.get("control")),
+        control=control,
         seeds=_seeds(settings.get("seeds"), trials, path),
         metric=Metric("best_train_accuracy") if benchmark_of(name) else Metric(metric, lower),
         trials=trials,
@@ -372,11 +378,18 @@ def sweep_command(settings: Mapping[str, Any], path: Path) -> str:
     scales = re.findall(r"(\d+)([a-z_]+)", str(settings.get("scale") or ""))
     if scales:
         words += ["--scale", ",".join(f"{key}={number}" for number, key in scales)]
-    if extras := settings.get("extras"):
+    if extras := _list(settings, "extras", path):
         words += ["--with", ",".join(map(str, extras))]
-    if rest := settings.get("rest"):
+    if rest := _list(settings, "rest", path):
         words += ["--", *map(str, rest)]
     return shlex.join(words)
+
+
+def _list(settings: Mapping[str, Any], key: str, path: Path) -> list[Any]:
+    found = settings.get(key)
+    if found is not None and not isinstance(found, list):
+        raise UsageError(f"{path}: {key} must be a list, got {found!r}")
+    return found or []
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -385,13 +398,13 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ImportError("reports need pyyaml: pip install 'hf-adalip[experiments]'") from error
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(
             f"{path.parent} is not the folder of a study: it has no {path.name}; give the folder "
             "that hf-adalip sweep wrote"
         ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{path} cannot be read as YAML") from error
     if not isinstance(settings, dict):
         raise UsageError(f"{path} is not a study: it has no name and no pairs")
@@ -403,11 +416,13 @@ def _entries(
 ) -> tuple[Any, ...]:
     """The pairs or peers of a study."""
     found = []
-    for entry in settings.get(key) or ():
+    for entry in _list(settings, key, path):
         try:
-            rates = tuple(sorted(float(rate) for rate in entry["learning_rates"]))
-            schedules = tuple(map(str, entry.get("schedules") or (CONSTANT,)))
+            rates = tuple(sorted(as_rates(entry["learning_rates"])))
+            schedules = tuple(map(str, _list(entry, "schedules", path) or (CONSTANT,)))
             found.append(kind(*(str(entry[name]) for name in names), rates, schedules))
+        except UsageError:
+            raise
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             takes = ", ".join(names)
             raise UsageError(
@@ -422,15 +437,16 @@ def _seeds(found: Any, trials: Iterable[Trial], path: Path) -> tuple[int, ...]:
     if found is None:
         return tuple(sorted({trial.seed for trial in trials}))
     try:
-        return tuple(range(found) if isinstance(found, int) else map(int, found))
-    except (TypeError, ValueError) as error:
+        return as_seeds(found)
+    except ValueError as error:
         raise UsageError(f"{path}: seeds must be a list of numbers, got {found!r}") from error
 
 
 def _read_trials(path: Path) -> tuple[tuple[Trial, ...], int]:
     """The last line of each run, a complete one before a failed one; and how many were replaced."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines, which takes U+2028 within a string for the end of a line
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise UsageError(f"{path} is not there: no run of the study has ended yet") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -442,7 +458,7 @@ def _read_trials(path: Path) -> tuple[tuple[Trial, ...], int]:
             continue
         try:
             trial = _trial(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
             if number == len(lines) and isinstance(error, json.JSONDecodeError):
                 continue  # a sweep is writing it
             raise UsageError(f"{path}, line {number} is not a trial of a study") from error
@@ -458,12 +474,16 @@ def _read_trials(path: Path) -> tuple[tuple[Trial, ...], int]:
 def _trial(entry: dict[str, Any]) -> Trial:
     if entry["role"] not in ROLES or entry["state"] not in ("complete", "failed"):
         raise ValueError
+    if entry.get("seconds") is not None and not is_number(entry["seconds"]):
+        raise ValueError
+    if entry["role"] == "control" and not isinstance(entry["pair"], str):
+        raise ValueError
     return Trial(
         role=entry["role"],
         optimizer=str(entry["optimizer"]),
         pair=entry.get("pair"),
         schedule=str(entry.get("schedule") or CONSTANT),
-        learning_rate=float(entry["learning_rate"]),
+        learning_rate=as_rates([entry["learning_rate"]])[0],
         seed=int(entry["seed"]),
         state=entry["state"],
         error=entry.get("error"),

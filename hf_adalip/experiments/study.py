@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -180,6 +181,39 @@ class Study:
         found["scale"] = self.scale
         plain: dict[str, Any] = _plain(found)
         return plain
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number: a diverged run has null, or NaN."""
+    try:
+        return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
+    except OverflowError:  # an integer that no float is
+        return False
+
+
+def as_seeds(found: Any) -> tuple[int, ...]:
+    """The seeds that a number of them, or a list, stands for; ValueError for anything else."""
+    seeds = range(found) if type(found) is int else found
+    if not isinstance(seeds, (list, tuple, range)) or not seeds:
+        raise ValueError
+    if not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds):
+        raise ValueError
+    return tuple(dict.fromkeys(seeds))
+
+
+def as_rates(found: Any) -> tuple[float, ...]:
+    """A list of learning rates as numbers (YAML reads 1e-3 as a string); else ValueError."""
+    if not isinstance(found, (list, tuple)):
+        raise ValueError
+    if any(isinstance(rate, bool) or not isinstance(rate, (int, float, str)) for rate in found):
+        raise ValueError
+    try:
+        rates = tuple(dict.fromkeys(map(float, found)))
+    except OverflowError as error:
+        raise ValueError from error
+    if not all(0 < rate < math.inf for rate in rates):
+        raise ValueError
+    return rates
 
 
 def as_options(given: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from ..files import RESULTS
 from ..monitor import RATES
 from . import guard
-from .study import Cell, Study
+from .study import Cell, Study, is_number
 
 LOG = "log.txt"
 _LINES = 5  # of the log of a failed run that are written down
@@ -123,7 +123,7 @@ def outcome(study: Study, folder: Path, status: int) -> dict[str, Any]:
 def _results(folder: Path, metric: str) -> tuple[dict[str, Any] | None, str | None]:
     """What a run wrote, and what is wrong with it."""
     try:
-        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        found = json.loads((folder / RESULTS).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None, f"the script wrote no {RESULTS} into --output_dir"
     except (OSError, ValueError) as error:
@@ -157,14 +157,15 @@ def median_scale(folder: Path) -> float | None:
 def metric_of(row: Mapping[str, Any], metric: str) -> float | None:
     """A row's number, None if it has none that is finite."""
     value = (row.get("results") or {}).get(metric)
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return float(value) if value is not None and is_number(value) else None
 
 
 def tidy(folder: Path, patterns: Sequence[str]) -> None:
     """Removes from a run's folder what nobody needs."""
     for pattern in patterns:
-        for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in list(folder.glob(pattern)):
+            is_folder = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
 
 
 def without_places(value: Any, words: Sequence[str] = ()) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from hf_adalip import cli
-from hf_adalip.experiments import figures, tables
+from hf_adalip.errors import UsageError
+from hf_adalip.experiments import figures, report, tables
 from hf_adalip.experiments.report import write_report
 from hf_adalip.experiments.report_study import StudyResults, read_study
 
@@ -462,6 +463,79 @@ def test_bad_input_is_one_line(
         assert message in said(good)
     settings.write_text("[")
     assert "cannot be read as YAML" in said(good)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"pairs": 3}, "pairs must be a list, got 3"),
+        ({"extras": 3}, "extras must be a list, got 3"),
+        ({"rest": 3}, "rest must be a list, got 3"),
+        ({"seeds": True}, "seeds must be a list of numbers, got True"),
+        ({"seeds": "12"}, "seeds must be a list of numbers, got '12'"),
+        ({"control": "false"}, "control must be true or false, without quotes, got 'false'"),
+        ({"direction": "up"}, "direction must be maximize or minimize, got 'up'"),
+        ({"peers": [{"optimizer": "a", "learning_rates": "12"}]}, "each takes optimizer"),
+        (
+            {"peers": [{"optimizer": "a", "learning_rates": [1], "schedules": "linear"}]},
+            "schedules must be a list, got 'linear'",
+        ),
+    ],
+)
+def test_bad_settings_are_one_line(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write(tmp_path, trials()[:1], SETTINGS | changed)
+    with pytest.raises(UsageError) as error:
+        read_study(tmp_path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"seconds": value} for value in ("x", True, float("nan"), 10**400)),
+        *({"learning_rate": value} for value in (True, -1, float("nan"), 10**400)),
+        {"role": "control", "pair": None},
+        {"results": 3},
+    ],
+)
+def test_a_bad_row_is_one_line(changed: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path, [trials()[0] | changed])
+    with pytest.raises(UsageError, match="line 1 is not a trial of a study"):
+        read_study(tmp_path)
+
+
+@pytest.mark.parametrize("epochs", [3, ["x"], [{"epoch": "x"}], [{"epoch": 10**400}]])
+def test_what_a_script_means_by_epochs_may_be_something_else(epochs: Any, tmp_path: Path) -> None:
+    line = trials()[0]
+    line["results"] |= {"epochs": epochs, "versions": ["1"], "train_samples": 10**400}
+    study = read_study(write(tmp_path, [line]))
+    assert study.trials[0].curve(study.metric) == []
+    assert study.trials[0].value(study.metric) == line["results"]["train_accuracy"]
+    assert "not in the results" in str(report._how(study))
+
+
+def test_lines_are_lines_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
+    line = trials()[0] | {"error": "one\u2028two"}
+    write(tmp_path, [])
+    (tmp_path / "results.jsonl").write_text(
+        json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8-sig"
+    )
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8-sig")
+    assert [found.error for found in read_study(tmp_path).trials] == ["one\u2028two"]
+
+
+@pytest.mark.parametrize("role", ["base", "peer"])
+def test_a_peer_that_is_a_base_too_shares_its_runs(role: str, tmp_path: Path) -> None:
+    """Whichever of the two the sweep ran them as."""
+    lines = [t | {"role": role} if t["role"] == "base" else t for t in trials()]
+    peers = [{"optimizer": "sgd", "learning_rates": list(RATES)}]
+    study = read_study(write(tmp_path, lines, SETTINGS | {"peers": peers, "control": False}))
+    arms = {arm.label: arm for arm in study.arms("constant") if arm.role != "control"}
+    assert list(arms) == ["SGD", "AdaLip", "SGD as a peer"]
+    assert len(arms["SGD"].trials) == 9
+    assert arms["SGD"].trials == arms["SGD as a peer"].trials
+    assert study.planned == len(study.trials) == 24  # 6 of them controls
 
 
 def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:

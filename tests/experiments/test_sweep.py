@@ -24,7 +24,7 @@ from hf_adalip.errors import UsageError
 from hf_adalip.experiments import storage, sweep
 from hf_adalip.experiments.reading import Changes, load_study, shipped
 from hf_adalip.experiments.study import Cell
-from hf_adalip.experiments.trial import Stopped, run, without_places
+from hf_adalip.experiments.trial import Stopped, run, tidy, without_places
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("script.py")
@@ -42,6 +42,8 @@ ONE: dict[str, Any] = {
     "seeds": 1,
     "peers": [{"optimizer": "adam", "learning_rates": [0.1, 0.2, 0.3]}],
 }
+PEER: dict[str, Any] = ONE["peers"][0]
+PAIR: dict[str, Any] = TINY["pairs"][0]
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +174,30 @@ def test_a_record_is_of_the_runs_that_it_names() -> None:
     study = load_study(write({**ONE, "record": [{**wanted, "arguments": {"record": "norms"}}]}))
     asked = [c for c in study.cells() if "--record=norms" in study.options(c, 0.1, "there")]
     assert asked == [Cell("peer", "adam", None, "constant", 0.2, 0)]
+
+
+def test_what_is_named_twice_is_said_once() -> None:
+    name = write({**ONE, "scale": {"seeds": "images"}, "extras": {"control": {"peers": []}}})
+    with pytest.raises(UsageError, match=r"there are seeds$"):
+        load_study(name, {"images": 1})
+    with pytest.raises(UsageError, match=r"there are control$"):
+        load_study(name, extras=["more"])
+    assert load_study(name, {"seeds": 2}, ["control"]).full_name == "tiny-2seeds"
+
+
+@pytest.mark.parametrize("option", [None, "opt"])
+def test_a_script_may_have_another_option_for_the_optimizer(option: str | None) -> None:
+    name = write({**ONE, "optimizer_option": option, "arguments": {"optim": "x"}})
+    assert "--optim=x" in load_study(name).options(load_study(name).cells()[0], 0.1, "there")
+
+
+def test_a_link_among_what_is_discarded_leaves_what_it_is_to() -> None:
+    Path("run").mkdir()
+    Path("kept").mkdir()
+    Path("run/link").symlink_to(Path("kept").absolute())
+    tidy(Path("run"), ["*"])
+    assert not list(Path("run").iterdir())
+    assert Path("kept").is_dir()
 
 
 # --- what it writes -------------------------------------------------------------------------------
@@ -446,6 +472,56 @@ def test_ctrl_c_ends_the_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         ({"tune": {"low": 1, "high": 0.1, "trials": 3}}, "tune must have low, high"),
         ({"pairs": "adam"}, "pairs must be a list"),
         ({"record": [{"seed": 0}]}, "each of record must have arguments, learning_rate"),
+        ({"discard": "*.png"}, "discard must be a list of patterns"),
+        ({"discard": 5}, "discard must be a list of patterns"),
+        ({"discard": [""]}, "discard must be a list of patterns"),
+        ({"discard": ["."]}, "discard must be a list of patterns"),
+        ({"discard": ["a/../../*"]}, "discard must be a list of patterns"),
+        ({"discard": ["/tmp/*"]}, "discard must be a list of patterns"),
+        ({"discard": ["a**"]}, "discard must be a list of patterns"),
+        ({"pairs": [{**PAIR, "form": "adam"}]}, "base and form of a pair must differ, got 'adam'"),
+        ({"pairs": [PAIR, {**PAIR, "base": "b", "form": "adam"}]}, "adam is the base of a pair"),
+        (
+            {"peers": [{**PEER, "optimizer": "../x"}]},
+            "optimizer of a peer must be a name without /",
+        ),
+        ({"peers": [{**PEER, "optimizer": "a\\b"}]}, "optimizer of a peer must be a name without"),
+        ({"pairs": [{**PAIR, "form": "a/b"}]}, "form of a pair must be a name without /"),
+        ({"schedules": {"../x": {}}}, "each of schedules must be a name without /"),
+        ({"schedules": {1: {}}}, "each of schedules must be a name without /"),
+        ({"scale": {"a/b": "epochs"}}, "each of scale must be a name without /"),
+        ({"control": "false"}, "control must be true or false, without quotes, got 'false'"),
+        ({"seeds": 1.5}, "seeds must be a number of them, or a list from 0 on, got 1.5"),
+        ({"seeds": True}, "seeds must be .* got True"),
+        ({"seeds": [True]}, r"seeds must be .* got \[True\]"),
+        ({"seeds": -1}, "seeds must be .* got -1"),
+        ({"seeds": 0}, "seeds must be .* got 0"),
+        ({"seeds": [2**32]}, "seeds must be .* got"),
+        (
+            {"peers": [{**PEER, "learning_rates": [True]}]},
+            r"must be positive numbers, got \[True\]",
+        ),
+        ({"peers": [{**PEER, "learning_rates": [float("nan")]}]}, "must be positive numbers"),
+        ({"peers": [{**PEER, "learning_rates": [-1]}]}, "must be positive numbers"),
+        ({"peers": [{**PEER, "learning_rates": [10**400]}]}, "must be positive numbers"),
+        ({"tune": {"low": 0.1, "high": 1, "trials": True}}, "tune must have low, high"),
+        ({"schedules": {"linear": None}}, "schedule linear must have lines of `key: value`"),
+        ({"schedules": 3}, "schedules must have lines of `key: value`, got 3"),
+        ({"peers": [{**PEER, "schedules": "constant"}]}, "schedules of adam must be a list"),
+        ({"script": "t.py 'x"}, "script must be a file or a module"),
+        ({"script": " "}, "script must be a file or a module"),
+        ({"script": ["t.py"]}, "script must be a file or a module"),
+        ({"metric": ["accuracy"]}, "metric must be a name, got"),
+        ({"optimizer_option": ["a"]}, r"optimizer_option must be a name, got \['a'\]"),
+        ({"optimizer_option": "seed"}, "optimizer_option must be an option of its own"),
+        ({"scale": {"a": [1]}}, r"scale: a must name an argument, got \[1\]"),
+        ({"extras": {"e": {"zz": 3}}}, "extra e has an unknown key 'zz'; there are pairs, peers"),
+        ({"extras": {"e": 3}}, "extra e must have lines of `key: value`, got 3"),
+        ({"arguments": {"learning_rate": 1}}, "arguments must not set learning_rate"),
+        ({"arguments": {"seed": 1}}, "arguments must not set seed"),
+        ({"arguments": {"output_dir": "x"}}, "arguments must not set output_dir"),
+        ({"arguments": {"optim": "x"}}, "arguments must not set optim"),
+        ({"schedules": {"linear": {"seed": 1}}}, "schedule linear must not set seed"),
     ],
 )
 def test_a_study_that_is_none_is_an_error_in_a_line(change: dict[str, Any], message: str) -> None:
