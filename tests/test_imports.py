@@ -145,6 +145,7 @@ def test_the_package_imports_torch_and_the_optimizers_alone() -> None:
     }
 
 
+@pytest.mark.slow
 def test_what_is_for_trainer_is_there_when_it_is_asked_for() -> None:
     assert {"attach", "register", "trainer_kwargs"} <= set(dir(hf_adalip))
     assert set(hf_adalip.__all__) <= set(dir(hf_adalip))

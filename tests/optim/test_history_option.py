@@ -270,6 +270,7 @@ def test_kernels_are_compiled_once() -> None:
 
 @pytest.mark.parametrize("name", ["adalipu", "rmslipu"])
 @forms
+@pytest.mark.slow
 def test_float32_history_mends_the_underflow_of_small_updates(
     name: str, form: dict[str, Any]
 ) -> None:

@@ -95,6 +95,7 @@ def test_forms_move_alike(form: str, dtype: torch.dtype) -> None:
 
 
 @forms
+@pytest.mark.slow
 def test_a_history_may_be_a_sketch_or_a_dtype(form: str) -> None:
     for history in ("bfloat16", "sketch"):
         params = named_params({"m.0": (80, 125)}, torch.float32)

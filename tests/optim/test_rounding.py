@@ -429,6 +429,7 @@ def distance(dtype: torch.dtype, name: str, lr: float, **options: Any) -> float:
     return ((param.detach().float() - target).norm() / (start - target).norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "lr"), [("adalip", 2e-3), ("adamlip", 3e-4), ("lionlip", 3e-4)])
 def test_trains_where_rounding_to_the_nearest_stands_still(name: str, lr: float) -> None:
     wide = distance(torch.float32, name, lr)

@@ -167,6 +167,7 @@ def test_scale_invariance(scale: float, stretch: float) -> None:
     assert [x.r for x in other.probes] == pytest.approx([x.r for x in optimizer.probes], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_unbiased_under_noise() -> None:
     """The slope and the curvature are measured on batches that the step was not made from.
 
