@@ -10,11 +10,22 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import UsageError
 from ..registry import get_optimizer_info
-from .study import CONSTANT, Pair, Peer, Study, as_rates, as_seeds, is_number
+from .study import (
+    CONSTANT,
+    Direction,
+    Pair,
+    Peer,
+    Study,
+    as_direction,
+    as_rates,
+    as_seeds,
+    is_number,
+    usual_direction,
+)
 
 try:
     import yaml  # type: ignore[import-untyped]
@@ -344,12 +355,12 @@ class _Reader:
             raise self.error(f"each of record must have {', '.join(sorted(needed))}, got {entry}")
         return {**entry, "arguments": self.arguments(entry["arguments"], "arguments of record")}
 
-    def direction(self) -> Literal["maximize", "minimize"]:
-        lower = str(self.found["metric"]).endswith(("loss", "perplexity", "error"))
-        given = self.found.get("direction", "minimize" if lower else "maximize")
-        if given not in ("maximize", "minimize"):
-            raise self.error(f"direction must be maximize or minimize, got {given!r}")
-        return "minimize" if given == "minimize" else "maximize"
+    def direction(self) -> Direction:
+        usual = usual_direction(str(self.found["metric"]))
+        try:
+            return as_direction(self.found.get("direction", usual))
+        except ValueError as error:
+            raise self.error(str(error)) from error
 
 
 def _stays_inside(pattern: Any) -> bool:

@@ -16,7 +16,20 @@ from typing import Any, get_args
 
 from ..errors import UsageError
 from .paper import Benchmark, benchmark_of
-from .study import CONSTANT, ROWS, STUDY, Cell, Pair, Peer, Role, as_rates, as_seeds, is_number
+from .study import (
+    CONSTANT,
+    ROWS,
+    STUDY,
+    Cell,
+    Pair,
+    Peer,
+    Role,
+    as_direction,
+    as_rates,
+    as_seeds,
+    is_number,
+    usual_direction,
+)
 
 ROLES = get_args(Role)
 
@@ -340,11 +353,11 @@ def read_study(folder: Path) -> StudyResults:
     trials, run_again = _read_trials(folder / ROWS)
     name = str(settings.get("name", folder.name))
     metric = str(settings.get("metric", "eval_accuracy"))
-    lower = metric.endswith(("loss", "perplexity", "error"))
-    if (direction := settings.get("direction")) is not None:
-        if direction not in ("maximize", "minimize"):
-            raise UsageError(f"{path}: direction must be maximize or minimize, got {direction!r}")
-        lower = direction == "minimize"
+    direction = settings.get("direction")
+    try:
+        direction = as_direction(usual_direction(metric) if direction is None else direction)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
     if not isinstance(control := settings.get("control") or False, bool):
         raise UsageError(f"{path}: control must be true or false, without quotes, got {control!r}")
     study = StudyResults(
@@ -358,7 +371,9 @@ def read_study(folder: Path) -> StudyResults:
         peers=_entries(settings, "peers", Peer, ("optimizer",), path),
         control=control,
         seeds=_seeds(settings.get("seeds"), trials, path),
-        metric=Metric("best_train_accuracy") if benchmark_of(name) else Metric(metric, lower),
+        metric=Metric("best_train_accuracy")
+        if benchmark_of(name)
+        else Metric(metric, direction == "minimize"),
         trials=trials,
         run_again=run_again,
     )

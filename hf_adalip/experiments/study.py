@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from ..errors import UsageError
 
@@ -18,6 +18,7 @@ STUDY, ROWS, RUNS = "study.yaml", "results.jsonl", "runs"
 RECIPES = "recipes"
 
 Role = Literal["base", "form", "control", "peer"]
+Direction = Literal["maximize", "minimize"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Study:
     peers: tuple[Peer, ...] = ()
     control: bool = False
     optimizer_option: str | None = "optim"
-    direction: Literal["maximize", "minimize"] = "maximize"
+    direction: Direction = "maximize"
     record: tuple[Mapping[str, Any], ...] = ()
     discard: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
@@ -189,6 +190,18 @@ def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
     except OverflowError:  # an integer that no float is
         return False
+
+
+def usual_direction(metric: str) -> Direction:
+    """Which way a metric is better, by its name."""
+    return "minimize" if metric.endswith(("loss", "perplexity", "error")) else "maximize"
+
+
+def as_direction(found: Any) -> Direction:
+    """One of the two directions; ValueError for anything else."""
+    if found not in get_args(Direction):
+        raise ValueError(f"direction must be maximize or minimize, got {found!r}")
+    return cast("Direction", found)
 
 
 def as_seeds(found: Any) -> tuple[int, ...]:

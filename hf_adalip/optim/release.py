@@ -148,7 +148,6 @@ class GradientRelease:
         self._buckets: dict[Hashable, _Bucket] = {}  # of each queue
         self._stepped: set[Tensor] = set()  # since the last `optimizer.step()`
         self._active: list[Tensor] = []  # which layers of those are active
-        self._groups = len(optimizer.param_groups)
         self._started = False
         # Parameters hold their hooks where the garbage collector does not see it.
         hook = _weak_hook(weakref.ref(self))
@@ -228,9 +227,9 @@ class GradientRelease:
             RuntimeError: if one has a gradient again. Nothing has been changed.
             ValueError: if a group was added with a parameter for one of their layers.
         """
-        if len(self._optimizer.param_groups) != self._groups:
+        if len(self._optimizer.param_groups) != self._plans.groups:
             _refuse_layers(self._optimizer)
-            self._groups = len(self._optimizer.param_groups)
+            self._plans.groups = len(self._optimizer.param_groups)
         for param in self._stepped:
             if param.grad is not None:
                 raise RuntimeError(
@@ -269,7 +268,7 @@ class ParameterPlans:
     """Steps of some of an optimizer's parameters, each a layer of its own, and their plans.
 
     Attributes:
-        groups: how many parameter groups the optimizer had.
+        groups: how many parameter groups the optimizer had when its layers were last checked.
     """
 
     def __init__(self, optimizer: LipOptimizer) -> None:

@@ -8,11 +8,10 @@
 `advance` here are the loop form, which reads as the paper's algorithms do and is the truth that
 the faster forms in forms/ are tested against; this module itself is that `Form`.
 
-Moments, history, `step` and `layer_lr` belong to a parameter, and `advance` writes them. S,
+Moments, history, `step` and `layer_lr` belong to a parameter, and `_advance` writes them. S,
 `prev_norm`, `nonfinite_steps` and c belong to a layer, of which each parameter keeps a copy, and
-`step_layers` writes those.
- Arithmetic is done in at least float32 and rounded
-once, when a result is stored in the parameter's dtype.
+`step_layers` writes those. Arithmetic is done in at least float32 and rounded once, when a result
+is stored in the parameter's dtype.
 """
 
 from __future__ import annotations
