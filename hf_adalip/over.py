@@ -27,8 +27,14 @@ class LipschitzOver(Lipschitz):
             the path of a class ("package.module.Class").
         lr: α; None for the base's default.
         weight_decay: the base's λ; None for its default (0.01 for AdamW).
-        gamma, c, layers, signal, previous, scale_bounds, nonfinite, fused: as in `Lipschitz`.
-            `fused` is also passed to the base if it has that.
+        gamma: γ, as in `Lipschitz`.
+        c: as in `Lipschitz`.
+        layers: as in `Lipschitz`.
+        signal: as in `Lipschitz`.
+        previous: as in `Lipschitz`.
+        scale_bounds: as in `Lipschitz`.
+        nonfinite: as in `Lipschitz`.
+        fused: as in `Lipschitz`, and passed to the base if it has that.
         **base_arguments: the base's, such as `betas` or `momentum`.
 
     Raises:
@@ -90,7 +96,9 @@ class SecantOver(Secant):
             or the path of a class ("package.module.Class").
         lr: what a schedule multiplies; None for 1.
         weight_decay: the base's λ; None for its default (0.01 for AdamW).
-        every, model, law: of `Secant`.
+        every: as in `Secant`.
+        model: as in `Secant`.
+        law: as in `Secant`.
         **base_arguments: the base's, such as `betas` or `momentum`.
 
     Raises:
