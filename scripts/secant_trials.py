@@ -31,6 +31,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_adalip.optim.secant import Law, Secant
+from hf_adalip.optim.secant.law import next_probe
+from hf_adalip.optim.secant.probe import Probe, slopes
 
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SGD_GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -285,6 +287,77 @@ TASKS = {
 TASKS["lstm-long"] = replace(TASKS["lstm"], steps=2000)
 
 
+# What was tried besides
+
+
+class ForwardSecant(Secant):
+    """Takes the loss alone at the parameters before a step. Were the loss quadratic along it, that,
+    the loss after it and the slope there would give e0.
+
+    The point would be to save a backward pass; in a trial it is made, and not looked at.
+    """
+
+    def _probe(self, closure: Callable[[], Any]) -> Any:
+        params, olds = zip(*self._previous.items(), strict=True)
+        news = [p.clone() for p in params]
+        steps = [q - p for p, q in zip(news, olds, strict=True)]
+        torch._foreach_copy_(params, olds)
+        with self._unseen(), torch.enable_grad():
+            before = float(closure())
+        torch._foreach_copy_(params, news)
+        with torch.enable_grad():
+            loss = closure()
+        d1, square, size = slopes([p.grad for p in params], steps).sum(0).tolist()
+        self._previous = {}
+        if (rate := self.rate * self._schedule) > 0.0:
+            d0 = 2.0 * (before - float(loss)) - d1
+            scale = max(math.sqrt(square * size), abs(d0))
+            probe = Probe(self._step, rate, d0 / rate, d1 / rate, scale / rate)
+            self._now = self.law.follow(self._now, probe, self._schedule, self._built)
+            self.probes.append(probe)
+        self._measured = next_probe(self._step, self.every)
+        return loss
+
+
+class LayerSecant(Secant):
+    """A factor for each tensor (here a group) on top of the rate: ln f_l += κ/10·(r_l - r), r of
+    averaged slopes, less the mean over the tensors; from 1/3 to 3."""
+
+    def __init__(self, optimizer: Optimizer, every: int = 20, **options: Any) -> None:
+        super().__init__(optimizer, every, **options)
+        self.logs = torch.zeros(len(self.param_groups))
+        self.sums = torch.zeros(2, len(self.param_groups))
+
+    def _base_step(self, rate: float, scheduled: bool = True) -> None:
+        given = [group["lr"] for group in self.param_groups]
+        for group, log in zip(self.param_groups, self.logs.tolist(), strict=True):
+            group["lr"] *= math.exp(log)
+        super()._base_step(rate, scheduled)
+        for group, lr in zip(self.param_groups, given, strict=True):
+            group["lr"] = lr
+        if scheduled and self._previous:  # of the first group, without its factor
+            self._schedule = given[0] / self.param_groups[0]["reference_lr"]
+
+    def _probe(self, closure: Callable[[], Any]) -> Any:
+        params, olds = zip(*self._previous.items(), strict=True)
+        steps = [q - p for p, q in zip(params, olds, strict=True)]
+        rows: list[Tensor] = []
+
+        def seen() -> Any:
+            loss = closure()
+            rows.append(slopes([p.grad for p in params], steps)[:, 0].detach())
+            return loss
+
+        loss = super()._probe(seen)
+        self.sums = self.law.average * self.sums + torch.stack(rows) / rows[0].sum().abs()
+        e0, e1 = self.sums
+        if e0.sum() > 0 and self._schedule >= self.law.hold * self._now.peak:
+            differ = torch.where(e0 > 0, (e1 / e0).clamp(-3, 3) - e1.sum() / e0.sum(), 0.0)
+            self.logs += self.law.gain / 10 * differ
+            self.logs = (self.logs - self.logs.mean()).clamp(-math.log(3), math.log(3))
+        return loss
+
+
 # One run
 
 
@@ -373,15 +446,18 @@ def optimizers(laws: list[str]) -> dict[str, Callable[[nn.Module, int], Optimize
     """The optimizers by name."""
 
     def secant(
-        law: str, base_of: Callable[[Any, float], Optimizer] = _adamw
+        law: str,
+        base_of: Callable[[Any, float], Optimizer] = _adamw,
+        kind: type[Secant] = Secant,
     ) -> Callable[[nn.Module, int], Optimizer]:
         options = {key: float(value) for key, value in (x.split("=") for x in law.split())}
         every = int(options.pop("every", 20))
         lr = options.pop("lr", 1e-3)
 
         def make(model: nn.Module, steps: int) -> Optimizer:
-            base = base_of(model.parameters(), lr)
-            return Secant(base, every, model=model, law=Law(**options))
+            groups = [{"params": [p]} for p in model.parameters()]
+            base = base_of(groups if kind is LayerSecant else model.parameters(), lr)
+            return kind(base, every, model=model, law=Law(**options))
 
         return make
 
@@ -406,6 +482,8 @@ def optimizers(laws: list[str]) -> dict[str, Callable[[nn.Module, int], Optimize
         "schedulefree": schedule_free,
         **{f"secant {law}".strip(): secant(law) for law in laws},
         "start only": secant("climb=0 fall=1"),
+        "losses alone": secant("", kind=ForwardSecant),
+        "factors": secant("", kind=LayerSecant),
         **{f"sgd {lr:g}": tuned(_sgd, lr) for lr in SGD_GRID},
         **{f"secant-sgd {law}".strip(): secant(law, _sgd) for law in laws},
     }
