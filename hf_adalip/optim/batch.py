@@ -45,7 +45,7 @@ class LocalParam:
     layer: str
     tensor: Tensor  # of the parameter group, which has the state
     group: dict[str, Any]
-    stored: State  # of `tensor`; not yet in the optimizer's state when it is new
+    tensor_state: State  # of `tensor`; not yet in the optimizer's state when it is new
     param: Tensor  # `tensor`, or a view of the part of it that is this parameter's
     decays: bool  # whether the group's weight decay applies to it
     shard: Shard
@@ -53,7 +53,7 @@ class LocalParam:
     sketch: int = 0  # how many numbers are kept of x_{t-1}; 0 where it is kept as a tensor
     seed: int | None = None  # for stochastic rounding; None where it is to the nearest
     part: int | None = None  # which of a flat tensor's it is
-    parts: tuple[int, ...] = ()  # shape of a number in `stored`: how many a flat tensor has
+    parts: tuple[int, ...] = ()  # shape of a number in `tensor_state`: how many a flat tensor has
     span: slice | None = None  # where in a flat tensor it is
     shard_index: int | None = None  # among all that are sharded, on every rank the same
     sketch_index: int | None = None  # among those whose sketches are sharded
@@ -71,11 +71,11 @@ class LocalParam:
 
     @property
     def state(self) -> State:
-        """This parameter's own, as views where `tensor` has many; once `stored` is complete."""
+        """This parameter's own, as views where `tensor` has many; once its state is complete."""
         if self.part is None:
-            return self.stored
+            return self.tensor_state
         if self.views is None:
-            tensors = {n: x for n, x in self.stored.items() if isinstance(x, Tensor)}
+            tensors = {n: x for n, x in self.tensor_state.items() if isinstance(x, Tensor)}
             self.views = {
                 n: x[self.part if n in SCALARS else self.span] for n, x in tensors.items()
             }
@@ -145,7 +145,7 @@ class Bucket:
         self.sketches = self.previous_sketches()
         rows = list(self.sketches)
         for param, row in zip(self.params, rows, strict=True):
-            param.stored[param.sketch_key] = row
+            param.tensor_state[param.sketch_key] = row
         return rows
 
 

@@ -55,7 +55,7 @@ def make_plan(optimizer: LayerwiseOptimizer) -> StepPlan:
         if param.grad is not None:
             optimizer._check(param)
             layers.setdefault(param.layer, Layer(param.layer)).params.append(param)
-        elif param.stored or not param.has_grad:
+        elif param.tensor_state or not param.has_grad:
             absent.append(param)
     if hidden and hidden.sketch_problem and sketch_size:
         raise _unsketchable(hidden.sketch_problem)
@@ -111,14 +111,14 @@ def local_params(
     if group.get("history") == "sketch":
         raise _unsketchable(flat_tensors.sketch_problem)
     for flat in tensors:
-        stored, parts = _stored(optimizer, flat), flat_tensors.parts(flat, group)
-        if not stored and optimizer.state.get(flat):
+        tensor_state, parts = _tensor_state(optimizer, flat), flat_tensors.parts(flat, group)
+        if not tensor_state and optimizer.state.get(flat):
             flat_tensors.refuse_without_scale()
         for i, (layer, decays, start, size, reduce_groups) in enumerate(parts):
             span = slice(start, start + size)
             param = flat.detach()[span]
             yield LocalParam(
-                *(layer, flat, group, stored, param, decays, Shard(param), reduce_groups),
+                *(layer, flat, group, tensor_state, param, decays, Shard(param), reduce_groups),
                 part=i,
                 parts=(len(parts),),
                 span=span,
@@ -134,15 +134,15 @@ def local_param(
     seed: int | None,
 ) -> LocalParam:
     """A parameter that is no part of a flat tensor."""
-    shard, stored = shard_of(param), _stored(optimizer, param)
+    shard, tensor_state = shard_of(param), _tensor_state(optimizer, param)
     sketch = history_of(group, param).size if optimizer._state_keys(group).histories else 0
     seed = seed if param.dtype == torch.bfloat16 else None
     return LocalParam(
-        layer, param, group, stored, param, decays, shard, shard.reduce_groups, sketch, seed
+        layer, param, group, tensor_state, param, decays, shard, shard.reduce_groups, sketch, seed
     )
 
 
-def _stored(optimizer: LayerwiseOptimizer, tensor: Tensor) -> State:
+def _tensor_state(optimizer: LayerwiseOptimizer, tensor: Tensor) -> State:
     state = optimizer.state.get(tensor, {})
     return state if "lipschitz_scale" in state else {}
 
@@ -155,11 +155,11 @@ def _join(optimizer: LayerwiseOptimizer, layer: Layer, options: dict[int, LayerO
             "scale_bounds, nonfinite or previous; a layer has one S, so give those groups "
             "the same values"
         )
-    known = next((p for p in layer.all if p.stored), None)
+    known = next((p for p in layer.all if p.tensor_state), None)
     lost = False
     for param in layer.all:
-        new = not param.stored
-        without = complete(optimizer, param.stored, param.tensor, param.group, param.parts)
+        new = not param.tensor_state
+        without = complete(optimizer, param.tensor_state, param.tensor, param.group, param.parts)
         lost |= without and not new
         if new and known is not None:
             for key in LAYER_SCALARS:

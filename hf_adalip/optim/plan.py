@@ -20,7 +20,7 @@ from .batch import Bucket, Layer, LayerOptions, LocalParam, store
 from .estimator import NO_PREDECESSOR
 from .groups import group_index
 from .sharding import ReduceGroups, sum_over_shards
-from .signals import index_tensor, layer_norms, least_unsquarable
+from .signals import combine_norms, index_tensor, least_unsquarable
 from .state import SCALARS, StateKeys
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class StepPlan:
 
     def note_state(self) -> None:
         """Without keeping the state alive."""
-        values = chain.from_iterable([param.stored.values() for param in self.params])
+        values = chain.from_iterable([param.tensor_state.values() for param in self.params])
         self._values = [weakref.ref(x) if isinstance(x, Tensor) else _constant(x) for x in values]
 
     def is_current(self, optimizer: LayerwiseOptimizer | None) -> bool:
@@ -144,7 +144,7 @@ class StepPlan:
                 return False
             if equal != self._equal:
                 return False
-        now = list(chain.from_iterable([param.stored.values() for param in self.params]))
+        now = list(chain.from_iterable([param.tensor_state.values() for param in self.params]))
         noted = [reference() for reference in self._values]
         if len(now) != len(noted) or not all(map(is_, now, noted)):
             return False
@@ -164,16 +164,16 @@ class StepPlan:
         self._is_packed = True
         # A base optimizer without the option `capturable` may be captured all the same.
         capturable = any(p.group.get("capturable", p.tensor.is_cuda) for p in self.params)
-        fake = any(type(p.stored["lipschitz_scale"]) is not Tensor for p in self.params)
+        fake = any(type(p.tensor_state["lipschitz_scale"]) is not Tensor for p in self.params)
         if capturable or fake or len({p.tensor.device for p in self.params}) > 1:
             return
         for key in SCALARS:
-            if self.params and all(key in p.stored for p in self.params):
-                vector = torch.stack([p.stored[key] for p in self.params])
+            if self.params and all(key in p.tensor_state for p in self.params):
+                vector = torch.stack([p.tensor_state[key] for p in self.params])
                 self._vectors[key] = vector
                 for param, number in zip(self.params, vector.unbind(), strict=True):
-                    param.stored[key] = number
-                self._packed += [param.stored[key] for param in self.params]
+                    param.tensor_state[key] = number
+                self._packed += [param.tensor_state[key] for param in self.params]
         for bucket in self.buckets:
             self._packed += bucket.pack()
         self._addresses = list(map(Tensor.data_ptr, self._packed))
@@ -215,9 +215,9 @@ class StepPlan:
         self.is_in_state = True
         for param in chain.from_iterable(layer.all for layer in self.layers):
             if "lipschitz_scale" not in optimizer.state[param.tensor]:
-                optimizer.state[param.tensor].update(param.stored)
+                optimizer.state[param.tensor].update(param.tensor_state)
                 if param.part is None:
-                    param.stored = optimizer.state[param.tensor]
+                    param.tensor_state = optimizer.state[param.tensor]
 
     # Norms of layers
 
@@ -260,7 +260,7 @@ class StepPlan:
         if not self.layers:
             return norms, norms.new_zeros(0, dtype=torch.bool)
         if self._spread is not None:  # else each layer is one parameter
-            norms = layer_norms(norms, owner, len(self.layers))
+            norms = combine_norms(norms, owner, len(self.layers))
         # One rule for every form and engine, some of which add squares up: a norm is infinite
         # where its square is, as that of a gradient would be in a second moment.
         limit = _FLOAT32_LIMIT if norms.dtype == torch.float32 else self._unsquarable(norms)

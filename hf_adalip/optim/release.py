@@ -335,7 +335,7 @@ class _Plan:
             return False
         if any(p is not x.tensor for p, x in zip(params, self._params, strict=True)):
             return False
-        if any(optimizer.state.get(p.tensor) is not p.stored for p in self._params):
+        if any(optimizer.state.get(p.tensor) is not p.tensor_state for p in self._params):
             return False
         if self._facts(optimizer) != self._made_from or not self.step_plan.is_current(None):
             return False

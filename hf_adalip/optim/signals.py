@@ -156,7 +156,7 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([norm(x) if cpu and x.numel() > _ROW else next(found) for x in tensors])
 
 
-def layer_norms(tensor_norms: Tensor, layer_of: tuple[int, ...], layers: int) -> Tensor:
+def combine_norms(tensor_norms: Tensor, layer_of: tuple[int, ...], layers: int) -> Tensor:
     """Norms of layers from the norms of their tensors: the root of the sum of squares.
 
     Args:

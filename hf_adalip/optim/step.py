@@ -160,7 +160,7 @@ class LayerwiseOptimizer(Optimizer):
             local_params, group = bucket.params, bucket.params[0].group
             device = local_params[0].param.device
             params = [p.param for p in local_params]
-            states = [p.stored if p.part is None else p.state for p in local_params]
+            states = [p.tensor_state if p.part is None else p.state for p in local_params]
             given: Any = (params if bucket.is_plain else local_params) if bucket.form else ()
             found = [x.grad for x in given]
             grads = [grad for grad in found if grad is not None]
@@ -305,7 +305,7 @@ class LayerwiseOptimizer(Optimizer):
         rows: dict[torch.device, dict[str, Tensor]] = {}
         for group in self.param_groups:
             for param in local_params(self, group, self._flat_tensors.tensors(group)):
-                if param.layer not in rates and param.stored:
+                if param.layer not in rates and param.tensor_state:
                     rates[param.layer] = None  # keeps the order of the model
                     row = torch.stack([param.state[key].detach() for key in keys])
                     rows.setdefault(row.device, {})[param.layer] = row

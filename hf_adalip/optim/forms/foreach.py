@@ -19,7 +19,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..rounding import all_rounded
 from ..rules import Group, Numbers
-from ..signals import elements, layer_norms, norms, opmath_dtype
+from ..signals import combine_norms, elements, norms, opmath_dtype
 from ..step import sketched, to_opmath
 
 Tensors = list[Tensor]
@@ -43,7 +43,7 @@ def measure(batch: Batch) -> Tensor:
     if len(rows) == count:
         return rows
     owners = tuple(i for _, tensors in pieces for i in range(count)[tensors])
-    return layer_norms(rows, owners, count)  # of the parts of a tensor, as of those of a layer
+    return combine_norms(rows, owners, count)  # of the parts of a tensor, as of those of a layer
 
 
 def _measure(batch: Batch) -> Tensor:
