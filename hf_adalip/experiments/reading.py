@@ -181,6 +181,8 @@ class _Reader:
             raise self.error(
                 f"{name} is the base of a pair and the form of a pair; remove one of the two"
             )
+        if self.changes == Changes():
+            self.check_recorded(study, [found, *known.values()])
         if self.changes.learning_rates and not self.usual_is_used:
             raise UsageError(
                 f"--learning_rate: the optimizers of {self.name} have learning rates of their own; "
@@ -353,7 +355,28 @@ class _Reader:
         needed = {"optimizer", "learning_rate", "seed", "arguments"}
         if set(entry) != needed:
             raise self.error(f"each of record must have {', '.join(sorted(needed))}, got {entry}")
-        return {**entry, "arguments": self.arguments(entry["arguments"], "arguments of record")}
+        try:
+            (rate,), (seed,) = as_rates([entry["learning_rate"]]), as_seeds([entry["seed"]])
+        except ValueError as error:
+            raise self.error(
+                f"record: learning_rate must be a positive number and seed at least 0, got {entry}"
+            ) from error
+        arguments = self.arguments(entry["arguments"], "arguments of record")
+        return {**entry, "learning_rate": rate, "seed": seed, "arguments": arguments}
+
+    def check_recorded(self, study: Study, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Whether each of record is a run, of an extra that was not chosen or of any seed, too."""
+        pairs = [self.pair(entry) for group in groups for entry in self.items(group, "pairs")]
+        peers = [self.peer(entry) for group in groups for entry in self.items(group, "peers")]
+        rates = [(name, pair.learning_rates) for pair in pairs for name in (pair.base, pair.form)]
+        rates += [(peer.optimizer, peer.learning_rates) for peer in peers]
+        runs = {(name, rate) for name, each in rates for rate in each}
+        for entry in study.record:
+            if (entry["optimizer"], entry["learning_rate"]) not in runs:
+                raise self.error(
+                    f"record: there is no run of {entry['optimizer']} at learning_rate "
+                    f"{entry['learning_rate']:g}; name one of pairs or peers"
+                )
 
     def direction(self) -> Direction:
         usual = usual_direction(str(self.found["metric"]))

@@ -170,7 +170,7 @@ def test_a_constant_learning_rate_is_one_for_trainer_too(name: str) -> None:
 
 
 def test_a_record_is_of_the_runs_that_it_names() -> None:
-    wanted = {"optimizer": "adam", "learning_rate": 0.2, "seed": 0}
+    wanted = {"optimizer": "adam", "learning_rate": "2e-1", "seed": 0}  # YAML's 2e-1 is a string
     study = load_study(write({**ONE, "record": [{**wanted, "arguments": {"record": "norms"}}]}))
     asked = [c for c in study.cells() if "--record=norms" in study.options(c, 0.1, "there")]
     assert asked == [Cell("peer", "adam", None, "constant", 0.2, 0)]
@@ -456,6 +456,8 @@ def test_ctrl_c_ends_the_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 # --- what is refused ------------------------------------------------------------------------------
 
+RECORD = {"optimizer": "adam", "learning_rate": 0.2, "seed": 0, "arguments": {}}
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -472,6 +474,10 @@ def test_ctrl_c_ends_the_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         ({"tune": {"low": 1, "high": 0.1, "trials": 3}}, "tune must have low, high"),
         ({"pairs": "adam"}, "pairs must be a list"),
         ({"record": [{"seed": 0}]}, "each of record must have arguments, learning_rate"),
+        ({"record": [{**RECORD, "learning_rate": 0.4}]}, "record: there is no run of adam at"),
+        ({"record": [{**RECORD, "optimizer": "adm"}]}, "record: there is no run of adm at"),
+        ({"record": [{**RECORD, "learning_rate": "x"}]}, "record: learning_rate must be"),
+        ({"record": [{**RECORD, "seed": -1}]}, "record: learning_rate must be .* at least 0"),
         ({"discard": "*.png"}, "discard must be a list of patterns"),
         ({"discard": 5}, "discard must be a list of patterns"),
         ({"discard": [""]}, "discard must be a list of patterns"),
