@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from hf_adalip.recipe.image.augment import RandomAffine
 from hf_adalip.recipe.image.training import Recipe, main
+from tests.distributed.ranks import run as run_on_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -225,14 +225,7 @@ def one_of_two(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_see_the_images_of_one(tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.test_augment", str(tmp_path)],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=300,
-    )
+    run_on_ranks(2, __file__, str(tmp_path))
     alone = Recorded()
     found = run(alone, tmp_path / "one", "--per_device_train_batch_size=50")
     ranks = [json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1)]

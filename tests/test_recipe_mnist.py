@@ -28,6 +28,7 @@ from hf_adalip.recipe.checkpoints import MANIFEST, write_manifest
 from hf_adalip.recipe.image import training
 from hf_adalip.recipe.image.data import load_image_dataset
 from hf_adalip.recipe.image.training import main
+from tests.distributed.ranks import run as run_on_ranks
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "mnist.py"
@@ -545,7 +546,7 @@ def test_two_ranks_without_a_folder_share_one(
     """Whatever their clocks say."""
     (tmp_path / "slow.py").write_text(SLOW_CLOCK)
     monkeypatch.chdir(tmp_path)
-    torchrun("slow.py", str(SCRIPT), *TEN_STEPS, "--checkpointing_steps=7")
+    run_on_ranks(2, "slow.py", str(SCRIPT), *TEN_STEPS, "--checkpointing_steps=7")
     (folder,) = Path("outputs").iterdir()
     assert (folder / "step_7" / MANIFEST).exists()
     assert results(folder)["num_processes"] == 2
@@ -888,7 +889,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("two")
     (path / "two.py").write_text(TWO_RANKS)
     two = [str(path / "two.py"), str(SCRIPT), str(path), *TEN_STEPS, "--checkpointing_steps=7"]
-    torchrun(*two, "--per_device_train_batch_size=32", f"--output_dir={path / 'out'}")
+    run_on_ranks(2, *two, "--per_device_train_batch_size=32", f"--output_dir={path / 'out'}")
     return path / "out"
 
 
@@ -899,7 +900,7 @@ def test_two_ranks_have_one_s_and_resume(two_ranks: Path, tmp_path: Path) -> Non
     assert ranks[0] == ranks[1]
     two = [str(SCRIPT), *TEN_STEPS, "--per_device_train_batch_size=32"]
     resumed = f"--resume_from_checkpoint={two_ranks / 'step_7'}"
-    torchrun(*two, f"--output_dir={tmp_path / 'b'}", resumed)
+    run_on_ranks(2, *two, f"--output_dir={tmp_path / 'b'}", resumed)
     assert numbers(tmp_path / "b") == numbers(two_ranks)
 
     one = tmp_path / "one"

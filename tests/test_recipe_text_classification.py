@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +34,7 @@ from hf_adalip import AdamLip
 from hf_adalip.errors import DataError, UsageError
 from hf_adalip.monitor import layerwise
 from hf_adalip.recipe.trainer import exit_status, training
+from tests.distributed.ranks import run as run_on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -458,16 +457,7 @@ def test_a_batch_is_the_same_however_it_is_split(
     if how == "accumulated":
         assert recipe([*split, "--gradient_accumulation_steps=2"]) == 0
     else:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-        done = subprocess.run(
-            [*launcher, "--standalone", str(SCRIPT), *split],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_on_ranks(2, str(SCRIPT), *split)
     expected, found = results(tmp_path / "whole"), results(tmp_path / "split")
     for key in ("step", "eval_accuracy"):
         assert found[key] == expected[key]

@@ -34,6 +34,7 @@ from hf_adalip.recipe.image.data import load_image_dataset
 from hf_adalip.recipe.image.options import optimizer_arguments, parse
 from hf_adalip.recipe.image.training import main
 from hf_adalip.registry import create_optimizer
+from tests.distributed.ranks import run as run_on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -192,17 +193,10 @@ save_file(average, f"{sys.argv[2]}/average{os.environ['RANK']}.safetensors")
 
 def test_two_ranks_keep_one_average_and_resume(tmp_path: Path) -> None:
     (tmp_path / "two.py").write_text(TWO_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
     def run(out: str, *options: str) -> dict[str, Any]:
         script = [str(tmp_path / "two.py"), str(SCRIPT), str(tmp_path), *EVERYTHING]
-        subprocess.run(
-            [*command, *script, f"--output_dir={tmp_path / out}", *options],
-            env=ENV,
-            check=True,
-            timeout=200,
-            capture_output=True,
-        )
+        run_on_ranks(2, *script, f"--output_dir={tmp_path / out}", *options, env=ENV)
         ranks = [(tmp_path / f"average{rank}.safetensors").read_bytes() for rank in (0, 1)]
         assert ranks[0] == ranks[1]
         return numbers(tmp_path / out)

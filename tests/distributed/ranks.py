@@ -1,7 +1,7 @@
 """The processes of a group, forked from one that has imported what they need.
 
-torch with its compiler takes seconds to import, which torchrun and each of its processes would do
-for every launch; the tests of recipes and launchers use torchrun itself.
+torch with its compiler, Trainer and timm take ten seconds to import, which torchrun and each of its
+processes would do for every launch; the tests of launchers use torchrun and accelerate themselves.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import runpy
 import sys
 import time
 from multiprocessing import connection, forkserver
@@ -20,11 +21,28 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.distributed.engines", "tests.distributed.resharding"])
+SERVER.set_forkserver_preload(
+    [
+        "tests.distributed.engines",
+        "tests.distributed.resharding",
+        "hf_adalip.recipe.image.training",
+        "hf_adalip.recipe.trainer",
+        "timm",
+        "transformers.trainer",
+    ]
+)
 
 
-def run(ranks, module, *arguments, timeout=600):
-    """`main` of tests.distributed.MODULE with these arguments, on each rank; fails if one fails."""
+def run(ranks, program, *arguments, env=None, timeout=600):
+    """A script, or `main` of tests.distributed.PROGRAM, on each rank; fails if one fails.
+
+    Args:
+        ranks: how many.
+        program: a file that ends with .py, or a module.
+        arguments: its arguments.
+        env: variables that are set besides.
+        timeout: in seconds.
+    """
     # As torchrun keeps it: a port that nobody else can take before rank 0 does.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = os.environ | {
@@ -38,18 +56,22 @@ def run(ranks, module, *arguments, timeout=600):
         processes, logs = [], []
         for rank in range(ranks):
             logs.append(Path(folder, f"rank{rank}"))
-            variables = environment | {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(store.port),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "TORCHELASTIC_RESTART_COUNT": "0",
-            }
+            variables = (
+                environment
+                | (env or {})
+                | {
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(store.port),
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    "TORCHELASTIC_USE_AGENT_STORE": "True",
+                    "TORCHELASTIC_RESTART_COUNT": "0",
+                }
+            )
             processes.append(
-                SERVER.Process(target=_main, args=(module, arguments, variables, logs[-1]))
+                SERVER.Process(target=_main, args=(program, arguments, variables, logs[-1]))
             )
             processes[-1].start()
         _wait(processes, timeout)
@@ -76,11 +98,14 @@ def _wait(processes, timeout):
             process.join()
 
 
-def _main(module, arguments, variables, log):
+def _main(program, arguments, variables, log):
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.clear()
     os.environ.update(variables)
-    sys.argv = [module, *arguments]
-    importlib.import_module(f"tests.distributed.{module}").main()
+    sys.argv = [program, *arguments]
+    if program.endswith(".py"):
+        runpy.run_path(program, run_name="__main__")
+    else:
+        importlib.import_module(f"tests.distributed.{program}").main()
