@@ -1,4 +1,4 @@
-"""Runs a recipe, and again from its first checkpoint; started by `accelerate launch`.
+"""Runs a recipe, and again from its first checkpoint; started by `accelerate launch`, or as by it.
 
     accelerate launch --config_file CONFIG tests/recipe_and_resume.py FOLDER RECIPE [its options]
 

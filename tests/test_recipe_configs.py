@@ -31,6 +31,7 @@ from hf_adalip.errors import UsageError
 from hf_adalip.recipe.image import engines
 from hf_adalip.recipe.image.data import load_image_dataset
 from hf_adalip.recipe.image.options import TrainingArguments, parse
+from tests.distributed.ranks import run as run_on_ranks
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "configs"
@@ -60,6 +61,9 @@ ENGINES = {
     "deepspeed_zero2": "DeepSpeed ZeRO-2",
     "deepspeed_zero3": "DeepSpeed ZeRO-3",
 }
+LAUNCHED = ("single", "multi_gpu")
+"""By `accelerate launch` itself, which imports everything in each process."""
+
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason='needs DeepSpeed: pip install "hf-adalip[deepspeed]"',
@@ -112,17 +116,22 @@ def test_what_the_configurations_come_to():
         assert zero["ACCELERATE_GRADIENT_CLIPPING"] == "auto"
 
 
-def launch(name, *command):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def launch(name, *arguments):
+    """recipe_and_resume.py under a configuration: started by accelerate, or as it would be."""
+    script = str(ROOT / "tests" / "recipe_and_resume.py")
+    if name not in LAUNCHED:
+        run_on_ranks(PROCESSES[name], script, *arguments, env=environment(name)[1])
+        return
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0")
-    return subprocess.run(
-        [*launcher, f"--config_file={CONFIGS / name}.yaml", *command],
-        env=env,
+    done = subprocess.run(
+        [*launcher, f"--config_file={CONFIGS / name}.yaml", script, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=400,
         check=False,
     )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def found_in(folder):
@@ -133,9 +142,8 @@ def found_in(folder):
 
 def train_and_resume(name, folder, recipe=RECIPE, options=OPTIONS):
     parts = 1 if name == "single" else 2
-    done = launch(
+    launch(
         name,
-        str(ROOT / "tests" / "recipe_and_resume.py"),
         str(folder),
         recipe,
         *options,
@@ -144,7 +152,6 @@ def train_and_resume(name, folder, recipe=RECIPE, options=OPTIONS):
         f"--gradient_accumulation_steps={parts}",
         f"--per_device_train_batch_size={ROWS // parts // PROCESSES[name]}",
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     whole, resumed = found_in(folder / "whole"), found_in(folder / "resumed")
     assert whole[0]["engine"] == ENGINES[name]
     assert whole[0]["num_processes"] == PROCESSES[name]
@@ -247,10 +254,8 @@ def test_what_secant_cannot_measure_under_is_said_before_training(kind, precisio
 @pytest.mark.slow
 def test_secant_measures_while_fsdp2_accumulates(tmp_path):
     """The recipe has those gradients reduced that are measured, and resumes bit for bit."""
-    command = [str(ROOT / "tests" / "recipe_and_resume.py"), str(tmp_path), RECIPE, *OPTIONS]
-    command += ["--optim=secant-adamw", "--gradient_accumulation_steps=2"]
-    done = launch("fsdp2", *command, "--per_device_train_batch_size=16")
-    assert done.returncode == 0, done.stderr[-3000:]
+    options = [*OPTIONS, "--optim=secant-adamw", "--gradient_accumulation_steps=2"]
+    launch("fsdp2", str(tmp_path), RECIPE, *options, "--per_device_train_batch_size=16")
     whole, resumed = (
         json.loads((tmp_path / name / "all_results.json").read_text())
         for name in ("whole", "resumed")

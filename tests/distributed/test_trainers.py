@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed.test_engines import torchrun
+from tests.distributed.ranks import run
 from tests.optim.cases import assert_same
 
 pytest.importorskip("deepspeed", reason='needs DeepSpeed: pip install "hf-adalip[deepspeed]"')
@@ -20,7 +20,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainers")
     found = []
     for ranks, mode in ((2, "save"), (1, "load")):
-        torchrun(ranks, "trainers", mode, str(folder))
+        run(ranks, "trainers", mode, str(folder))
         found.append(torch.load(folder / f"{mode}.pt", weights_only=False))
     return found
 

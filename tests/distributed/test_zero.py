@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.test_engines import launch, torchrun
+from tests.distributed.test_engines import launch
 
 pytest.importorskip("deepspeed", reason='needs DeepSpeed: pip install "hf-adalip[deepspeed]"')
 
@@ -35,7 +35,7 @@ SECANT = [
 
 
 def test_secant_is_refused_before_anything_is_trained(tmp_path):
-    found = launch(tmp_path / "found.json", 2, SECANT, "zero", torchrun)
+    found = launch(tmp_path / "found.json", 2, SECANT, "zero")
     for case, said in found.items():
         assert "DeepSpeed" in said["error"], case
         assert "use DDP" in said["error"] or "closure" in said["error"], case
@@ -43,7 +43,7 @@ def test_secant_is_refused_before_anything_is_trained(tmp_path):
 
 
 def test_training_is_that_of_one_process_or_refused(tmp_path):
-    found = launch(tmp_path / "found.json", 2, [*EXACT, *BF16, *REFUSED], "zero", torchrun)
+    found = launch(tmp_path / "found.json", 2, [*EXACT, *BF16, *REFUSED], "zero")
     for case in EXACT:
         for what in ("S", "parameters", "losses", "norms"):
             assert found[case][what] < 1e-6, (case, what)
