@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_adalip.recipe.checkpoints import MANIFEST, write_manifest
 from hf_adalip.recipe.trainer import exit_status, training
+from tests.distributed.ranks import start
 
 from .hub import LoopbackHub
 
@@ -249,13 +250,9 @@ def test_killed_while_it_saves(whole: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "dying.py").write_text(DYING)
     folder = tmp_path / "out"
     run = options(text, folder, *RUN)
-    process = subprocess.run(
-        [sys.executable, str(tmp_path / "dying.py"), str(SCRIPT), *run],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        timeout=200,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    process = start(str(tmp_path / "dying.py"), str(SCRIPT), *run)
+    process.join(200)
+    assert process.exitcode == -signal.SIGKILL
     assert (folder / "checkpoint-12").exists()
     assert recipe([*run, "--resume_from_checkpoint=latest"]) == 0
     assert results(folder)["resumed_from"].endswith("checkpoint-8")

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from hf_adalip.recipe.checkpoints import MANIFEST, write_manifest
 from hf_adalip.recipe.image import training
 from hf_adalip.recipe.image.data import load_image_dataset
 from hf_adalip.recipe.image.training import main
+from tests.distributed.ranks import kill_when, start
 from tests.distributed.ranks import run as run_on_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -71,15 +71,6 @@ def numbers(folder: Path) -> dict[str, Any]:
     found["rates"] = json.loads((folder / "layer_learning_rates.json").read_text())
     found["weights"] = (folder / "model.safetensors").read_bytes()
     return found
-
-
-def start(*options: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *options],
-        env=ENV,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
 
 
 # Training sees more than chance (0.1) after 3 epochs; seen on seeds 0-2: 0.59-0.64 for SGD's,
@@ -176,20 +167,14 @@ def resume(folder: Path, *options: str) -> int:
     return recipe(*RUN, f"--output_dir={folder}", "--resume_from_checkpoint=latest", *options)
 
 
-def kill_when(seen: Any, folder: Path) -> None:
-    """Starts a run in the folder and kills it as soon as `seen()`."""
-    process = start(*RUN, f"--output_dir={folder}")
-    deadline = time.monotonic() + 100
-    while not seen() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.0005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+def started(folder: Path) -> Any:
+    return start(str(SCRIPT), *RUN, f"--output_dir={folder}")
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed(whole: Path, tmp_path: Path) -> None:
     folder, step = tmp_path / "out", random.SystemRandom().randint(2, 18)
-    kill_when(lambda: (folder / f"step_{step}").exists(), folder)
+    kill_when((folder / f"step_{step}").exists, started(folder))
     assert not (folder / "all_results.json").exists()
     assert resume(folder) == 0
     assert numbers(folder) == numbers(whole), f"killed after step {step}"
@@ -200,7 +185,7 @@ def test_killed_while_saving_and_resumed(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     kill_when(
         lambda: (folder / "step_2").exists() and any(folder.glob("step_*.partial")),
-        folder,
+        started(folder),
     )
     assert resume(folder) == 0
     assert numbers(folder) == numbers(whole)

@@ -6,10 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +30,7 @@ from hf_adalip.recipe.image.data import load_image_dataset
 from hf_adalip.recipe.image.options import optimizer_arguments, parse
 from hf_adalip.recipe.image.training import main
 from hf_adalip.registry import create_optimizer
+from tests.distributed.ranks import kill_when, start
 from tests.distributed.ranks import run as run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -127,17 +124,8 @@ def test_timm_makes_the_model_again_from_the_folder(whole: Path) -> None:
 
 def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *EVERYTHING, f"--output_dir={folder}"],
-        env=ENV,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 100
-    while not (folder / "step_3").exists() and time.monotonic() < deadline:
-        time.sleep(0.0005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process = start(str(SCRIPT), *EVERYTHING, f"--output_dir={folder}", env=ENV)
+    kill_when((folder / "step_3").exists, process)
     assert not (folder / "all_results.json").exists()
     assert recipe(*EVERYTHING, f"--output_dir={folder}", "--resume_from_checkpoint=latest") == 0
     assert numbers(folder) == numbers(whole)

@@ -3,10 +3,6 @@
 import importlib.util
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +17,7 @@ from PIL import Image
 
 from hf_adalip.recipe.image.models import CIFAR10Net, CIFAR100Net
 from hf_adalip.recipe.image.training import main
+from tests.distributed.ranks import kill_when, start
 
 pytestmark = pytest.mark.slow
 
@@ -160,18 +157,8 @@ def test_cifar100_killed_and_resumed(whole: Path, folders: dict[str, str], tmp_p
     nothing had been."""
     folder = tmp_path / "a"
     given = [*options(folders["cifar100"], folder), "--checkpointing_steps=2"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "recipes" / "cifar100.py"), *given],
-        env=ENV,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 200
-    while not (folder / "step_2").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process = start(str(ROOT / "recipes" / "cifar100.py"), *given)
+    kill_when((folder / "step_2").exists, process)
     assert not (folder / "all_results.json").exists()
     assert run("cifar100", *given, "--resume_from_checkpoint=latest") == 0
     assert numbers(folder) == numbers(whole)

@@ -10,6 +10,7 @@ import importlib
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 from multiprocessing import connection, forkserver
@@ -20,6 +21,10 @@ import pytest
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])]),
+}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -33,47 +38,58 @@ SERVER.set_forkserver_preload(
 )
 
 
-def run(ranks, program, *arguments, env=None, timeout=600):
-    """A script, or `main` of tests.distributed.PROGRAM, on each rank; fails if one fails.
+def fork(target, *arguments):
+    """A process that calls a function of a module, started."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in ENVIRONMENT.items():
+            patch.setenv(key, value)
+        forkserver.ensure_running()
+        process = SERVER.Process(target=target, args=arguments)
+        process.start()
+    return process
+
+
+def start(program, *arguments, env=None, log=os.devnull):
+    """A process that runs a script, or `main` of tests.distributed.PROGRAM.
 
     Args:
-        ranks: how many.
         program: a file that ends with .py, or a module.
         arguments: its arguments.
         env: variables that are set besides.
-        timeout: in seconds.
+        log: the file that it writes to.
     """
+    return fork(_main, program, arguments, os.environ | ENVIRONMENT | (env or {}), log)
+
+
+def kill_when(seen, process, timeout=200):
+    """kill -9 as soon as `seen()`; fails if the process ends before."""
+    deadline = time.monotonic() + timeout
+    while not seen() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def run(ranks, program, *arguments, env=None, timeout=600):
+    """Runs on each rank what `start` does on one; fails if one fails."""
     # As torchrun keeps it: a port that nobody else can take before rank 0 does.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])]),
-    }
-    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
-        for key in ("OMP_NUM_THREADS", "PYTHONPATH"):
-            patch.setenv(key, environment[key])
-        forkserver.ensure_running()
-        processes, logs = [], []
+    processes, logs = [], []
+    with TemporaryDirectory() as folder:
         for rank in range(ranks):
             logs.append(Path(folder, f"rank{rank}"))
-            variables = (
-                environment
-                | (env or {})
-                | {
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(store.port),
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(ranks),
-                    "LOCAL_WORLD_SIZE": str(ranks),
-                    "TORCHELASTIC_USE_AGENT_STORE": "True",
-                    "TORCHELASTIC_RESTART_COUNT": "0",
-                }
-            )
-            processes.append(
-                SERVER.Process(target=_main, args=(program, arguments, variables, logs[-1]))
-            )
-            processes[-1].start()
+            variables = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": "0",
+            }
+            processes.append(start(program, *arguments, env=(env or {}) | variables, log=logs[-1]))
         _wait(processes, timeout)
         said = [
             f"rank {rank} ended with {process.exitcode}: {log.read_text()[-4000:]}"

@@ -7,10 +7,6 @@ import itertools
 import math
 import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hf_adalip import AdamLip, Secant, release_gradients
 from hf_adalip.optim.secant import Law, Probe, Rate
 from hf_adalip.optim.secant.law import next_probe
+from tests.distributed.ranks import fork, kill_when
 from tests.optim.cases import assert_same
 
 Base = Callable[[Any, float], torch.optim.Optimizer]
@@ -423,19 +420,12 @@ def test_killed_and_resumed_is_never_killed(tmp_path: Path) -> None:
     """Four times, at whatever moment: a step in five is measured."""
     run_saving(str(tmp_path / "whole"), 400)
     path = tmp_path / "killed"
-    code = f"from tests.optim.test_secant import run_saving; run_saving({str(path)!r}, 400)"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as conftest.py has it here
     for _ in range(4):
-        command = [sys.executable, "-c", code]
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment)
         started = torch.load(path)["step"] if path.exists() else 0
-        deadline = time.monotonic() + 100
-        while time.monotonic() < deadline and process.poll() is None:
-            if path.exists() and torch.load(path)["step"] > started + 10:
-                break
-            time.sleep(0.001)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+        kill_when(
+            lambda start=started: path.exists() and torch.load(path)["step"] > start + 10,
+            fork(run_saving, str(path), 400),
+        )
     run_saving(str(path), 400)
     assert_same(torch.load(path), torch.load(tmp_path / "whole"))
 
