@@ -512,6 +512,50 @@ def report(file: Path) -> None:
                 cells.append(_neighbours(row, tuned, best))
                 cells += [_relative(row.get(name, {}), row[best]) for name in names]
                 print(f"| {task}, {batch}, {kind} |", " | ".join(cells), "|")
+    for times in (1, 4):
+        rows = {
+            key[1:]: row
+            for key, row in gains.items()
+            if not key[0] and key[2] == times * TASKS[key[1]].batch and key[1] not in NOISY
+        }
+        for name, other in COMPARED:
+            _compare(rows, name, other, times)
+
+
+COMPARED = [
+    *(("secant", peer) for peer in ("prodigy", "schedulefree")),
+    *((variant, "secant") for variant in ("losses alone", "factors")),
+]
+NOISY = ("encoder",)
+"""Tasks whose differences are mostly noise."""
+
+
+def _compare(
+    rows: dict[tuple[str, int, str], dict[str, dict[int, float]]], name: str, other: str, times: int
+) -> None:
+    """Prints the mean over the tasks of a difference, of rows with three seeds, with its 95 %
+    interval (t distribution over the tasks)."""
+    from scipy import stats
+
+    tasks: dict[str, list[float]] = {}
+    for (task, _, _), row in rows.items():
+        tuned = [row[x] for x in row if x.startswith("adamw")]
+        if not tuned or name not in row or other not in row:
+            continue
+        best = max(tuned, key=lambda found: statistics.fmean(found.values()))
+        seeds = row[name].keys() & row[other].keys() & best.keys()
+        if len(seeds) > 2:
+            difference = sum(row[name][seed] - row[other][seed] for seed in seeds)
+            tasks.setdefault(task, []).append(difference / sum(best[seed] for seed in seeds))
+    means = [statistics.fmean(found) for found in tasks.values()]
+    if len(means) > 1:
+        mean = statistics.fmean(means)
+        error = statistics.stdev(means) / math.sqrt(len(means))
+        half = stats.t.ppf(0.975, len(means) - 1) * error
+        print(
+            f"\n{name} - {other}, batch x {times}, {len(means)} tasks: {mean:+.3f} "
+            f"({mean - half:+.3f} to {mean + half:+.3f})"
+        )
 
 
 Row = tuple[bool, str, int, str]
