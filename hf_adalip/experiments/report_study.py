@@ -37,7 +37,7 @@ _NAMES = {
     **{"sgd": "SGD", "adam": "Adam", "rmsprop": "RMSProp", "adamw": "AdamW", "nadam": "NAdam"},
     **{"adalip": "AdaLip", "adamlip": "AdamLip", "rmslip": "RMSLip"},
     **{"adalipu": "AdaLip-U", "adamlipu": "AdamLip-U", "rmslipu": "RMSLip-U"},
-    "prodigy": "Prodigy",
+    **{"prodigy": "Prodigy", "adamw_torch": "AdamW", "adamw_torch_fused": "AdamW"},
     **dict.fromkeys(("adamwschedulefree", "schedule_free_adamw"), "Schedule-free AdamW"),
 }
 
