@@ -345,11 +345,15 @@ class LayerSecant(Secant):
 
         def seen() -> Any:
             loss = closure()
-            rows.append(slopes([p.grad for p in params], steps)[:, 0].detach())
+            rows.append(slopes([p.grad for p in params], steps))
             return loss
 
         loss = super()._probe(seen)
-        self.sums = self.law.average * self.sums + torch.stack(rows) / rows[0].sum().abs()
+        _, square, size = torch.stack(rows).sum(1).max(0).values  # as the law, every probe alike
+        news = torch.stack([row[:, 0] for row in rows]) / (square * size).sqrt()
+        if not news.isfinite().all():
+            return loss
+        self.sums = self.law.average * self.sums + news
         e0, e1 = self.sums
         if e0.sum() > 0 and self._schedule >= self.law.hold * self._now.peak:
             differ = torch.where(e0 > 0, (e1 / e0).clamp(-3, 3) - e1.sum() / e0.sum(), 0.0)
@@ -506,8 +510,7 @@ def report(file: Path) -> None:
         print("\n|", " | ".join(head), "|")
         print("|---" * len(head) + "|")
         for (task, batch, kind), row in rows.items():
-            if tried := [name for name in tuned if name in row]:
-                best = max(tried, key=lambda name: statistics.fmean(row[name].values()))
+            if best := _best(row, tuned):
                 cells = [f"{statistics.fmean(row[best].values()):.3f}", best.split()[1]]
                 cells.append(_neighbours(row, tuned, best))
                 cells += [_relative(row.get(name, {}), row[best]) for name in names]
@@ -539,14 +542,11 @@ def _compare(
 
     tasks: dict[str, list[float]] = {}
     for (task, _, _), row in rows.items():
-        tuned = [row[x] for x in row if x.startswith("adamw")]
-        if not tuned or name not in row or other not in row:
-            continue
-        best = max(tuned, key=lambda found: statistics.fmean(found.values()))
-        seeds = row[name].keys() & row[other].keys() & best.keys()
+        tuned = row.get(_best(row, [f"adamw {lr:g}" for lr in GRID]), {})
+        seeds = row.get(name, {}).keys() & row.get(other, {}).keys() & tuned.keys()
         if len(seeds) > 2:
             difference = sum(row[name][seed] - row[other][seed] for seed in seeds)
-            tasks.setdefault(task, []).append(difference / sum(best[seed] for seed in seeds))
+            tasks.setdefault(task, []).append(difference / sum(tuned[seed] for seed in seeds))
     means = [statistics.fmean(found) for found in tasks.values()]
     if len(means) > 1:
         mean = statistics.fmean(means)
@@ -560,6 +560,12 @@ def _compare(
 
 Row = tuple[bool, str, int, str]
 """Whether over SGD, the task, the batch size and the schedule."""
+
+
+def _best(row: dict[str, dict[int, float]], tuned: list[str]) -> str:
+    """The name of the tuned optimizer with the largest mean gain; "" if there is none."""
+    tried = [name for name in tuned if name in row]
+    return max(tried, key=lambda name: statistics.fmean(row[name].values()), default="")
 
 
 def _neighbours(row: dict[str, dict[int, float]], tuned: list[str], best: str) -> str:

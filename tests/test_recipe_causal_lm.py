@@ -250,9 +250,11 @@ def test_killed_while_it_saves(whole: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "dying.py").write_text(DYING)
     folder = tmp_path / "out"
     run = options(text, folder, *RUN)
-    process = start(str(tmp_path / "dying.py"), str(SCRIPT), *run)
+    process = start(str(tmp_path / "dying.py"), str(SCRIPT), *run, log=tmp_path / "log")
     process.join(200)
-    assert process.exitcode == -signal.SIGKILL
+    status = process.exitcode
+    process.kill()
+    assert status == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
     assert (folder / "checkpoint-12").exists()
     assert recipe([*run, "--resume_from_checkpoint=latest"]) == 0
     assert results(folder)["resumed_from"].endswith("checkpoint-8")

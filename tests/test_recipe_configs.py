@@ -120,7 +120,8 @@ def launch(name, *arguments):
     """recipe_and_resume.py under a configuration: started by accelerate, or as it would be."""
     script = str(ROOT / "tests" / "recipe_and_resume.py")
     if name not in LAUNCHED:
-        run_on_ranks(PROCESSES[name], script, *arguments, env=environment(name)[1])
+        args, variables = environment(name)
+        run_on_ranks(args.num_processes, script, *arguments, env=variables)
         return
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0")
     done = subprocess.run(

@@ -181,7 +181,7 @@ class _Reader:
             raise self.error(
                 f"{name} is the base of a pair and the form of a pair; remove one of the two"
             )
-        if self.changes == Changes():
+        if study.record and self.changes == Changes():
             self.check_recorded(study, [found, *known.values()])
         if self.changes.learning_rates and not self.usual_is_used:
             raise UsageError(
@@ -357,15 +357,19 @@ class _Reader:
             raise self.error(f"each of record must have {', '.join(sorted(needed))}, got {entry}")
         try:
             (rate,), (seed,) = as_rates([entry["learning_rate"]]), as_seeds([entry["seed"]])
+            if not isinstance(entry["optimizer"], str):
+                raise ValueError
         except ValueError as error:
             raise self.error(
-                f"record: learning_rate must be a positive number and seed at least 0, got {entry}"
+                "record: optimizer must be a name, learning_rate a positive number and seed at "
+                f"least 0, got {entry}"
             ) from error
         arguments = self.arguments(entry["arguments"], "arguments of record")
         return {**entry, "learning_rate": rate, "seed": seed, "arguments": arguments}
 
     def check_recorded(self, study: Study, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Whether each of record is a run, of an extra that was not chosen or of any seed, too."""
+        """Refuses an entry whose optimizer and learning rate no run has. Extras that were not
+        chosen count, and the seed is not checked: `--scale` leaves seeds out."""
         pairs = [self.pair(entry) for group in groups for entry in self.items(group, "pairs")]
         peers = [self.peer(entry) for group in groups for entry in self.items(group, "peers")]
         rates = [(name, pair.learning_rates) for pair in pairs for name in (pair.base, pair.form)]

@@ -1,7 +1,9 @@
-"""The processes of a group, forked from one that has imported what they need.
+"""Processes, alone or the ranks of a group, forked from one that has imported what they need.
 
 torch with its compiler, Trainer and timm take ten seconds to import, which torchrun and each of its
-processes would do for every launch; the tests of launchers use torchrun and accelerate themselves.
+processes would do for every launch. What is read when a module is imported is the same in all of
+them, as is the seed of hashes: tests that depend on it, and those of launchers, use torchrun and
+accelerate themselves (test_check_sharding, test_recipe_mnist, test_recipe_configs).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import runpy
 import signal
 import sys
 import time
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,6 +24,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])]),
 }
@@ -41,9 +44,8 @@ SERVER.set_forkserver_preload(
 def fork(target, *arguments):
     """A process that calls a function of a module, started."""
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in ENVIRONMENT.items():
+        for key, value in ENVIRONMENT.items():  # of the server, if this is what starts it
             patch.setenv(key, value)
-        forkserver.ensure_running()
         process = SERVER.Process(target=target, args=arguments)
         process.start()
     return process
@@ -55,19 +57,23 @@ def start(program, *arguments, env=None, log=os.devnull):
     Args:
         program: a file that ends with .py, or a module.
         arguments: its arguments.
-        env: variables that are set besides.
+        env: variables that are set besides; too late for what is read at an import.
         log: the file that it writes to.
     """
     return fork(_main, program, arguments, os.environ | ENVIRONMENT | (env or {}), log)
 
 
 def kill_when(seen, process, timeout=200):
-    """kill -9 as soon as `seen()`; fails if the process ends before."""
-    deadline = time.monotonic() + timeout
-    while not seen() and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.0005)
-    process.kill()
-    process.join()
+    """kill -9 as soon as `seen()`; fails if that is not in time, or the process ends before."""
+    deadline, found = time.monotonic() + timeout, False
+    try:
+        while not found and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.0005)
+            found = seen()
+    finally:
+        process.kill()
+        process.join()
+    assert found, f"not seen in {timeout} s, or before the process ended ({process.exitcode})"
     assert process.exitcode == -signal.SIGKILL
 
 
@@ -75,43 +81,46 @@ def run(ranks, program, *arguments, env=None, timeout=600):
     """Runs on each rank what `start` does on one; fails if one fails."""
     # As torchrun keeps it: a port that nobody else can take before rank 0 does.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes, logs = [], []
     with TemporaryDirectory() as folder:
-        for rank in range(ranks):
-            logs.append(Path(folder, f"rank{rank}"))
-            variables = {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(store.port),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "TORCHELASTIC_RESTART_COUNT": "0",
-            }
-            processes.append(start(program, *arguments, env=(env or {}) | variables, log=logs[-1]))
-        _wait(processes, timeout)
+        processes, logs = [], [Path(folder, f"rank{rank}") for rank in range(ranks)]
+        try:
+            for rank, log in enumerate(logs):
+                log.touch()
+                variables = {
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(store.port),
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    "TORCHELASTIC_USE_AGENT_STORE": "True",
+                    "TORCHELASTIC_RESTART_COUNT": "0",
+                }
+                processes.append(start(program, *arguments, env=(env or {}) | variables, log=log))
+            in_time = _wait(processes, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
         said = [
             f"rank {rank} ended with {process.exitcode}: {log.read_text()[-4000:]}"
             for rank, (process, log) in enumerate(zip(processes, logs, strict=True))
             if process.exitcode
         ]
+    assert in_time, "\n".join([f"not finished after {timeout} s", *said])
     assert not said, "\n".join(said)
 
 
 def _wait(processes, timeout):
-    """Until all have ended; when one has failed or time is up, the others are killed."""
+    """Until all have ended or one has failed; False if time is up before."""
     deadline = time.monotonic() + timeout
-    try:
-        while running := [process for process in processes if process.exitcode is None]:
-            left = deadline - time.monotonic()
-            if left <= 0 or any(process.exitcode for process in processes):
-                break
-            connection.wait([process.sentinel for process in running], left)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+    while running := [process for process in processes if process.exitcode is None]:
+        if any(process.exitcode for process in processes):
+            return True
+        if (left := deadline - time.monotonic()) <= 0:
+            return False
+        connection.wait([process.sentinel for process in running], left)
+    return True
 
 
 def _main(program, arguments, variables, log):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,25 +60,9 @@ ENGINES = {
 }
 
 
-def torchrun(ranks, module, *arguments):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(ranks), "-m", f"tests.distributed.{module}", *arguments),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def launch(path, ranks, cases, module="engines", start=run):
+def launch(path, ranks, cases, module="engines"):
     """What tests.distributed.engines (or another) finds: {case: differences}."""
-    start(ranks, module, str(path), *cases)
+    run(ranks, module, str(path), *cases)
     found = json.loads(path.read_text())
     assert list(found) == cases
     return found

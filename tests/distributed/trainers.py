@@ -1,4 +1,4 @@
-"""Trains with transformers.Trainer, saves, and goes on from what was saved; run by torchrun.
+"""Trains with transformers.Trainer, saves, and goes on from what was saved; run on ranks.
 
     torchrun --nproc-per-node 2 -m tests.distributed.trainers save FOLDER
     torchrun --nproc-per-node 1 -m tests.distributed.trainers load FOLDER

@@ -1,4 +1,4 @@
-"""Trains as tests.distributed.engines does, under DeepSpeed through accelerate; run by torchrun.
+"""Trains as tests.distributed.engines does, under DeepSpeed through accelerate; run on ranks.
 
     torchrun --nproc-per-node 2 -m tests.distributed.zero OUTPUT.json CASE...
 
