@@ -312,7 +312,7 @@ def test_a_limit_of_file_sizes_is_said_and_what_was_there_stays(
         timeout=100,
     )
     assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    (line,) = [line for line in done.stderr.splitlines() if "error:" in line.lower()]
     assert line.startswith(f"mnist: error: {folder / named} could not be written: ")
     assert "ulimit -f" in line
     assert "Traceback" not in done.stderr

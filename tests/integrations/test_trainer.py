@@ -457,7 +457,8 @@ def test_run_logs_and_writes_cards_as_attach_does(tmp_path):
     assert "OptimizerNames" not in card
     done = run("hf_adalip.run", "-m", "package.missing", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["hf_adalip: no module named package.missing"]
+    said = [line for line in done.stderr.splitlines() if "_pytree.py" not in line]  # of torchao
+    assert said == ["hf_adalip: no module named package.missing"]
 
 
 def test_attach_draws_at_the_end(tmp_path):
