@@ -33,6 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hf_adalip.optim.secant import Law, Secant
 from hf_adalip.optim.secant.law import next_probe
 from hf_adalip.optim.secant.probe import Probe, slopes
+from hf_adalip.optim.secant.ranks import slope
 
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SGD_GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -307,7 +308,7 @@ class ForwardSecant(Secant):
         torch._foreach_copy_(params, news)
         with torch.enable_grad():
             loss = closure()
-        d1, square, size = slopes([p.grad for p in params], steps).sum(0).tolist()
+        d1, square, size = slope(params, steps).tolist()
         self._previous = {}
         if (rate := self.rate * self._schedule) > 0.0:
             d0 = 2.0 * (before - float(loss)) - d1
@@ -538,8 +539,6 @@ def _compare(
 ) -> None:
     """Prints the mean over the tasks of a difference, of rows with three seeds, with its 95 %
     interval (t distribution over the tasks)."""
-    from scipy import stats
-
     tasks: dict[str, list[float]] = {}
     for (task, _, _), row in rows.items():
         tuned = row.get(_best(row, [f"adamw {lr:g}" for lr in GRID]), {})
@@ -550,8 +549,7 @@ def _compare(
     means = [statistics.fmean(found) for found in tasks.values()]
     if len(means) > 1:
         mean = statistics.fmean(means)
-        error = statistics.stdev(means) / math.sqrt(len(means))
-        half = stats.t.ppf(0.975, len(means) - 1) * error
+        half = _half_width(means)
         print(
             f"\n{name} - {other}, batch x {times}, {len(means)} tasks: {mean:+.3f} "
             f"({mean - half:+.3f} to {mean + half:+.3f})"
@@ -560,6 +558,14 @@ def _compare(
 
 Row = tuple[bool, str, int, str]
 """Whether over SGD, the task, the batch size and the schedule."""
+
+
+def _half_width(values: list[float]) -> float:
+    """Of the 95 % interval of their mean, by the t distribution."""
+    from scipy import stats
+
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
 def _best(row: dict[str, dict[int, float]], tuned: list[str]) -> str:
@@ -584,8 +590,6 @@ def _ratio(found: dict[int, float], best: dict[int, float]) -> float:
 
 def _relative(found: dict[int, float], best: dict[int, float]) -> str:
     """The mean over the seeds, from three on its 95 % interval, the seeds are paired; the worst."""
-    from scipy import stats
-
     seeds = sorted(found.keys() & best.keys())
     if not seeds:
         return ""
@@ -593,8 +597,7 @@ def _relative(found: dict[int, float], best: dict[int, float]) -> str:
     text = f"{_ratio(found, best):.3f}"
     if len(seeds) > 2:
         differences = [(found[seed] - best[seed]) / mean for seed in seeds]
-        error = statistics.stdev(differences) / math.sqrt(len(seeds))
-        text += f" ± {stats.t.ppf(0.975, len(seeds) - 1) * error:.3f}"
+        text += f" ± {_half_width(differences):.3f}"
     worst = min(found[seed] for seed in seeds) / mean
     return f"{text} ({worst:.2f})" if len(seeds) > 1 else text
 
