@@ -127,13 +127,23 @@ class Study:
         return f"{self.name}-{self.scale}" if self.scale else self.name
 
     def cells(self) -> list[Cell]:
-        """The runs, each once: seed by seed, so that a sweep that is stopped has some of all."""
+        """The runs, each once: seed by seed, so that a sweep that is stopped has some of all.
+
+        Raises:
+            UsageError: if two of them would have one folder.
+        """
         runs = [cell for seed in self.seeds for cell in self._runs(seed)]
         if self.control:
             runs += [cell for seed in self.seeds for cell in self._controls(seed)]
         found: dict[str, Cell] = {}
         for cell in runs:
-            found.setdefault(cell.key, cell)  # two pairs may share the runs of a base
+            other = found.setdefault(cell.key, cell)  # two pairs may share the runs of a base
+            if (other.optimizer, other.schedule) != (cell.optimizer, cell.schedule):
+                raise UsageError(
+                    f"study {self.name}: runs of {other.optimizer} with the schedule "
+                    f"{other.schedule} and of {cell.optimizer} with {cell.schedule} would share "
+                    f"the folder {cell.key}; rename a schedule"
+                )
         return list(found.values())
 
     def _runs(self, seed: int) -> Iterator[Cell]:

@@ -23,7 +23,7 @@ from hf_adalip.cli import main
 from hf_adalip.errors import UsageError
 from hf_adalip.experiments import storage, sweep
 from hf_adalip.experiments.reading import Changes, load_study, shipped
-from hf_adalip.experiments.study import Cell
+from hf_adalip.experiments.study import Cell, Peer, Study
 from hf_adalip.experiments.trial import Stopped, run, tidy, without_places
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +116,13 @@ def test_two_pairs_share_the_runs_of_their_base() -> None:
     study = load_study("paper_mnist", {"seeds": 1}, extras=["update_forms"])
     assert Counter(cell.role for cell in study.cells()) == {"base": 18, "form": 36}
     assert {cell.pair for cell in study.cells() if cell.optimizer == "sgd"} == {"sgd/adalip"}
+
+
+def test_runs_that_would_share_a_folder_are_refused() -> None:
+    peers = (Peer("a-b", (0.1,), ("c",)), Peer("a", (0.1,), ("b-c",)))
+    study = Study("s", "s.py", "loss", (0,), peers=peers)
+    with pytest.raises(UsageError, match="a-b with the schedule c and of a with b-c would"):
+        study.cells()
 
 
 def test_a_scale_is_in_the_name_and_in_the_arguments() -> None:
