@@ -50,8 +50,7 @@ class Convergence(NamedTuple):
     """Epochs to a threshold over learning rates, of which some may never get there.
 
     `mean` and `median` are of the rates that get there, NaN if none does. `censored_mean` takes a
-    rate that does not as the number of epochs trained, and so is a lower bound; `censored_median`
-    is infinite where half of the rates do not.
+    rate that does not as the number of epochs trained, and so is a lower bound.
     """
 
     reached: int
@@ -60,7 +59,6 @@ class Convergence(NamedTuple):
     median: float
     best: float
     censored_mean: float
-    censored_median: float
 
 
 def convergence(epochs: Sequence[float], trained: float) -> Convergence:
@@ -72,8 +70,8 @@ def convergence(epochs: Sequence[float], trained: float) -> Convergence:
 
     Examples:
         >>> found = convergence([2.0, 4.0, math.inf], trained=15)
-        >>> found.mean, found.censored_mean, found.censored_median
-        (3.0, 7.0, 4.0)
+        >>> found.mean, found.censored_mean
+        (3.0, 7.0)
     """
     reached = [epoch for epoch in epochs if math.isfinite(epoch)]
     return Convergence(
@@ -83,7 +81,6 @@ def convergence(epochs: Sequence[float], trained: float) -> Convergence:
         median=statistics.median(reached) if reached else math.nan,
         best=min(reached, default=math.inf),
         censored_mean=statistics.fmean(min(epoch, trained) for epoch in epochs),
-        censored_median=statistics.median(epochs),
     )
 
 
