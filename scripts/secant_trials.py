@@ -313,9 +313,7 @@ class ForwardSecant(Secant):
         if (rate := self.rate * self._schedule) > 0.0:
             d0 = 2.0 * (before - float(loss)) - d1
             scale = max(math.sqrt(square * size), abs(d0))
-            probe = Probe(self._step, rate, d0 / rate, d1 / rate, scale / rate)
-            self._now = self.law.follow(self._now, probe, self._schedule, self._built)
-            self.probes.append(probe)
+            self._follow(Probe(self._step, rate, d0 / rate, d1 / rate, scale / rate))
         self._measured = next_probe(self._step, self.every)
         return loss
 

@@ -412,13 +412,16 @@ class Secant(Optimizer):
         self._previous = {}
         rate = self.rate * self._schedule
         if rate > 0.0:  # else no step was taken
-            probe = measured(self._step, rate, before, after, self._sign)
-            self._now = self.law.follow(self._now, probe, self._schedule, self._built)
-            self.probes.append(probe)
-            if len(self.probes) > RECORDED:
-                del self.probes[1::2]
+            self._follow(measured(self._step, rate, before, after, self._sign))
         self._measured = next_probe(self._step, self.every)
         return loss
+
+    def _follow(self, probe: Probe) -> None:
+        """Lets the rate follow a measurement, and keeps it for `probes`."""
+        self._now = self.law.follow(self._now, probe, self._schedule, self._built)
+        self.probes.append(probe)
+        if len(self.probes) > RECORDED:
+            del self.probes[1::2]
 
     def _start(self, closure: Callable[[], Any], accumulated: int) -> Any:
         """Finds a rate to start with: where the slope of this batch vanishes along its own step.
