@@ -40,10 +40,14 @@ _NAMES = {
     **{"prodigy": "Prodigy", "adamw_torch": "AdamW", "adamw_torch_fused": "AdamW"},
     **dict.fromkeys(("adamwschedulefree", "schedule_free_adamw"), "Schedule-free AdamW"),
 }
+_WRAPPERS = {"lip-": "Lipschitz", "secant-": "Secant"}
 
 
 def shown(optimizer: str) -> str:
-    """An optimizer's name as the paper writes it."""
+    """An optimizer's name as the paper writes it; "Secant(Adam)" for secant-adam."""
+    for prefix, wrapper in _WRAPPERS.items():
+        if optimizer.startswith(prefix):
+            return f"{wrapper}({shown(optimizer.removeprefix(prefix))})"
     return _NAMES.get(optimizer, optimizer)
 
 

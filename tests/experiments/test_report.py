@@ -13,7 +13,7 @@ from hf_adalip import cli
 from hf_adalip.errors import UsageError
 from hf_adalip.experiments import figures, report, tables
 from hf_adalip.experiments.report import write_report
-from hf_adalip.experiments.report_study import StudyResults, read_study
+from hf_adalip.experiments.report_study import StudyResults, read_study, shown
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
@@ -217,6 +217,11 @@ def test_a_peer_is_compared_at_its_own_best_rate(tmp_path: Path) -> None:
     (found,) = tables.peer_comparisons(study, study.arms("constant"))
     assert (found.what, found.at) == ("AdaLip − AdamW", "best of each, 0.1 and 0.001")
     assert found.found.mean == pytest.approx((0.02 + 0.03 + 0.03) / 3)
+
+
+def test_a_wrapper_is_shown_over_its_base() -> None:
+    assert shown("secant-adam") == "Secant(Adam)"
+    assert shown("lip-mine") == "Lipschitz(mine)"
 
 
 def test_a_run_that_was_run_again_counts_once(tmp_path: Path) -> None:
