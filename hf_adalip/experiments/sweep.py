@@ -29,6 +29,9 @@ JOURNAL = "journal.log"
 LOOK_AGAIN = 2.0
 """Seconds until a worker without a cell looks whether there is one, or whether all are finished."""
 
+LATEST = 20
+"""So many runs say how long the next ones take: the machine may have had other work before."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -272,8 +275,8 @@ class Progress:
             self.say("; ".join(parts))
 
     def _left(self, rows: Mapping[str, Mapping[str, Any]], total: int) -> float:
-        """Seconds: as long as a usual run for each that is left, with as many at a time as now."""
-        seconds = [row["seconds"] for row in rows.values() if row["seconds"]]
+        """Seconds: as long as one of the latest runs for each that is left, as many at a time."""
+        seconds = [row["seconds"] for row in rows.values() if row["seconds"]][-LATEST:]
         at_once = max(self.workers, self.found.running())
         return statistics.median(seconds) * (total - len(rows)) / at_once if seconds else 0.0
 

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -241,6 +242,14 @@ def test_a_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert len(said) == 1 + 12 + 1
     assert "[ 1/12] adam" in said[1]
     assert "left; best 0.9 by" in said[1]
+
+
+def test_the_time_that_is_left_follows_the_latest_runs() -> None:
+    found = SimpleNamespace(running=lambda: 2)
+    progress = sweep.Progress(load_study("paper_mnist"), found, 1, print)  # type: ignore[arg-type]
+    rows = {str(i): {"seconds": 90.0 if i < 30 else 10.0} for i in range(50)}
+    assert progress._left(rows, 60) == 10.0 * 10 / 2
+    assert progress._left({}, 60) == 0.0
 
 
 def test_the_control_is_not_begun_before_its_form_is_finished(
