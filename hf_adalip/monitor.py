@@ -7,10 +7,11 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -186,16 +187,21 @@ def save_probes(optimizer: Secant, folder: Path, title: str) -> None:
 
 
 NORMS = "records.json"
-"""The file with the layers' norms in a run's folder."""
+"""The file with the layers' norms and mean absolute values in a run's folder."""
 
 _NORM_RECORDS = 60
+_MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "norm": torch.linalg.vector_norm,
+    "mean_abs": lambda x: x.abs().mean(),
+}
 
 
 class NormHistory:
-    """Euclidean norms of every layer's weights, gradient and update (Figs. 1 and 10).
+    """How large every layer's weights, gradient and update are (Figs. 1 and 10).
 
-    At up to 60 steps, evenly spread over a run. A layer is a parameter here: the γ and the β of
-    batch normalisation are two. The weights are those that the gradient was taken at.
+    The Euclidean norm, which S is made of, and the mean of the absolute values, which the paper
+    draws (§3.4), at up to 60 steps, evenly spread over a run. A layer is a parameter here: the γ
+    and the β of batch normalisation are two. The weights are those that the gradient was taken at.
 
     Args:
         model: whose parameters are whole on this process.
@@ -209,16 +215,18 @@ class NormHistory:
         >>> norms = NormHistory(model, optimizer, total_steps=1)
         >>> model(torch.tensor([[3.0, 4.0]])).sum().backward()
         >>> optimizer.step()
-        >>> norms.gradient_norm, norms.update_norm
-        ({'weight': [5.0]}, {'weight': [2.5]})
+        >>> [norms.tables[key]["weight"] for key in ("gradient_norm", "update_mean_abs")]
+        [[5.0], [1.75]]
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
-        self.steps: list[int] = []
         self._params = dict(model.named_parameters())
-        self.weight_norm: dict[str, list[float | None]] = {name: [] for name in self._params}
-        self.gradient_norm: dict[str, list[float | None]] = {name: [] for name in self._params}
-        self.update_norm: dict[str, list[float | None]] = {name: [] for name in self._params}
+        self.steps: list[int] = []
+        self.tables: dict[str, dict[str, list[float | None]]] = {
+            f"{what}_{measure}": {name: [] for name in self._params}
+            for what in ("weight", "gradient", "update")
+            for measure in _MEASURES
+        }
         self._every = math.ceil(total_steps / _NORM_RECORDS)
         self._step = 0
         self._before: list[Tensor] | None = None
@@ -228,29 +236,29 @@ class NormHistory:
     def _begin(self, *_: Any) -> None:
         if self._step % self._every == 0:
             self._before = [param.detach().clone() for param in self._params.values()]
-            self._add(self.weight_norm, self._before)
-            self._add(self.gradient_norm, (param.grad for param in self._params.values()))
+            self._add("weight", self._before)
+            self._add("gradient", (param.grad for param in self._params.values()))
         self._step += 1
 
     def _end(self, *_: Any) -> None:
         if self._before is not None:
             after = (param.detach() for param in self._params.values())
-            pairs = zip(after, self._before, strict=True)
-            self._add(self.update_norm, (new - old for new, old in pairs))
+            self._add("update", (new - old for new, old in zip(after, self._before, strict=True)))
             self.steps.append(self._step)
             self._before = None
 
-    def _add(self, table: dict[str, list[float | None]], found: Iterable[Tensor | None]) -> None:
-        norms = [math.nan if x is None else x.float().norm().item() for x in found]
-        for name, norm in zip(self._params, norms, strict=True):
-            table[name].append(norm if math.isfinite(norm) else None)  # as JSON has it
+    def _add(self, what: str, found: Iterable[Tensor | None]) -> None:
+        for name, x in zip(self._params, found, strict=True):
+            for measure, of in _MEASURES.items():
+                value = math.nan if x is None else of(x.float()).item()
+                finite = value if math.isfinite(value) else None  # as JSON has it
+                self.tables[f"{what}_{measure}"][name].append(finite)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON with steps, weight_norm, gradient_norm and update_norm, whole or not at all.
+        """Writes JSON with the steps and all tables, whole or not at all.
 
         Raises:
             OSError: if it cannot be written, naming it.
         """
-        names = ("steps", "weight_norm", "gradient_norm", "update_norm")
-        text = json.dumps({name: getattr(self, name) for name in names})
+        text = json.dumps({"steps": self.steps, **self.tables})
         whole(Path(path), lambda partial: partial.write_text(text))

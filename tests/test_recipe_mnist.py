@@ -624,12 +624,13 @@ def test_norms_are_recorded_and_change_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / "records.json").exists()
     found = json.loads((tmp_path / "b" / "records.json").read_text())
     assert found["steps"] == list(range(1, 131, 3))
-    for name in ("weight_norm", "gradient_norm", "update_norm"):
-        assert set(found[name]) == set(weights[0])
-        assert {len(norms) for norms in found[name].values()} == {len(found["steps"])}
-    for name, norms in found["update_norm"].items():  # of SGD
-        expected = [0.1 * norm for norm in found["gradient_norm"][name]]
-        assert norms == pytest.approx(expected, rel=1e-3)
+    for measure in ("norm", "mean_abs"):
+        for name in (f"weight_{measure}", f"gradient_{measure}", f"update_{measure}"):
+            assert set(found[name]) == set(weights[0])
+            assert {len(norms) for norms in found[name].values()} == {len(found["steps"])}
+        for name, norms in found[f"update_{measure}"].items():  # of SGD
+            expected = [0.1 * norm for norm in found[f"gradient_{measure}"][name]]
+            assert norms == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_schedule_free_optimizer_is_evaluated_and_saved_at_its_average(tmp_path: Path) -> None:

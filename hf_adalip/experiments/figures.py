@@ -282,19 +282,19 @@ def update_signal(study: StudyResults, arms: Sequence[Arm]) -> Picture | Missing
 # Layers
 
 
-DRAWN_NORMS = {"gradient": "gradient_norm", "update": "update_norm"}
+DRAWN = {"gradient": "gradient_mean_abs", "update": "update_mean_abs"}
 """What is drawn of a record, and the name of its table there."""
 
 
 def read_norms(path: Path) -> tuple[list[int], dict[str, dict[str, list[float | None]]]]:
-    """The steps that a run recorded, and for each of DRAWN_NORMS the values of every layer.
+    """The steps that a run recorded, and for each of DRAWN the values of every layer.
 
     Raises:
         ValueError: if the file is not such a record, naming it.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: data[key] for name, key in DRAWN_NORMS.items()}
+        found = {name: data[key] for name, key in DRAWN.items()}
         columns = [column for table in found.values() for column in table.values()]
         if not all(len(column) == len(data["steps"]) for column in columns):
             raise ValueError
@@ -327,9 +327,9 @@ def layer_rates(study: StudyResults, schedule: str) -> Picture | Missing:
 
 
 def norms(study: StudyResults, schedule: str, batch_norm: bool) -> Picture | Missing:
-    """Figures 1 and 10: the norm of each layer's gradient and update, over the steps."""
+    """Figures 1 and 10: how large each layer's gradient and update are, over the steps."""
     what = "of the BatchNorm layers" if batch_norm else "per layer"
-    title = _title(f"Norms of gradients and updates {what}", 10 if batch_norm else 1)
+    title = _title(f"Magnitude of gradients and updates {what}", 10 if batch_norm else 1)
     bases = {pair.base: pair for pair in study.pairs_with(schedule)}
     arms = [study.arm("base", pair, schedule) for pair in bases.values()]
     chosen = [_recorded(study, arm, NORMS) for arm in arms]
@@ -350,11 +350,11 @@ def norms(study: StudyResults, schedule: str, batch_norm: bool) -> Picture | Mis
                 and (batch_norm or not layer.endswith(".bias"))  # the paper draws weights alone
             }
             if own and steps:
-                panels.append((f"{_run_name(trial)}: {name}", steps, own, f"norm of the {name}"))
+                panels.append((f"{_run_name(trial)}: {name}", steps, own, f"mean of |{name}|"))
     if not panels:
         return Missing(title, "the runs that recorded norms have no such layers")
     note = (
-        "Euclidean norms; the paper draws means of absolute values. One run of each, seed "
+        "Means of absolute values, over the entries of a layer. One run of each, seed "
         f"{_list(trial.seed for trial in trials)}. {_TIMES_NOTE}"
     )
     return _over_layers("norms_batch_norm" if batch_norm else "norms", title, note, panels, 2)

@@ -105,7 +105,7 @@ class TrainingArguments:
         "(from the beginning if there is none yet)",
     )
     record: str | None = option(
-        None, "norms: of each layer's weights, gradient and update at 60 steps, in records.json"
+        None, "norms: how large each layer's weights, gradient and update are, to records.json"
     )
     with_tracking: bool = option(False, "log to trackers", bool)
     report_to: str | None = option(
