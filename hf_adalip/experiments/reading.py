@@ -69,7 +69,7 @@ def load_study(
     """A study by the name of one that is shipped, or the path of a YAML file.
 
     Args:
-        name: a name or a path.
+        name: a name or a path; study.yaml in the folder of a sweep is what that ran.
         scale: numbers that make it smaller: of seeds, and of what the study has a `scale` for.
         extras: which of its `extras` are run too; "control" there is for any study with pairs.
         changes: what to use instead of the study's own.
@@ -117,14 +117,24 @@ class _Reader:
     def __init__(self, name: str, found: Any, changes: Changes) -> None:
         self.name, self.changes = name, changes
         found = self.mapping(found, "the file")
-        known = {entry.name for entry in fields(Study)} - {"name", "rest"}
+        known = {entry.name for entry in fields(Study)}
         self.check_keys(found, {*known, "tune", "learning_rates"}, "the file")
+        self.name = self.plain(found.get("name", name), "name")
         for key in ("script", "seeds"):
             found[key] = getattr(changes, key) or found.get(key)
         for key in ("script", "metric", "seeds"):
             if found.get(key) is None:
                 raise self.error(f"{key} is missing")
         self.found = found
+        # In study.yaml of a sweep these are names: what they stand for is in the rest of the file.
+        self.had_scale: list[str] = []
+        self.had_extras: list[str] = []
+        if isinstance(scale := found.get("scale"), str):
+            self.had_scale = [self.plain(scale, "scale")]
+        if scale is None or self.had_scale:
+            found["scale"] = {}
+        if isinstance(found.setdefault("extras", {}), list):
+            self.had_extras, found["extras"] = self.words("extras"), {}
         self.check_script(found["script"])
         option = found.setdefault("optimizer_option", "optim")
         self.own = {"learning_rate", "seed", "output_dir"}
@@ -145,8 +155,8 @@ class _Reader:
     def read(
         self, scale: Mapping[str, int], extras: Collection[str], rest: tuple[str, ...]
     ) -> Study:
-        found, known = self.found, self.mapping(self.found.get("extras", {}), "extras")
-        chosen = self.chosen(extras, known)
+        found, known = self.found, self.mapping(self.found["extras"], "extras")
+        chosen = self.chosen([extra for extra in extras if extra not in self.had_extras], known)
         for extra, group in known.items():
             self.check_keys(
                 self.mapping(group, f"extra {extra}"), ("pairs", "peers"), f"extra {extra}"
@@ -164,7 +174,7 @@ class _Reader:
             description=str(found.get("description", "")),
             scale=scale_name,
             arguments=arguments,
-            rest=rest,
+            rest=(*self.words("rest"), *rest),
             schedules=self.schedules,
             pairs=tuple(self.pair(entry) for g in groups for entry in self.items(g, "pairs")),
             peers=tuple(self.peer(entry) for g in groups for entry in self.items(g, "peers")),
@@ -173,7 +183,7 @@ class _Reader:
             direction=self.direction(),
             record=tuple(map(self.recorded, self.items(found, "record"))),
             discard=self.patterns("discard"),
-            extras=tuple(chosen),
+            extras=(*self.had_extras, *chosen),
         )
         if not study.pairs and not study.peers:
             raise self.error("neither pairs nor peers: there is no optimizer to run")
@@ -202,6 +212,12 @@ class _Reader:
         if not isinstance(value := self.found[key], str) or not value.strip():
             raise self.error(f"{key} must be a name, got {value!r}")
         return value
+
+    def words(self, key: str) -> list[str]:
+        found = self.found.get(key, [])
+        if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
+            raise self.error(f"{key} must be a list of words, got {found!r}")
+        return found
 
     def flag(self, key: str) -> bool:
         if not isinstance(value := self.found.get(key, False), bool):
@@ -269,7 +285,7 @@ class _Reader:
         self, scale: Mapping[str, int], arguments: dict[str, Any]
     ) -> tuple[tuple[int, ...], str | None]:
         """The seeds and the scale's name; sets the arguments that it stands for."""
-        scales = self.mapping(self.found.get("scale", {}), "scale")
+        scales = self.mapping(self.found["scale"], "scale")
         for key, argument in scales.items():
             self.plain(key, "each of scale")
             if not isinstance(argument, str) or argument in self.own:
@@ -291,7 +307,7 @@ class _Reader:
             raise self.error(
                 f"seeds must be a number of them, or a list from 0 on, got {seeds!r}"
             ) from error
-        parts = [f"{scale[key]}{key}" for key in known if key in scale]
+        parts = [*self.had_scale, *(f"{scale[key]}{key}" for key in known if key in scale)]
         return numbers, "-".join(parts) or None
 
     def given(self, names: Sequence[str]) -> dict[str, Any]:

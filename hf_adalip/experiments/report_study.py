@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from ..errors import UsageError
 from .paper import Benchmark, benchmark_of
+from .reading import shipped
 from .study import (
     CONSTANT,
     ROWS,
@@ -223,9 +224,10 @@ class StudyResults:
 
     @property
     def schedules(self) -> list[str]:
-        """Those of the trials, the constant learning rate first."""
+        """Those of the trials: first those of pairs, and the constant learning rate first."""
         found = {trial.schedule for trial in self.trials}
-        return sorted(found, key=lambda schedule: (schedule != CONSTANT, schedule))
+        of_pairs = {schedule for pair in self.pairs for schedule in pair.schedules}
+        return sorted(found, key=lambda name: (name not in of_pairs, name != CONSTANT, name))
 
     @property
     def measured(self) -> str:
@@ -392,8 +394,11 @@ def read_study(folder: Path) -> StudyResults:
 
 
 def sweep_command(settings: Mapping[str, Any], path: Path) -> str:
-    """The command that runs a study, as far as its settings tell it."""
-    words = ["hf-adalip", "sweep", str(settings.get("name", path))]
+    """The command that runs a study: with its file, where it is none of those that are shipped."""
+    name = str(settings.get("name"))
+    if name not in shipped():
+        return shlex.join(["hf-adalip", "sweep", path.name])
+    words = ["hf-adalip", "sweep", name]
     scales = re.findall(r"(\d+)([a-z_]+)", str(settings.get("scale") or ""))
     if scales:
         words += ["--scale", ",".join(f"{key}={number}" for number, key in scales)]
@@ -412,10 +417,8 @@ def _list(settings: Mapping[str, Any], key: str, path: Path) -> list[Any]:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        import yaml  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError("reports need pyyaml: pip install 'hf-adalip[experiments]'") from error
+    import yaml  # type: ignore[import-untyped]  # .reading says how to install it
+
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError) as error:

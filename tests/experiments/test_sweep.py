@@ -119,6 +119,20 @@ def test_two_pairs_share_the_runs_of_their_base() -> None:
     assert {cell.pair for cell in study.cells() if cell.optimizer == "sgd"} == {"sgd/adalip"}
 
 
+def test_what_a_sweep_ran_is_a_study_too(tmp_path: Path) -> None:
+    scale, extras = {"images": 1000, "seeds": 2}, ["control", "update_forms"]
+    study = load_study("paper_mnist", scale, extras, rest=["--cpu"])
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study.as_run()))
+    again = load_study(str(path))
+    assert again.as_run() == study.as_run()
+    assert again.cells() == study.cells()
+    assert load_study(str(path), extras=extras) == again  # as its own folder asks for, to go on
+    assert load_study(str(path), rest=["--dataset_name=x"]).rest == ("--cpu", "--dataset_name=x")
+    path.write_text(yaml.safe_dump(load_study("paper_mnist").as_run()))
+    assert load_study(str(path)).full_name == "paper_mnist"
+
+
 def test_runs_that_would_share_a_folder_are_refused() -> None:
     peers = (Peer("a-b", (0.1,), ("c",)), Peer("a", (0.1,), ("b-c",)))
     study = Study("s", "s.py", "loss", (0,), peers=peers)
@@ -539,6 +553,10 @@ RECORD = {"optimizer": "adam", "learning_rate": 0.2, "seed": 0, "arguments": {}}
         ({"optimizer_option": "seed"}, "optimizer_option must be an option of its own"),
         ({"scale": {"a": [1]}}, r"scale: a must name an argument, got \[1\]"),
         ({"extras": {"e": {"zz": 3}}}, "extra e has an unknown key 'zz'; there are pairs, peers"),
+        ({"extras": [1]}, r"extras must be a list of words, got \[1\]"),
+        ({"rest": "--cpu"}, "rest must be a list of words, got '--cpu'"),
+        ({"scale": "a/b"}, "scale must be a name without /"),
+        ({"name": "a/b"}, "name must be a name without /"),
         ({"extras": {"e": 3}}, "extra e must have lines of `key: value`, got 3"),
         ({"arguments": {"learning_rate": 1}}, "arguments must not set learning_rate"),
         ({"arguments": {"seed": 1}}, "arguments must not set seed"),
