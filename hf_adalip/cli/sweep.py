@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from ..experiments.reading import Changes, load_study
+    from ..experiments.study import STUDY
     from ..experiments.sweep import Place, check_workers, sweep
 
     check_workers(args.workers)
@@ -110,6 +111,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _say_what(study, args.recipes)
     folder = args.output_dir or Path("studies", study.full_name)
+    if Path(args.study).resolve() == (folder / STUDY).resolve():
+        raise UsageError(
+            f"{args.study} is what a sweep wrote in its own folder, with the ends of paths alone; "
+            "to go on there, repeat the command that began it; to run it again, say another "
+            "--output_dir"
+        )
     place = Place(folder, args.storage, args.recipes, args.workers)
     say = partial(print, flush=True)
     counts = sweep(study, place, lambda extras: load(extras=extras), args.retry_failed, say)

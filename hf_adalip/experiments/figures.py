@@ -282,19 +282,19 @@ def update_signal(study: StudyResults, arms: Sequence[Arm]) -> Picture | Missing
 # Layers
 
 
-DRAWN = {"gradient": "gradient_mean_abs", "update": "update_mean_abs"}
+DRAWN_TABLES = {"gradient": "gradient_mean_abs", "update": "update_mean_abs"}
 """What is drawn of a record, and the name of its table there."""
 
 
 def read_norms(path: Path) -> tuple[list[int], dict[str, dict[str, list[float | None]]]]:
-    """The steps that a run recorded, and for each of DRAWN the values of every layer.
+    """The steps that a run recorded, and for each of DRAWN_TABLES the values of every layer.
 
     Raises:
         ValueError: if the file is not such a record, naming it.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: data[key] for name, key in DRAWN.items()}
+        found = {name: data[key] for name, key in DRAWN_TABLES.items()}
         columns = [column for table in found.values() for column in table.values()]
         if not all(len(column) == len(data["steps"]) for column in columns):
             raise ValueError

@@ -285,6 +285,11 @@ class _Reader:
         self, scale: Mapping[str, int], arguments: dict[str, Any]
     ) -> tuple[tuple[int, ...], str | None]:
         """The seeds and the scale's name; sets the arguments that it stands for."""
+        if self.had_scale and (scale or self.changes.seeds):
+            raise UsageError(
+                f"--scale, --seeds: {self.name} was run at the scale {self.had_scale[0]} already; "
+                "give the study itself, or change a copy of this file"
+            )
         scales = self.mapping(self.found["scale"], "scale")
         for key, argument in scales.items():
             self.plain(key, "each of scale")

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import UsageError
+from ..registry import LIP_PREFIX, SECANT_PREFIX
 from .paper import Benchmark, benchmark_of
-from .reading import shipped
+from .reading import shipped, yaml
 from .study import (
     CONSTANT,
     ROWS,
@@ -41,7 +42,7 @@ _NAMES = {
     **{"prodigy": "Prodigy", "adamw_torch": "AdamW", "adamw_torch_fused": "AdamW"},
     **dict.fromkeys(("adamwschedulefree", "schedule_free_adamw"), "Schedule-free AdamW"),
 }
-_WRAPPERS = {"lip-": "Lipschitz", "secant-": "Secant"}
+_WRAPPERS = {LIP_PREFIX: "Lipschitz", SECANT_PREFIX: "Secant"}
 
 
 def shown(optimizer: str) -> str:
@@ -352,7 +353,6 @@ def read_study(folder: Path) -> StudyResults:
 
     Raises:
         UsageError: if one of them is missing or cannot be read, or no run is finished yet.
-        ImportError: without pyyaml, naming the extra that has it.
     """
     path = folder / STUDY
     settings = _read_settings(path)
@@ -397,7 +397,7 @@ def sweep_command(settings: Mapping[str, Any], path: Path) -> str:
     """The command that runs a study: with its file, where it is none of those that are shipped."""
     name = str(settings.get("name"))
     if name not in shipped():
-        return shlex.join(["hf-adalip", "sweep", path.name])
+        return shlex.join(["hf-adalip", "sweep", str(path)])
     words = ["hf-adalip", "sweep", name]
     scales = re.findall(r"(\d+)([a-z_]+)", str(settings.get("scale") or ""))
     if scales:
@@ -417,8 +417,6 @@ def _list(settings: Mapping[str, Any], key: str, path: Path) -> list[Any]:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    import yaml  # type: ignore[import-untyped]  # .reading says how to install it
-
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -129,8 +129,22 @@ def test_what_a_sweep_ran_is_a_study_too(tmp_path: Path) -> None:
     assert again.cells() == study.cells()
     assert load_study(str(path), extras=extras) == again  # as its own folder asks for, to go on
     assert load_study(str(path), rest=["--dataset_name=x"]).rest == ("--cpu", "--dataset_name=x")
-    path.write_text(yaml.safe_dump(load_study("paper_mnist").as_run()))
-    assert load_study(str(path)).full_name == "paper_mnist"
+    with pytest.raises(UsageError, match="was run at the scale 1000images-2seeds already"):
+        load_study(str(path), {"seeds": 1})
+    alone = load_study(write({**ONE, "optimizer_option": None}))
+    path.write_text(yaml.safe_dump(alone.as_run()))
+    again = load_study(str(path))
+    assert (again.full_name, again.optimizer_option) == ("tiny", None)
+    assert again == alone
+
+
+def test_a_sweep_does_not_go_on_from_what_it_wrote(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, write(ONE)) == 0
+    assert call(monkeypatch, "studies/tiny/study.yaml") == 2
+    assert "repeat the command that began it" in capsys.readouterr().err
+    assert call(monkeypatch, "studies/tiny/study.yaml", "--output_dir", "again") == 0
 
 
 def test_runs_that_would_share_a_folder_are_refused() -> None:

@@ -105,7 +105,9 @@ class TrainingArguments:
         "(from the beginning if there is none yet)",
     )
     record: str | None = option(
-        None, "norms: how large each layer's weights, gradient and update are, to records.json"
+        None,
+        "norms: how large each layer's weights, gradient and update are at up to 60 steps, in "
+        "records.json",
     )
     with_tracking: bool = option(False, "log to trackers", bool)
     report_to: str | None = option(
