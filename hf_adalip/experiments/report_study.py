@@ -17,7 +17,7 @@ from typing import Any, get_args
 from ..errors import UsageError
 from ..registry import LIP_PREFIX, SECANT_PREFIX
 from .paper import Benchmark, benchmark_of
-from .reading import shipped, yaml
+from .reading import shipped
 from .study import (
     CONSTANT,
     ROWS,
@@ -417,6 +417,8 @@ def _list(settings: Mapping[str, Any], key: str, path: Path) -> list[Any]:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
+    import yaml  # type: ignore[import-untyped]  # .reading says how to install it
+
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError) as error:
