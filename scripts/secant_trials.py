@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from hf_adalip.experiments.statistics import interval
 from hf_adalip.optim.secant import Law, Secant
 from hf_adalip.optim.secant.law import next_probe
 from hf_adalip.optim.secant.probe import Probe, slopes
@@ -546,24 +547,15 @@ def _compare(
             tasks.setdefault(task, []).append(difference / sum(tuned[seed] for seed in seeds))
     means = [statistics.fmean(found) for found in tasks.values()]
     if len(means) > 1:
-        mean = statistics.fmean(means)
-        half = _half_width(means)
+        found = interval(means)
         print(
-            f"\n{name} - {other}, batch x {times}, {len(means)} tasks: {mean:+.3f} "
-            f"({mean - half:+.3f} to {mean + half:+.3f})"
+            f"\n{name} - {other}, batch x {times}, {len(means)} tasks: {found.mean:+.3f} "
+            f"({found.low:+.3f} to {found.high:+.3f})"
         )
 
 
 Row = tuple[bool, str, int, str]
 """Whether over SGD, the task, the batch size and the schedule."""
-
-
-def _half_width(values: list[float]) -> float:
-    """Of the 95 % interval of their mean, by the t distribution."""
-    from scipy import stats
-
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
 def _best(row: dict[str, dict[int, float]], tuned: list[str]) -> str:
@@ -594,8 +586,8 @@ def _relative(found: dict[int, float], best: dict[int, float]) -> str:
     mean = statistics.fmean(best[seed] for seed in seeds)
     text = f"{_ratio(found, best):.3f}"
     if len(seeds) > 2:
-        differences = [(found[seed] - best[seed]) / mean for seed in seeds]
-        text += f" ± {_half_width(differences):.3f}"
+        differences = interval([(found[seed] - best[seed]) / mean for seed in seeds])
+        text += f" ± {differences.high - differences.mean:.3f}"
     worst = min(found[seed] for seed in seeds) / mean
     return f"{text} ({worst:.2f})" if len(seeds) > 1 else text
 
