@@ -249,8 +249,9 @@ class NormHistory:
 
     def _add(self, what: str, found: Iterable[Tensor | None]) -> None:
         for name, x in zip(self._params, found, strict=True):
+            x = None if x is None else x.float()
             for measure, of in _MEASURES.items():
-                value = math.nan if x is None else of(x.float()).item()
+                value = math.nan if x is None else of(x).item()
                 finite = value if math.isfinite(value) else None  # as JSON has it
                 self.tables[f"{what}_{measure}"][name].append(finite)
 

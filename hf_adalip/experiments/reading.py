@@ -119,7 +119,8 @@ class _Reader:
         found = self.mapping(found, "the file")
         known = {entry.name for entry in fields(Study)}
         self.check_keys(found, {*known, "tune", "learning_rates"}, "the file")
-        self.name = self.plain(found.get("name", name), "name")
+        if "name" in found:
+            self.name = self.plain(found["name"], "name")
         for key in ("script", "seeds"):
             found[key] = getattr(changes, key) or found.get(key)
         for key in ("script", "metric", "seeds"):

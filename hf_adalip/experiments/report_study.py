@@ -227,8 +227,7 @@ class StudyResults:
     def schedules(self) -> list[str]:
         """Those of the trials: first those of pairs, and the constant learning rate first."""
         found = {trial.schedule for trial in self.trials}
-        of_pairs = {schedule for pair in self.pairs for schedule in pair.schedules}
-        return sorted(found, key=lambda name: (name not in of_pairs, name != CONSTANT, name))
+        return sorted(found, key=lambda s: (not self.pairs_with(s), s != CONSTANT, s))
 
     @property
     def measured(self) -> str:

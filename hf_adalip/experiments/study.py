@@ -188,8 +188,7 @@ class Study:
 
     def as_run(self) -> dict[str, Any]:
         """What study.yaml says."""
-        found = {key: value for key, value in asdict(self).items() if value not in ((), {}, None)}
-        found |= {"scale": self.scale, "optimizer_option": self.optimizer_option}
+        found = {key: value for key, value in asdict(self).items() if value not in ((), {})}
         plain: dict[str, Any] = _plain(found)
         return plain
 
