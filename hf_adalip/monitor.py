@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,6 +100,27 @@ RECORDS = 500
 """How often in a run the loss and the layers' learning rates are copied from the device."""
 
 
+Table = dict[str, list[float | None]]
+"""A value of every layer, by its name, at each of some steps."""
+
+
+def _load(
+    path: str | os.PathLike[str], keys: Sequence[str], what: str
+) -> tuple[list[int], dict[str, Table]]:
+    """The steps of a file, and the tables under those keys."""
+    try:
+        data = json.loads(Path(path).read_text())
+        steps, tables = data["steps"], {key: data[key] for key in keys}
+        columns = [column for table in tables.values() for column in table.values()]
+        if not all(len(column) == len(steps) for column in columns):
+            raise ValueError
+        if not all(x is None or isinstance(x, (int, float)) for x in chain(steps, *columns)):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{os.fspath(path)} is not {what}") from error
+    return steps, tables
+
+
 class LayerRateHistory:
     """S and A of every layer at the steps at which `record` was called.
 
@@ -109,8 +130,8 @@ class LayerRateHistory:
 
     def __init__(self) -> None:
         self.steps: list[int] = []
-        self.scale: dict[str, list[float | None]] = {}
-        self.lr: dict[str, list[float | None]] = {}
+        self.scale: Table = {}
+        self.lr: Table = {}
 
     def record(self, step: int, rates: Mapping[str, LayerRate]) -> None:
         """Adds the rates at a step; `rates` is from `layer_learning_rates()`."""
@@ -140,18 +161,8 @@ class LayerRateHistory:
             ValueError: if the file is not such a history, naming it.
         """
         history = cls()
-        try:
-            data = json.loads(Path(path).read_text())
-            history.steps, history.scale, history.lr = data["steps"], data["scale"], data["lr"]
-            tables = [history.scale, history.lr]
-            columns = [column for table in tables for column in table.values()]
-            if not all(len(column) == len(history.steps) for column in columns):
-                raise ValueError
-            numbers = itertools.chain(history.steps, *columns)
-            if not all(x is None or isinstance(x, (int, float)) for x in numbers):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a history of learning rates") from error
+        history.steps, tables = _load(path, ("scale", "lr"), "a history of learning rates")
+        history.scale, history.lr = tables.values()
         return history
 
     def plot(self, path: str | os.PathLike[str], title: str = "") -> None:
@@ -194,6 +205,9 @@ _MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
     "norm": torch.linalg.vector_norm,
     "mean_abs": lambda x: x.abs().mean(),
 }
+_NORM_TABLES = tuple(
+    f"{what}_{measure}" for what in ("weight", "gradient", "update") for measure in _MEASURES
+)
 
 
 class NormHistory:
@@ -222,10 +236,8 @@ class NormHistory:
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
         self._params = dict(model.named_parameters())
         self.steps: list[int] = []
-        self.tables: dict[str, dict[str, list[float | None]]] = {
-            f"{what}_{measure}": {name: [] for name in self._params}
-            for what in ("weight", "gradient", "update")
-            for measure in _MEASURES
+        self.tables: dict[str, Table] = {
+            key: {name: [] for name in self._params} for key in _NORM_TABLES
         }
         self._every = math.ceil(total_steps / _NORM_RECORDS)
         self._step = 0
@@ -263,3 +275,12 @@ class NormHistory:
         """
         text = json.dumps({"steps": self.steps, **self.tables})
         whole(Path(path), lambda partial: partial.write_text(text))
+
+
+def load_norms(path: str | os.PathLike[str]) -> tuple[list[int], dict[str, Table]]:
+    """The steps and the tables that `NormHistory.save` wrote.
+
+    Raises:
+        ValueError: if the file is not such a record, naming it.
+    """
+    return _load(path, _NORM_TABLES, "a record of norms")

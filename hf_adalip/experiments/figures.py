@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..monitor import NORMS, RATES, LayerRateHistory
+from ..monitor import NORMS, RATES, LayerRateHistory, load_norms
 from ..plots import COLOURS, figure_of, plain_ticks
 from .report_study import Arm, Metric, StudyResults, Trial, shown
 from .study import CONSTANT, RUNS
@@ -282,27 +281,6 @@ def update_signal(study: StudyResults, arms: Sequence[Arm]) -> Picture | Missing
 # Layers
 
 
-DRAWN_TABLES = {"gradient": "gradient_mean_abs", "update": "update_mean_abs"}
-"""What is drawn of a record, and the name of its table there."""
-
-
-def read_norms(path: Path) -> tuple[list[int], dict[str, dict[str, list[float | None]]]]:
-    """The steps that a run recorded, and for each of DRAWN_TABLES the values of every layer.
-
-    Raises:
-        ValueError: if the file is not such a record, naming it.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: data[key] for name, key in DRAWN_TABLES.items()}
-        columns = [column for table in found.values() for column in table.values()]
-        if not all(len(column) == len(data["steps"]) for column in columns):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a record of norms") from error
-    return data["steps"], found
-
-
 def layer_rates(study: StudyResults, schedule: str) -> Picture | Missing:
     """Figures 5 to 7: the learning rate of every layer, from the first steps to the last."""
     paper = study.benchmark.rates if study.benchmark else None
@@ -339,13 +317,13 @@ def norms(study: StudyResults, schedule: str, batch_norm: bool) -> Picture | Mis
     panels = []
     for trial in trials:
         try:
-            steps, found = read_norms(_folder(study, trial) / NORMS)
+            steps, tables = load_norms(_folder(study, trial) / NORMS)
         except ValueError:
             return Missing(title, f"{NORMS} of {trial.folder} cannot be read")
-        for name, table in found.items():
+        for name in ("gradient", "update"):
             own = {
                 layer: values
-                for layer, values in table.items()
+                for layer, values in tables[f"{name}_mean_abs"].items()
                 if _is_batch_norm(layer) == batch_norm
                 and (batch_norm or not layer.endswith(".bias"))  # the paper draws weights alone
             }

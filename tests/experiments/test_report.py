@@ -365,7 +365,7 @@ def test_every_caption_has_the_scale_and_numbers_have_their_origin(folder: Path)
 # Figures
 
 
-NORMS = ("weight_mean_abs", "gradient_mean_abs", "update_mean_abs")
+NORMS = [f"{of}_{how}" for of in ("weight", "gradient", "update") for how in ("norm", "mean_abs")]
 
 
 def recorded(folder: Path, optimizer: str, rate: float, **files: Any) -> None:
