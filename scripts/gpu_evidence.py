@@ -17,10 +17,12 @@ Stages, in this order:
                      asked for, trained together (hf_adalip.experiments.ensemble). Their rows are in
                      OUTPUT/STUDY/results.jsonl, which `hf-adalip report OUTPUT/STUDY` reads.
 
-A stage writes OUTPUT/STAGE.json when it is finished, and is not run again while that is there. No
-stage takes longer than --minutes: one of the paper's saves its state after each epoch, and goes on
-from there. Nothing is downloaded: --data has the folders mnist, cifar10 and cifar100. Without a
-GPU, --device cpu --toy runs everything small, to see that it works.
+A stage writes OUTPUT/STAGE.json when it is finished or has failed, and is not run again while that
+is there, unless it was with --toy and is now without, or with other --seeds. A program that is cut
+off is run again by the next call, whole; one of the paper's runs saves its state after each epoch,
+and goes on from there. A call ends after --minutes, or with the epoch that it is in. Nothing is
+downloaded: --data has the folders mnist, cifar10 and cifar100. Without a GPU, --device cpu --toy
+runs everything small, to see that it works.
 """
 
 from __future__ import annotations
@@ -80,32 +82,31 @@ def stages(args: argparse.Namespace) -> Iterator[tuple[str, Stage]]:
 # Programs of their own
 
 
-def program(command: Sequence[str], ends: float) -> Found:
-    """What a program came to; one that is not done in time has failed."""
+def program(args: argparse.Namespace, command: Sequence[str], ends: float) -> Found | None:
+    """What a program came to; one that is not done in a whole call's time has failed."""
+    left = max(1.0, ends - time.monotonic())
     try:
         done = subprocess.run(
-            [sys.executable, *command],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=max(1.0, ends - time.monotonic()),
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=left
         )
-    except subprocess.TimeoutExpired as error:
-        return {"status": None, "error": f"not done after {error.timeout:.0f} s"}
+    except subprocess.TimeoutExpired:
+        whole_call = left > 0.95 * 60 * args.minutes
+        return {"status": None, "error": f"not done after {left:.0f} s"} if whole_call else None
     tail = (done.stdout + done.stderr).strip().splitlines()[-20:]
     return {"status": done.returncode, "command": ["python", *command], "tail": tail}
 
 
-def kernels(args: argparse.Namespace, ends: float) -> Found:
+def kernels(args: argparse.Namespace, ends: float) -> Found | None:
     chosen = ["-m", "not slow"] if args.toy else []
-    return program(["-m", "pytest", "-q", "tests/optim/test_gpu_kernels.py", *chosen], ends)
+    return program(args, ["-m", "pytest", "-q", "tests/optim/test_gpu_kernels.py", *chosen], ends)
 
 
-def benchmark(kind: str, model: str, args: argparse.Namespace, ends: float) -> Found:
+def benchmark(kind: str, model: str, args: argparse.Namespace, ends: float) -> Found | None:
     """The table is in OUTPUT too."""
     small = ["--rounds", "2", "--only", "adamlip foreach"] if args.toy else []
     script, where = f"scripts/benchmark_{kind}.py", ["--output", str(args.output)]
-    return program([script, "--model", model, "--device", args.device, *where, *small], ends)
+    command = [script, "--model", model, "--device", args.device, *where, *small]
+    return program(args, command, ends)
 
 
 # Checks
@@ -186,22 +187,22 @@ def cuda_graph(args: argparse.Namespace, ends: float) -> Found:
 
 
 def no_sync(args: argparse.Namespace, ends: float) -> Found:
+    if args.device == "cpu":
+        return {"skipped": "what the host waits for, for a GPU"}
     net = small_net(args.device)
     optimizer = AdamLip(net.named_parameters(), lr=1e-3)
-    made = 0
     for step, batch in enumerate(batches(args.device, 6)):
         optimizer.zero_grad()
         net(batch).square().mean().backward()
-        if args.device == "cuda" and step >= 3:
-            torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
         try:
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
-            made += 1
+        except RuntimeError as error:  # what it waited for
+            return {"passed": False, "step": step, "error": str(error)}
         finally:
-            if args.device == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-    return {"passed": made == 6}
+            torch.cuda.set_sync_debug_mode("default")
+    return {"passed": True}
 
 
 def release(args: argparse.Namespace, ends: float) -> Found:
@@ -249,14 +250,12 @@ def paper(study: Study, optimizer: str, args: argparse.Namespace, ends: float) -
     folder.mkdir(parents=True, exist_ok=True)
     if state.exists():
         ensemble.load(state)
-    longest = 0.0
     while not ensemble.done:
-        if time.monotonic() + longest > ends:
+        epoch = ensemble.seconds / max(1, len(ensemble.epochs))
+        if time.monotonic() + 1.2 * epoch > ends:
             return None
-        started = time.monotonic()
         ensemble.train_epoch()
         ensemble.save(state)
-        longest = max(longest, 1.2 * (time.monotonic() - started))
     place = environment(args)
     about = {
         "dataset_name": data.name if args.toy else name,
@@ -265,6 +264,8 @@ def paper(study: Study, optimizer: str, args: argparse.Namespace, ends: float) -
         "eval_samples": len(data.test),
         **{key: place[key] for key in ("versions", "device")},
     }
+    command = f"python scripts/gpu_evidence.py --data data --only {study.name}-{optimizer}"
+    command += f" --seeds {args.seeds}" if args.seeds else ""
     rows = [
         row_of(
             study,
@@ -272,7 +273,7 @@ def paper(study: Study, optimizer: str, args: argparse.Namespace, ends: float) -
             state="complete",
             error=None,
             seconds=ensemble.seconds / len(cells),
-            command=f"python scripts/gpu_evidence.py --only {study.name}-{optimizer}",
+            command=command,
             median_scale=result["median_scale"],
             results={**result, **about},
         )
@@ -280,7 +281,7 @@ def paper(study: Study, optimizer: str, args: argparse.Namespace, ends: float) -
     ]
     write_rows(folder, study, optimizer, rows)
     state.unlink()
-    return {"runs": len(rows), "seconds": ensemble.seconds}
+    return {"runs": len(rows), "seconds": ensemble.seconds, "seeds": args.seeds}
 
 
 def write_rows(folder: Path, study: Study, optimizer: str, rows: list[Found]) -> None:
@@ -307,6 +308,22 @@ def environment(args: argparse.Namespace) -> Found:
     }
 
 
+def is_done(path: Path, args: argparse.Namespace) -> bool:
+    """Whether a stage has been run as it is asked for."""
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())
+    return bool(found["toy"] == args.toy and found.get("seeds", args.seeds) == args.seeds)
+
+
+def attempt(stage: Stage, args: argparse.Namespace, ends: float) -> Found | None:
+    """What a stage found; an error is a finding too, and keeps no other stage from being run."""
+    try:
+        return stage(args, ends)
+    except Exception as error:
+        return {"passed": False, "error": f"{type(error).__name__}: {error}"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -323,24 +340,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cpu" and not args.toy and not args.list:
         parser.error("there is no GPU here; --device cpu needs --toy")
+    chosen = {name: stage for name, stage in stages(args) if fnmatch.fnmatch(name, args.only)}
+    if not chosen:
+        parser.error(f"--only {args.only} is none of the stages; --list says which there are")
+    for study in () if args.toy or args.list else STUDIES:
+        folder = args.data / study.removeprefix("paper_")
+        if any(name.startswith(study) for name in chosen) and not folder.is_dir():
+            parser.error(f"--data has no folder {folder}, which {study} needs")
     args.output = args.output.resolve()
     args.output.mkdir(parents=True, exist_ok=True)
     ends, failed, left = time.monotonic() + 60 * args.minutes, 0, 0
-    for name, stage in stages(args):
+    for name, stage in chosen.items():
         path = args.output / f"{name}.json"
-        if not fnmatch.fnmatch(name, args.only):
-            continue
         if args.list:
-            print(f"{name:24}{'done' if path.exists() else ''}")
+            print(f"{name:24}{'done' if is_done(path, args) else ''}")
             continue
-        if path.exists():
+        if is_done(path, args):
             continue
         if time.monotonic() > ends:
             left += 1
             continue
         print(f"{name} ...", flush=True)
         started = time.monotonic()
-        found = stage(args, ends)
+        found = attempt(stage, args, ends)
         if found is None:
             left += 1
             continue
@@ -350,7 +372,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         whole(path, lambda partial, text=text: partial.write_text(text))
         bad = found.get("status", 0) != 0 or not found.get("passed", True)
         failed += bad
-        print(f"{name}: {'FAILED, see ' + str(path) if bad else 'done'}", flush=True)
+        print(
+            f"{name}: {f'FAILED, see {path}; without it, it is run again' if bad else 'done'}",
+            flush=True,
+        )
     if left:
         print(f"{left} stage(s) left: run the same command again")
     return 1 if failed else 0

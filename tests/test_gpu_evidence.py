@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,9 +58,42 @@ def test_what_has_no_time_left_goes_on_later(
     assert (tmp_path / "paper_mnist-sgd.json").exists()
 
 
+def test_a_stage_that_fails_keeps_no_other_from_being_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cuda_graph(*_: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(gpu_evidence, "cuda_graph", cuda_graph)
+    assert run(tmp_path, "[cr]*") == 1
+    found = json.loads((tmp_path / "cuda_graph.json").read_text())
+    assert (found["passed"], found["error"]) == (False, "RuntimeError: no kernel image")
+    assert json.loads((tmp_path / "release.json").read_text())["passed"]
+
+
+def test_what_was_small_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+    (tmp_path / "release.json").write_text('{"toy": false}')
+    assert run(tmp_path, "release") == 0
+    assert json.loads((tmp_path / "release.json").read_text())["toy"]
+
+
+def test_a_program_that_is_cut_off_is_left_for_the_next_call(tmp_path: Path) -> None:
+    args = SimpleNamespace(minutes=0.05)
+    slow = ["-c", "import time; time.sleep(20)"]
+    assert gpu_evidence.program(args, slow, time.monotonic() + 0.5) is None
+    found = gpu_evidence.program(args, slow, time.monotonic() + 3.0)
+    assert found == {"status": None, "error": "not done after 3 s"}
+
+
 def test_a_whole_run_needs_a_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit):
         gpu_evidence.main(["--device", "cpu", "--output", str(tmp_path)])
     assert "--device cpu needs --toy" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(tmp_path, "papr*")
+    assert "--only papr* is none of the stages" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu_evidence.main(["--device", "cuda", "--data", str(tmp_path), "--only", "paper_*"])
+    assert "--data has no folder" in capsys.readouterr().err

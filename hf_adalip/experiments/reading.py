@@ -162,9 +162,10 @@ class _Reader:
             self.check_keys(
                 self.mapping(group, f"extra {extra}"), ("pairs", "peers"), f"extra {extra}"
             )
+        every = [found, *known.values()]
         groups = [found, *(known[extra] for extra in chosen if extra in known)]
         if self.changes.optimizers:
-            groups[0] = self.given(self.changes.optimizers)
+            groups[0] = self.given(self.changes.optimizers, every)
         arguments = self.arguments(found.get("arguments", {}), "arguments")
         seeds, scale_name = self.scaled(scale, arguments)
         study = Study(
@@ -183,7 +184,7 @@ class _Reader:
             optimizer_option=found["optimizer_option"],
             direction=self.direction(),
             record=tuple(map(self.recorded, self.items(found, "record"))),
-            discard=self.patterns("discard"),
+            discard=() if self.changes.script else self.patterns("discard"),
             extras=(*self.had_extras, *chosen),
         )
         if not study.pairs and not study.peers:
@@ -193,7 +194,8 @@ class _Reader:
                 f"{name} is the base of a pair and the form of a pair; remove one of the two"
             )
         if study.record and self.changes == Changes():
-            self.check_recorded(study, [found, *known.values()])
+            self.check_recorded(study, every)
+        self.check_rest(study, scale)
         if self.changes.learning_rates and not self.usual_is_used:
             raise UsageError(
                 f"--learning_rate: the optimizers of {self.name} have learning rates of their own; "
@@ -291,6 +293,8 @@ class _Reader:
                 f"--scale, --seeds: {self.name} was run at the scale {self.had_scale[0]} already; "
                 "give the study itself, or change a copy of this file"
             )
+        if "seeds" in scale and self.changes.seeds:
+            raise UsageError("--seeds and the seeds of --scale: give one of the two")
         scales = self.mapping(self.found["scale"], "scale")
         for key, argument in scales.items():
             self.plain(key, "each of scale")
@@ -316,11 +320,14 @@ class _Reader:
         parts = [*self.had_scale, *(f"{scale[key]}{key}" for key in known if key in scale)]
         return numbers, "-".join(parts) or None
 
-    def given(self, names: Sequence[str]) -> dict[str, Any]:
-        """The pairs and peers of --optim; those that the study has are as they are there."""
-        known = {entry.get("optimizer"): entry for entry in self.items(self.found, "peers")}
-        known |= {entry.get("form"): entry for entry in self.items(self.found, "pairs")}
-        lists = [entry["schedules"] for entry in known.values() if "schedules" in entry]
+    def given(self, names: Sequence[str], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The pairs and peers of --optim; those that the groups have are as they are there."""
+        known: dict[Any, dict[str, Any]] = {}
+        for key, name in (("pairs", "form"), ("peers", "optimizer")):
+            for entry in (entry for group in groups for entry in self.items(group, key)):
+                known.setdefault(entry.get(name), entry)
+        own = (*self.items(self.found, "pairs"), *self.items(self.found, "peers"))
+        lists = [entry["schedules"] for entry in own if "schedules" in entry]
         usual = {"schedules": lists[0]} if lists else {}
         found: dict[str, Any] = {"pairs": [], "peers": []}
         for name in names:
@@ -403,6 +410,19 @@ class _Reader:
                     f"record: there is no run of {entry['optimizer']} at learning_rate "
                     f"{entry['learning_rate']:g}; name one of pairs or peers"
                 )
+
+    def check_rest(self, study: Study, scale: Mapping[str, int]) -> None:
+        """Refuses further arguments that would win over what tells the runs apart."""
+        set_by: dict[str, str] = {str(option): "of every run" for option in self.own}
+        for key in scale.keys() - {"seeds"}:
+            set_by[self.found["scale"][key]] = f"of --scale {key}"
+        for name in {cell.schedule for cell in study.cells()}:
+            set_by |= dict.fromkeys(study.schedules[name], f"of the schedule {name}")
+        set_by = {option.replace("-", "_"): whose for option, whose in set_by.items()}
+        for word in study.rest:
+            option = word.partition("=")[0].replace("-", "_")
+            if option.startswith("__") and (whose := set_by.get(option[2:])):
+                raise UsageError(f"{word} after -- would replace that {whose}; remove it")
 
     def direction(self) -> Direction:
         usual = usual_direction(str(self.found["metric"]))

@@ -108,6 +108,8 @@ def _state(study: StudyResults) -> list[Block]:
     state = f"{of}: {ended}." if there < expected else f"{there:,} runs: {ended}."
     if there < expected:
         state += " The study is not finished: every number here may change."
+    if study.other_seeds:
+        state += f" {study.other_seeds} more, of seeds that study.yaml does not name, are left out."
     lines = [f"{study.measured}.", state]
     if paper := study.benchmark:
         lines.append(
@@ -126,15 +128,17 @@ def _comparisons(
     """With S against without: in sentences, then in numbers."""
     pairs = tables.pair_comparisons(study, schedule)
     peers = tables.peer_comparisons(study, arms)
-    if not pairs:
-        return [Paragraph("No form has a run to be compared with its base.")]
-    blocks: list[Block] = [
-        Paragraph(f"Differences of {study.metric.words}. {tables.CONTROL}"),
-        Bullets(tables.pair_sentences(study, schedule)),
-        CaptionedTable(tables.comparison_table(study, "Forms, bases and controls", pairs), where),
-    ]
+    blocks: list[Block] = [Paragraph("No form has a run to be compared with its base.")]
+    if pairs:
+        table = tables.comparison_table(study, "Forms, bases and controls", pairs)
+        blocks = [
+            Paragraph(f"Differences of {study.metric.words}. {tables.CONTROL}"),
+            Bullets(tables.pair_sentences(study, schedule)),
+            CaptionedTable(table, where),
+        ]
     if peers:
-        table = tables.comparison_table(study, "Forms and peers", peers)
+        title = "Forms and peers" if any(arm.role == "form" for arm in arms) else "Peers"
+        table = tables.comparison_table(study, title, peers)
         blocks.append(CaptionedTable(table, where))
     return blocks
 

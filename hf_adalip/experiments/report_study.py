@@ -17,7 +17,7 @@ from typing import Any, get_args
 from ..errors import UsageError
 from ..registry import LIP_PREFIX, SECANT_PREFIX
 from .paper import Benchmark, benchmark_of
-from .reading import shipped
+from .reading import load_study, shipped
 from .study import (
     CONSTANT,
     ROWS,
@@ -211,6 +211,7 @@ class StudyResults:
     metric: Metric
     trials: tuple[Trial, ...]
     run_again: int = 0  # lines that a later one of the same run replaces
+    other_seeds: int = 0  # runs of the folder, of an earlier call with more seeds
 
     @cached_property
     def benchmark(self) -> Benchmark | None:
@@ -355,7 +356,11 @@ def read_study(folder: Path) -> StudyResults:
     """
     path = folder / STUDY
     settings = _read_settings(path)
-    trials, run_again = _read_trials(folder / ROWS)
+    every, run_again = _read_trials(folder / ROWS)
+    seeds = _seeds(settings.get("seeds"), every, path)
+    trials = tuple(trial for trial in every if trial.seed in seeds)
+    if not trials:
+        raise UsageError(f"{folder / ROWS} has no run of the seeds of {path}")
     name = str(settings.get("name", folder.name))
     metric = str(settings.get("metric", "eval_accuracy"))
     direction = settings.get("direction")
@@ -375,12 +380,13 @@ def read_study(folder: Path) -> StudyResults:
         pairs=_entries(settings, "pairs", Pair, ("base", "form"), path),
         peers=_entries(settings, "peers", Peer, ("optimizer",), path),
         control=control,
-        seeds=_seeds(settings.get("seeds"), trials, path),
+        seeds=seeds,
         metric=Metric("best_train_accuracy")
         if benchmark_of(name)
         else Metric(metric, direction == "minimize"),
         trials=trials,
         run_again=run_again,
+        other_seeds=len(every) - len(trials),
     )
     results = [trial.results for trial in trials if trial.outcome != "failed"]
     if results and all(trial.value(study.metric) is None for trial in trials):
@@ -393,17 +399,26 @@ def read_study(folder: Path) -> StudyResults:
 
 
 def sweep_command(settings: Mapping[str, Any], path: Path) -> str:
-    """The command that runs a study: with its file, where it is none of those that are shipped."""
-    name = str(settings.get("name"))
-    if name not in shipped():
-        return shlex.join(["hf-adalip", "sweep", str(path)])
-    words = ["hf-adalip", "sweep", name]
+    """The command that runs a study: with its file, where it is none of those that are shipped, or
+    not as it is shipped."""
+    by_file = shlex.join(["hf-adalip", "sweep", str(path)])
+    name, rest = str(settings.get("name")), _list(settings, "rest", path)
+    extras = [str(extra) for extra in _list(settings, "extras", path)]
     scales = re.findall(r"(\d+)([a-z_]+)", str(settings.get("scale") or ""))
+    if name not in shipped():
+        return by_file
+    try:
+        by_name = load_study(name, {key: int(number) for number, key in scales}, extras).as_run()
+    except UsageError:  # of another version, which had other scales or extras
+        return by_file
+    if any(by_name.get(key) != settings.get(key) for key in ("pairs", "peers", "seeds")):
+        return by_file
+    words = ["hf-adalip", "sweep", name]
     if scales:
         words += ["--scale", ",".join(f"{key}={number}" for number, key in scales)]
-    if extras := _list(settings, "extras", path):
-        words += ["--with", ",".join(map(str, extras))]
-    if rest := _list(settings, "rest", path):
+    if extras:
+        words += ["--with", ",".join(extras)]
+    if rest:
         words += ["--", *map(str, rest)]
     return shlex.join(words)
 

@@ -85,7 +85,7 @@ def convergence(epochs: Sequence[float], trained: float) -> Convergence:
 
 
 class Interval(NamedTuple):
-    """A mean and its confidence interval; without one, all but the mean are NaN."""
+    """A mean and its confidence interval; without one, it and p are NaN."""
 
     mean: float
     low: float
@@ -107,6 +107,8 @@ class Interval(NamedTuple):
 def interval(values: Sequence[float]) -> Interval:
     """Student's interval at 95 % of the mean of these values; of differences, a paired one.
 
+    There is none of one value, of equal ones, and of any that is not finite.
+
     Raises:
         ImportError: without scipy, naming the extra that has it.
 
@@ -116,10 +118,11 @@ def interval(values: Sequence[float]) -> Interval:
         (-0.484, 4.484, 0.074)
     """
     mean, count = statistics.fmean(values), len(values)
-    if count < 2 or not all(map(math.isfinite, values)):
+    known = count > 1 and all(map(math.isfinite, values))
+    # of equal values Student's t has no interval: that they agree to the last digit, as accuracies
+    # of few examples may, does not say that the next one would
+    if not known or max(values) - min(values) <= 1e-12 * max(map(abs, values)):
         return Interval(mean, math.nan, math.nan, math.nan, count)
-    if len(set(values)) == 1:  # Student's t is 0/0
-        return Interval(mean, mean, mean, float(mean == 0.0), count)
     try:
         from scipy import stats  # type: ignore[import-untyped]
     except ImportError as error:

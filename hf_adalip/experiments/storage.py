@@ -47,6 +47,8 @@ GRACE = 300.0
 CELL, OWNER, ALIVE, ROW = "cell", "owner", "alive", "row"
 """What a trial has among its user attributes."""
 
+_SCHEDULE = "schedule "
+
 _LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
 
 
@@ -77,26 +79,35 @@ class Storage:
         self._retried: set[int] = set()
 
     def _same_runs(self, study: Study) -> None:
-        """The first to come says what is run; to add seeds, learning rates or optimizers is fine.
+        """The first to come says what is run; to add seeds, learning rates, optimizers or schedules
+        is fine.
 
         Values that are paths may be others on another machine.
         """
-        mine = {
+        schedules = {
+            f"{_SCHEDULE}{name}": {key: _last(value) for key, value in arguments.items()}
+            for name, arguments in study.schedules.items()
+        }
+        mine: dict[str, Any] = {
             "script": study.script,
             "metric": study.metric,
+            "direction": study.direction,
+            "optimizer option": study.optimizer_option,
             **{key: _last(value) for key, value in study.arguments.items()},
             "further arguments": [_last(word) for word in study.rest],
+            **schedules,
         }
         mine = json.loads(json.dumps(mine))
-        theirs = self.optuna.user_attrs.get("settings")
-        if theirs is None:
-            self.optuna.set_user_attr("settings", mine)
-        for key in (theirs or {}) | mine:
-            if theirs is not None and theirs.get(key) != mine.get(key):
+        begun = self.optuna.user_attrs.get("settings", mine)
+        for key in begun | mine:
+            in_both = key in begun and key in mine
+            if (in_both or not key.startswith(_SCHEDULE)) and begun.get(key) != mine.get(key):
                 raise UsageError(
-                    f"study {study.full_name} was begun with {key} {theirs.get(key)!r}, and is now "
+                    f"study {study.full_name} was begun with {key} {begun.get(key)!r}, and is now "
                     f"to have {mine.get(key)!r}; choose another --output_dir (or --storage)"
                 )
+        if self.optuna.user_attrs.get("settings") != mine | begun:
+            self.optuna.set_user_attr("settings", mine | begun)
 
     def extras(self, asked: Collection[str]) -> list[str]:
         """All extras that anyone has asked for, these too: one that was begun is gone on with."""
@@ -139,6 +150,10 @@ class Storage:
             for trial in trials
         )
 
+    def run_again(self, key: str) -> None:
+        """Lets a cell that is finished be run again."""
+        self._retried.update(trial.number for trial in self._trials().get(key, []))
+
     def retry_failed(self) -> int:
         """Lets the cells that have failed until now be run again; returns how many there are."""
         failed = [
@@ -147,7 +162,7 @@ class Storage:
             for trial in trials
             if trial.state == TrialState.FAIL
         ]
-        self._retried |= set(failed)
+        self._retried.update(failed)
         return len(failed)
 
     def claim(self, ready: Sequence[Cell]) -> tuple[Trial, Cell] | None:
@@ -257,7 +272,7 @@ def _unless_ended(*calls: Callable[[], Any]) -> bool:
 
 def _open(where: str | Path) -> Any:
     text = str(where)
-    if text.startswith("redis"):
+    if text.startswith(("redis://", "rediss://")):
         return JournalStorage(JournalRedisBackend(text))
     if "://" in text:
         return RDBStorage(text)

@@ -131,13 +131,21 @@ class Workers:
             self.stop.set()
 
     def _ready(self) -> list[Cell]:
-        """The cells that can be run: controls when all runs of their form are finished."""
+        """The cells that can be run: controls when all runs of their form are finished.
+
+        A control that is finished is run again if the median of S is another one by now, because
+        seeds were added or failed runs of the form were made again.
+        """
         rows = self.found.finished()
-        return [
-            cell
-            for cell in self.found.cells.values()
-            if cell.role != "control" or all(form.key in rows for form in self.study.forms_of(cell))
-        ]
+        ready = []
+        for cell in self.found.cells.values():
+            if cell.role == "control":
+                if not all(form.key in rows for form in self.study.forms_of(cell)):
+                    continue
+                if cell.key in rows and rows[cell.key]["median_scale"] != self._scale(cell, rows):
+                    self.found.run_again(cell.key)
+            ready.append(cell)
+        return ready
 
     def _scale(self, control: Cell, rows: Mapping[str, Mapping[str, Any]]) -> float | None:
         """The median over the seeds of the median of S in the form's runs."""
@@ -277,7 +285,7 @@ class Progress:
     def _left(self, rows: Mapping[str, Mapping[str, Any]], total: int) -> float:
         """Seconds: as long as one of the latest runs for each that is left, as many at a time."""
         seconds = [row["seconds"] for row in rows.values() if row["seconds"]][-LATEST:]
-        at_once = max(self.workers, self.found.running())
+        at_once = max(self.workers, self.found.running() + 1)  # this worker goes on
         return statistics.median(seconds) * (total - len(rows)) / at_once if seconds else 0.0
 
     def _best(self, rows: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import Counter
@@ -112,37 +113,37 @@ def threshold(study: StudyResults) -> float:
     return study.benchmark.threshold if study.benchmark else 0.95
 
 
-def converged(study: StudyResults, arms: Sequence[Arm]) -> tuple[float, dict[str, Convergence]]:
-    """The accuracy that counts as converged, and the epochs to it of each arm, by label.
+@dataclass(frozen=True)
+class Target:
+    """The accuracy that counts as converged, and how many epochs there were to get to it."""
 
-    For each learning rate the median over the seeds; a run that does not get there takes forever.
-    The maximum peak is of the runs of bases and forms, whatever else was run.
+    accuracy: float
+    epochs: float
+
+
+def target(study: StudyResults, arms: Sequence[Arm]) -> Target | None:
+    """A share of the maximum peak of the runs of bases and forms, whatever else was run.
+
+    None for a loss, and without an accuracy for each epoch.
     """
-    if study.metric.lower:
-        return math.nan, {}
-    found: dict[str, Convergence] = {}
-    curves = {
-        arm.label: {
-            rate: [trial.curve(study.metric) for trial in arm.at(rate) if trial.epochs]
-            for rate in arm.learning_rates
-        }
-        for arm in arms
-    }
-    own = {arm.label for arm in arms if arm.role in ("base", "form")} or curves.keys()
-    points = [p for label in own for runs in curves[label].values() for c in runs for p in c]
-    if not points:
-        return math.nan, {}
-    needed = threshold(study) * max(value for _, value in points)
-    trained = max(epoch for epoch, _ in points)
-    for label, rates in curves.items():
-        medians = [
-            statistics.median(epochs_to(curve, needed) for curve in runs)
-            for runs in rates.values()
-            if runs
-        ]
-        if medians:
-            found[label] = convergence(medians, trained)
-    return needed, found
+    own = [arm for arm in arms if arm.role in ("base", "form")] or arms
+    runs = [trial for arm in own for trial in arm.trials.values()]
+    points = [point for trial in runs for point in trial.curve(study.metric)]
+    if study.metric.lower or not points:
+        return None
+    peak = max(value for _, value in points)
+    return Target(threshold(study) * peak, max(epoch for epoch, _ in points))
+
+
+def epochs_to_target(arm: Arm, metric: Metric, target: Target) -> Convergence | None:
+    """For each learning rate the median over the seeds; a run that does not get there takes
+    forever."""
+    medians = [
+        statistics.median(epochs_to(trial.curve(metric), target.accuracy) for trial in runs)
+        for rate in arm.learning_rates
+        if (runs := [trial for trial in arm.at(rate) if trial.epochs])
+    ]
+    return convergence(medians, target.epochs) if medians else None
 
 
 def paper_tables(study: StudyResults, arms: Sequence[Arm], printed: bool) -> list[Table]:
@@ -154,11 +155,11 @@ def paper_tables(study: StudyResults, arms: Sequence[Arm], printed: bool) -> lis
         printed: whether the paper's numbers are for this schedule.
     """
     with_values = [arm for arm in arms if arm.medians(study.metric)]
-    needed, epochs = converged(study, with_values)
+    goal = target(study, with_values)
     benchmark = study.benchmark if printed else None
     if benchmark is None:
         title = f"Over the learning rates: {study.metric.words}"
-        return [_paper_table(study, title, with_values, needed, epochs, {})]
+        return [_paper_table(study, title, with_values, goal, {})]
     six = [
         arm
         for name in OPTIMIZERS
@@ -169,10 +170,10 @@ def paper_tables(study: StudyResults, arms: Sequence[Arm], printed: bool) -> lis
     others = [arm for arm in with_values if arm not in six]
     title = f"Table {benchmark.table} of the paper"
     columns = benchmark.printed()
-    found = [_paper_table(study, title, six, needed, epochs, columns)] if six else []
+    found = [_paper_table(study, title, six, goal, columns)] if six else []
     if others:
         title = f"Table {benchmark.table}, of what the paper does not have"
-        found.append(_paper_table(study, title, others, needed, epochs, {}))
+        found.append(_paper_table(study, title, others, goal, {}))
     return found
 
 
@@ -180,8 +181,7 @@ def _paper_table(
     study: StudyResults,
     title: str,
     arms: Sequence[Arm],
-    needed: float,
-    epochs: Mapping[str, Convergence],
+    goal: Target | None,
     printed: Mapping[str, tuple[Row, Row]],
 ) -> Table:
     lower, name = study.metric.lower, study.metric.words
@@ -194,18 +194,18 @@ def _paper_table(
     for arm in arms:
         values = spread(list(arm.medians(study.metric).values()), lower)
         ours = [number(value) for value in (values.best, values.median, values.mean, values.std)]
-        if epochs:
-            ours += _epoch_cells(epochs.get(arm.label))
+        if goal:
+            ours += _epoch_cells(epochs_to_target(arm, study.metric, goal))
         columns.append(ours)
         head.append((arm.label, "here" if arm.optimizer in printed else ""))
         if arm.optimizer in printed:
             accuracy, convergence = printed[arm.optimizer]
-            columns.append([*accuracy, *((*convergence, "", "") if epochs else ())])
+            columns.append([*accuracy, *((*convergence, "", "") if goal else ())])
             head.append((arm.label, "paper"))
-    if epochs:
+    if goal:
         labels += [f"epochs, {row.lower()}" for row in EPOCH_ROWS] + extra
     rows = [[label, *cells] for label, *cells in zip(labels, *columns, strict=True)]
-    return Table(title, head, rows, _paper_notes(study, name, needed, arms, bool(printed)))
+    return Table(title, head, rows, _paper_notes(study, name, goal, arms, bool(printed)))
 
 
 def _epoch_cells(found: Convergence | None) -> list[str]:
@@ -220,7 +220,7 @@ def _epoch_cells(found: Convergence | None) -> list[str]:
 
 
 def _paper_notes(
-    study: StudyResults, name: str, needed: float, arms: Sequence[Arm], printed: bool
+    study: StudyResults, name: str, goal: Target | None, arms: Sequence[Arm], printed: bool
 ) -> list[str]:
     notes = [CONTROL] if any(arm.role == "control" for arm in arms) else []
     notes += [
@@ -228,14 +228,14 @@ def _paper_notes(
         f"{'min' if study.metric.lower else 'max'}, median, "
         "mean and standard deviation (of the population) over the learning rates."
     ]
-    if math.isnan(needed):
+    if goal is None:
         notes.append("No epochs of convergence: the runs write no accuracy for each epoch.")
     else:
-        never = [_never(arm, study.metric, needed) for arm in arms]
+        never = [_never(arm, study.metric, goal) for arm in arms]
         runs = "; ".join(f"{arm.label} {text}" for arm, text in zip(arms, never, strict=True))
         notes.append(
-            f"Epochs to {needed:.4f}, {100 * threshold(study):g} % of the maximum peak of all "
-            "runs of a base optimizer or a form. For each learning rate the median over the "
+            f"Epochs to {goal.accuracy:.4f}, {100 * threshold(study):g} % of the maximum peak of "
+            "all runs of a base optimizer or a form. For each learning rate the median over the "
             "seeds, a run that does not get there counting as never. Mean, median and best are of "
             "the learning rates that get there; the row below counts the others as the last "
             f"epoch, a lower bound. Runs that do not get there: {runs}."
@@ -247,9 +247,9 @@ def _paper_notes(
     return notes
 
 
-def _never(arm: Arm, metric: Metric, needed: float) -> str:
+def _never(arm: Arm, metric: Metric, goal: Target) -> str:
     curves = [trial.curve(metric) for trial in arm.trials.values() if trial.epochs]
-    never = sum(math.isinf(epochs_to(curve, needed)) for curve in curves)
+    never = sum(math.isinf(epochs_to(curve, goal.accuracy)) for curve in curves)
     return f"{never} of {len(curves)}"
 
 
@@ -461,26 +461,24 @@ def _clause(form: Arm, other: Arm, study: StudyResults) -> str:
     found = comparison.found
     begin = f"{comparison.what}, {comparison.at}, {number(found.mean, 4, '+')}"
     if not found.known:
-        return f"{begin}, and one seed has no interval"
+        why = "one seed has" if found.size == 1 else "equal differences have"
+        return f"{begin}, and {why} no interval"
     zero = "includes 0" if found.includes_zero else "does not include 0"
     return f"{begin}, 95 % interval {_ends(found)} from {found.size} seeds, which {zero}"
 
 
 def peer_comparisons(study: StudyResults, arms: Sequence[Arm]) -> list[Comparison]:
-    """Every form against every peer, each at its best learning rate."""
-    found = [
-        at_best(form, peer, study.metric, study.seeds)
-        for form in arms
-        if form.role == "form"
-        for peer in arms
-        if peer.role == "peer"
-    ]
+    """Every form against every peer, or without forms the peers, each at its best learning rate."""
+    forms, peers = ([arm for arm in arms if arm.role == role] for role in ("form", "peer"))
+    both = itertools.product(forms, peers) if forms else itertools.combinations(peers, 2)
+    found = [at_best(one, other, study.metric, study.seeds) for one, other in both]
     return [comparison for comparison in found if comparison is not None]
 
 
 def comparison_table(study: StudyResults, title: str, comparisons: Sequence[Comparison]) -> Table:
     """Differences with their intervals and p-values, corrected for how many there are."""
     adjusted = holm([comparison.found.p for comparison in comparisons])
+    known = sum(not math.isnan(p) for p in adjusted)
     rows = [
         [c.what, c.at, change(c.found), _zero(c.found), p_value(p), f"{c.pairs} of {c.possible}"]
         for c, p in zip(comparisons, adjusted, strict=True)
@@ -495,7 +493,7 @@ def comparison_table(study: StudyResults, title: str, comparisons: Sequence[Comp
         [
             f"Of {study.metric.words}, paired by seed, Student's t. {better} is better "
             "for the first. p of no difference, after Holm's correction for the "
-            f"{len(comparisons)} comparisons of this table; the intervals are not corrected. "
+            f"{known} comparisons of this table that have one; the intervals are not corrected. "
             f"{LEFT_OUT} At the best learning rates the choice was made on "
             "the same runs, which the interval does not know of."
         ],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--optim", default="none")
-for name in ("learning_rate", "sleep", "die_at"):
+for name in ("learning_rate", "sleep", "die_at", "spread"):
     parser.add_argument(f"--{name}", type=float, default=0.0)
 for name in ("seed", "epochs", "images"):
     parser.add_argument(f"--{name}", type=int, default=0)
@@ -30,7 +30,8 @@ if args.mode == "diverged":
 if args.mode != "silent":
     (folder / "all_results.json").write_text(json.dumps(results))
 if "lip" in args.optim:
-    rates = {"steps": [1, 2], "scale": {"a": [None, 2.0], "b": [2.0, 2.0 + args.seed]}}
+    scale = 2.0 + args.spread * args.seed
+    rates = {"steps": [1, 2], "scale": {"a": [None, scale], "b": [scale, 2.0 + args.seed]}}
     (folder / "layer_learning_rates.json").write_text(json.dumps(rates))
 (folder / "model.safetensors").write_text("large")
 sys.exit(args.mode == "diverged")

@@ -188,12 +188,47 @@ def test_seeds_that_have_just_begun_do_not_narrow_the_grid(tmp_path: Path) -> No
     assert base.found.mean == pytest.approx((0.91 + 0.92) / 6)
 
 
+def test_seeds_of_an_earlier_call_are_left_out_and_counted(tmp_path: Path) -> None:
+    folder = write(tmp_path, trials(), {**SETTINGS, "seeds": [0, 1]})
+    study = read_study(folder)
+    base, *_ = tables.pair_comparisons(study, "constant")
+    assert (base.pairs, base.possible) == (6, 6)
+    page = write_report(folder).with_suffix(".md").read_text(encoding="utf-8")
+    assert "8 more, of seeds that study.yaml does not name, are left out." in page
+    assert f"`hf-adalip sweep {folder / 'study.yaml'}`" in page  # paper_mnist has more optimizers
+    with pytest.raises(UsageError, match="has no run of the seeds of"):
+        read_study(write(tmp_path, trials(), {**SETTINGS, "seeds": [7]}))
+
+
+def test_optimizers_without_a_form_are_compared(tmp_path: Path) -> None:
+    lines = [line | {"role": "peer"} for line in trials() if line["role"] != "control"]
+    study = read_study(write(tmp_path, lines, {**SETTINGS, "pairs": []}))
+    (found,) = tables.peer_comparisons(study, study.arms("constant"))
+    assert found.what in ("AdaLip − SGD", "SGD − AdaLip")
+    text = "\n".join(map(str, report.report(study, tmp_path)))
+    assert "title='Peers'" in text
+
+
+def test_two_controls_of_one_form_have_epochs_of_their_own(tmp_path: Path) -> None:
+    lines = [trial("base", 0.1, 0, 0.9, 1), trial("form", 0.1, 0, 0.9, 1)]
+    for base, at in (("sgd", 2), ("momentum", 4)):
+        control = {"optimizer": base, "pair": f"{base}/adalip"}
+        lines.append(trial("control", 0.1, 0, 0.9, at) | control)
+    pairs = [{"base": b, "form": "adalip", "learning_rates": [0.1]} for b in ("sgd", "momentum")]
+    study = read_study(write(tmp_path, lines, {**SETTINGS, "name": "mine", "pairs": pairs}))
+    (table,) = tables.paper_tables(study, study.arms("constant"), printed=True)
+    epochs = next(row for row in table.rows if row[0] == "epochs, mean")
+    heads = [name for name, _ in table.head]
+    controls = [cell for head, cell in zip(heads, epochs, strict=True) if "control" in head]
+    assert controls == ["2", "4"]
+
+
 def test_each_learning_rate_has_its_row_with_what_did_not_complete(study: StudyResults) -> None:
     table = tables.rate_table(study, study.pairs[0], "constant")
     assert table is not None
     first, _, last = table.rows
     assert first[:5] == ["0.01", "0.9200", "0.9400", "0.9400", "0.60"]
-    assert first[5:7] == ["+0.0200 (+0.0200 to +0.0200)", "< 0.001"]
+    assert first[5:7] == ["+0.0200 (no interval)", "–"]  # the seeds differ by 0.02 each
     assert last[:4] == ["1", "0.1000", "0.9800", "–"]
     assert last[-1] == "3 diverged, 1 failed, 2 missing"
 

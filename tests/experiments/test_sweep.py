@@ -182,6 +182,21 @@ def test_other_optimizers_learning_rates_schedules_and_seeds() -> None:
     assert {cell.role for cell in study.cells()} == {"base", "form", "control", "peer"}
 
 
+def test_an_optimizer_that_an_extra_has_is_as_it_is_there() -> None:
+    changes = Changes(optimizers=["prodigy", "adamlipu", "adalip"])
+    study = load_study("paper_mnist", changes=changes)
+    assert study.peers == (Peer("prodigy", (1.0,)),)
+    assert [pair.name for pair in study.pairs] == ["adam/adamlipu", "sgd/adalip"]
+    assert study.pairs[1] == load_study("paper_mnist").pairs[0]
+    (pair,) = load_study("paper_cifar10", changes=Changes(optimizers=["adalip"])).pairs
+    assert pair.schedules == ("constant",)
+
+
+def test_what_a_script_of_ones_own_writes_is_kept() -> None:
+    assert load_study("compare").discard
+    assert load_study("compare", changes=Changes(script="mine.py")).discard == ()
+
+
 def test_tuning_draws_the_same_learning_rates_for_all() -> None:
     name = write(
         {**ONE, "tune": {"low": 1e-4, "high": 1.0, "trials": 8}, "peers": []}
@@ -195,9 +210,9 @@ def test_tuning_draws_the_same_learning_rates_for_all() -> None:
     assert decades == {-4: 2, -3: 2, -2: 2, -1: 2}  # evenly spread
 
 
-@pytest.mark.parametrize("name", ["char_lm", "finetune_text"])
-def test_a_constant_learning_rate_is_one_for_trainer_too(name: str) -> None:
-    """Whose own default is a linear decay."""
+@pytest.mark.parametrize("name", ["char_lm", "compare", "finetune_text", "timm_transfer"])
+def test_a_constant_learning_rate_is_one_for_every_script(name: str) -> None:
+    """Trainer's own is a linear decay, and that of the recipe for timm a cosine."""
     study = load_study(name)
     asked = {cell.schedule: study.options(cell, 0.1, "there") for cell in study.cells()}
     assert set(asked) == {"constant", "linear"}
@@ -273,7 +288,7 @@ def test_a_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 
 def test_the_time_that_is_left_follows_the_latest_runs() -> None:
-    found = SimpleNamespace(running=lambda: 2)
+    found = SimpleNamespace(running=lambda: 1)  # beside the one that has just ended
     progress = sweep.Progress(load_study("paper_mnist"), found, 1, print)  # type: ignore[arg-type]
     rows = {str(i): {"seconds": 90.0 if i < 30 else 10.0} for i in range(50)}
     assert progress._left(rows, 60) == 10.0 * 10 / 2
@@ -330,6 +345,22 @@ def test_what_is_done_is_not_done_again(monkeypatch: pytest.MonkeyPatch) -> None
     assert call(monkeypatch, name, "--seeds", "0", "1") == 0  # more of the same
     assert Counter(row["seed"] for row in rows()) == {0: 3, 1: 3}
     assert len(begun()) == 6
+
+
+def test_a_control_follows_the_median_of_s_when_seeds_are_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The script's S is 2 for seed 0, and 2.5 for seed 1."""
+    name = write({**TINY, "arguments": {"begun": "begun", "spread": 0.5}})
+    for seeds, scale in ((["0"], 2.0), (["0", "1"], 2.25), (["0", "1"], 2.25)):
+        assert call(monkeypatch, name, "--seeds", *seeds) == 0
+        controls = [row for row in rows() if row["role"] == "control"]
+        assert {row["median_scale"] for row in controls} == {scale}
+        assert len(controls) == 2 * len(seeds)
+        for row in controls:
+            rate = scale * row["learning_rate"]
+            assert row["results"]["learning_rate"] == pytest.approx(rate)
+    assert len(begun()) == 12 + 2  # the two controls of seed 0 twice, and nothing else
 
 
 def test_an_extra_that_was_begun_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,6 +485,17 @@ def test_a_run_that_is_not_wanted_any_more_is_ended() -> None:
     with pytest.raises(Stopped):
         run(command, Path("there"), 1, threading.Event(), wanted=lambda: not begun())
     wait_for(lambda: not Path(f"/proc/{begun()[0][1]}").exists(), 20)
+
+
+def test_what_a_run_has_started_is_ended_with_it() -> None:
+    script = (
+        "import subprocess, sys; child = subprocess.Popen(['sleep', '60']); "
+        "open('child', 'w').write(str(child.pid)); child.wait()"
+    )
+    child, command = Path("child"), [sys.executable, "-c", script]
+    with pytest.raises(Stopped):
+        run(command, Path("there"), 1, threading.Event(), lambda: not child.exists())
+    wait_for(lambda: not Path(f"/proc/{child.read_text()}").exists(), 20)
 
 
 @pytest.mark.slow
@@ -606,6 +648,14 @@ def test_a_study_that_is_none_is_an_error_in_a_line(change: dict[str, Any], mess
             "learning_rates of adamlip must be positive numbers",
         ),
         (["compare", "--schedules", "cosine"], "adamlip: no schedule 'cosine' in schedules"),
+        (["tiny.yaml", "--seeds", "7", "--scale", "seeds=3"], "give one of the two"),
+        (["tiny.yaml", "--", "--seed", "5"], "--seed after -- would replace that of every run"),
+        (["tiny.yaml", "--", "--learning-rate=1"], "--learning-rate=1 after -- would replace th"),
+        (["tiny.yaml", "--scale", "epochs=1", "--", "--epochs", "5"], "that of --scale epochs"),
+        (
+            ["compare", "--", "--lr_scheduler_type", "cosine"],
+            "--lr_scheduler_type after -- would replace that of the schedule",
+        ),
         (["tiny.yaml", "--script", "no.py"], "there is no script no.py"),
         (["paper_mnist"], "there is no recipe recipes/mnist.py: recipes are not in the installed"),
         (["tiny.yaml", "--storage", "oracle9://x"], "--storage cannot be used: "),
@@ -659,6 +709,13 @@ def test_a_study_is_gone_on_with_as_it_was_begun(
     assert call(monkeypatch, write({**ONE, "arguments": {"mode": "/there/data"}})) == 0
     assert call(monkeypatch, write({**ONE, "arguments": {"mode": "/here/others"}})) == 2
     assert "was begun with mode 'data', and is now to have 'others'" in capsys.readouterr().err
+    more = {"arguments": {"mode": "/here/data"}, "schedules": {"slow": {"epochs": 2}}}
+    assert call(monkeypatch, write({**ONE, **more})) == 0
+    assert call(monkeypatch, write({**ONE, **more, "schedules": {"slow": {"epochs": 3}}})) == 2
+    assert "was begun with schedule slow {'epochs': 2}, and is" in capsys.readouterr().err
+    assert call(monkeypatch, write({**ONE, **more, "schedules": {}})) == 0
+    assert call(monkeypatch, write({**ONE, **more, "direction": "minimize"})) == 2
+    assert "was begun with direction 'maximize'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
