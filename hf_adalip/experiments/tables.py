@@ -493,7 +493,7 @@ def comparison_table(study: StudyResults, title: str, comparisons: Sequence[Comp
         [
             f"Of {study.metric.words}, paired by seed, Student's t. {better} is better "
             "for the first. p of no difference, after Holm's correction for the "
-            f"{known} comparisons of this table that have one; the intervals are not corrected. "
+            f"{known} comparisons of this table; the intervals are not corrected. "
             f"{LEFT_OUT} At the best learning rates the choice was made on "
             "the same runs, which the interval does not know of."
         ],
