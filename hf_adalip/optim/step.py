@@ -17,6 +17,7 @@ is stored in the parameter's dtype.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from operator import mul
@@ -221,7 +222,7 @@ class LayerwiseOptimizer(Optimizer):
         """
         finite = (norms < math.inf).all(dim=1)  # none is negative
         if plan.raises:
-            _raise_unless(finite, plan)
+            raise_unless(finite, plan, "nothing was changed")
         return finite
 
     def _advance(
@@ -285,9 +286,10 @@ class LayerwiseOptimizer(Optimizer):
         group = self.param_groups[-1]
         self._flat_tensors.note(group, decays_of(group))
 
-    def _separate_state(self) -> dict[Tensor, State]:
+    def _separate_state(self) -> defaultdict[Tensor, State]:
         """The state as it is pickled, see `unpacked`."""
-        return {param: unpacked(state) for param, state in self.state.items()}
+        found = {param: unpacked(state) for param, state in self.state.items()}
+        return defaultdict(dict, found)  # a copy makes state for parameters that have none yet
 
     def layer_learning_rates(self) -> dict[str, LayerRate]:
         """{layer: (S_t, A_t, ‖x_t‖, non-finite steps)} as of each layer's last step.
@@ -578,7 +580,8 @@ def _keep_sketches(plan: StepPlan, sketches: Tensor, factor: Tensor, stepped: Te
             bucket.keep_sketches(x, stepped[bucket.where].to(x.device))
 
 
-def _raise_unless(finite: Tensor, plan: StepPlan) -> None:
+def raise_unless(finite: Tensor, plan: StepPlan, after: str) -> None:
+    """Names the layers that are not finite, of those with nonfinite="raise", and what is after."""
     bad = [
         layer.name
         for layer, ok in zip(plan.layers, finite.tolist(), strict=True)
@@ -588,8 +591,8 @@ def _raise_unless(finite: Tensor, plan: StepPlan) -> None:
         raise RuntimeError(
             "the gradient norm (or its square) is not finite in "
             f"{len(bad)} of {len(plan.layers)} layers "
-            f"({', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}); nothing was "
-            'changed. nonfinite="skip" leaves such layers alone for the step'
+            f"({', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}); {after}. "
+            'nonfinite="skip" leaves such layers alone for the step'
         )
 
 

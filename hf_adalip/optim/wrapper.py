@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -51,7 +52,7 @@ from .state import (
     forget_predecessor,
     unpacked,
 )
-from .step import Form, LayerwiseOptimizer, to_opmath
+from .step import Form, LayerwiseOptimizer, raise_unless, to_opmath
 
 _OURS = "lipschitz."
 """Marks a key of ours in a state_dict where the base has one of the same name."""
@@ -209,9 +210,7 @@ class Lipschitz(LayerwiseOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("optimizer", "_estimator", "signal", "_previous", "_layers", "_fused")
-        return {name: self.__dict__[name] for name in names} | {
-            "state": defaultdict(dict, self._separate_state())
-        }
+        return {name: self.__dict__[name] for name in names} | {"state": self._separate_state()}
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -367,7 +366,9 @@ class Lipschitz(LayerwiseOptimizer):
 
         Raises:
             RuntimeError: for sparse gradients, and with nonfinite="raise" for a gradient norm
-                that is not finite; nothing has been changed then.
+                that is not finite; nothing has been changed then. With signal="update" also for
+                an update that is not: parameters are as before then, but the base's state has
+                taken the step.
         """
         loss = None
         if closure is not None:
@@ -448,7 +449,19 @@ class Lipschitz(LayerwiseOptimizer):
         if self._estimator.nonfinite != "propagate":
             for row, size in zip(rows, sizes, strict=True):
                 row[:, 0] = size
+        if plan.raises:
+            self._undo_unless_finite(plan, batches, rows)
         return rows
+
+    def _undo_unless_finite(self, plan: StepPlan, batches: list[Batch], rows: list[Tensor]) -> None:
+        """Puts the parameters back before an update that is not finite is raised."""
+        updates = torch.cat([row[:, 1:2].to(plan.device) for row in rows])
+        finite = (plan.layer_norms(updates)[0] < math.inf).all(dim=1)
+        if not finite.all():
+            for batch in batches:
+                if batch.grads:
+                    torch._foreach_copy_(batch.params, batch.prepared)
+        raise_unless(finite, plan, "the parameters are as before, the base's state is not")
 
     def _finite(self, plan: StepPlan, norms: Tensor) -> Tensor:
         """Nor those that share a flat tensor, which the base steps as one, with a layer that is

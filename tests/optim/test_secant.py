@@ -304,6 +304,70 @@ def test_accumulated_micro_batches_are_one_batch(base: str) -> None:
     assert rates[0] == pytest.approx(rates[1], rel=1e-6)
 
 
+def test_autocast_may_be_around_the_step() -> None:
+    """Which keeps the weights that it has cast until it ends."""
+    rates, (x, y) = [], batch(0)
+    for around in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+        optimizer = Secant(torch.optim.AdamW(model.parameters()), model=model)
+
+        def closure(model: nn.Module = model, optimizer: Secant = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss.detach()
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            optimizer.step(closure)
+        rates.append(optimizer.rate)
+    assert rates[1] == pytest.approx(rates[0])
+
+
+def test_a_loss_that_never_bends_has_no_rate() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = Secant(torch.optim.SGD([p], lr=1.0))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        p.sum().backward()
+        return p.detach().sum()
+
+    with pytest.raises(RuntimeError, match="no rate can be found from the first batch"):
+        optimizer.step(closure)
+    assert torch.equal(p, torch.ones(3))
+
+
+def test_complex_parameters_are_pairs_of_numbers() -> None:
+    rates = []
+    for dtype in (torch.complex64, torch.float32):
+        p = nn.Parameter(torch.view_as_complex(START) if dtype.is_complex else START.clone())
+        optimizer = Secant(torch.optim.SGD([p], lr=1.0))
+
+        def closure(p: Tensor = p, optimizer: Secant = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = p.abs().square().sum()
+            loss.backward()
+            return loss.detach()
+
+        for _ in range(5):
+            optimizer.step(closure)
+        rates.append(optimizer.rate)
+    assert rates[0] == pytest.approx(rates[1])
+
+
+START = torch.tensor([[3.0, -2.0], [1.0, 0.5]])
+
+
+def test_buffers_may_be_expanded() -> None:
+    model, _ = made()
+    model.register_buffer("positions", torch.arange(3.0).expand(2, -1))
+    optimizer = Secant(torch.optim.AdamW(model.parameters()), model=model)
+    train(model, optimizer, range(3))
+    assert optimizer.probes
+
+
 def test_what_is_measured_is_not_clipped() -> None:
     p, optimizer, _ = quadratic(2.0, every=1)
     clips = []
@@ -344,6 +408,41 @@ def test_a_tensor_lr_does_not_matter_and_stays_the_same_object() -> None:
     assert other.param_groups[0]["lr"] is lr
     assert lr == torch.tensor(1e-4)
     torch.testing.assert_close(other.param_groups[0]["effective_lr"], torch.tensor(other.rate))
+
+
+def test_groups_may_share_a_tensor_lr() -> None:
+    """As torch makes them of one that is given for all."""
+    rates = []
+    for lr in (0.5, torch.tensor(0.5)):
+        torch.manual_seed(0)
+        model = Net()
+        first, *rest = model.parameters()
+        groups = [{"params": [first], "weight_decay": 0.0}, {"params": rest}]
+        base = torch.optim.AdamW(groups, lr=lr, foreach=False)  # type: ignore[arg-type]
+        optimizer = Secant(base, model=model)
+        train(model, optimizer, range(6))
+        rates.append([float(group["effective_lr"]) for group in optimizer.param_groups])
+    assert rates[0] == pytest.approx(rates[1], rel=1e-3)
+    assert rates[0][0] == rates[0][1]
+
+
+def test_the_schedule_of_most_of_the_step_counts() -> None:
+    """Not that of a first group whose learning rate is scaled down, as layer decay does."""
+    found = []
+    for factor in (1.0, 0.01, 0.0):
+        torch.manual_seed(0)
+        model = Net()
+        *rest, bias = model.parameters()
+        base = torch.optim.AdamW([{"params": [bias]}, {"params": rest}], lr=1.0)
+        optimizer = Secant(base, model=model)
+        scheduler = LambdaLR(optimizer, [lambda _, f=factor: f, lambda _: 1.0])
+        for t in range(30):
+            train(model, optimizer, range(t, t + 1))
+            scheduler.step()
+        assert not optimizer._now.warmup
+        assert optimizer.param_groups[0]["effective_lr"] == factor * optimizer.rate
+        found.append(optimizer.rate)
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=0.3)
 
 
 def test_a_schedule_multiplies() -> None:
@@ -459,6 +558,47 @@ def test_copies_go_on_alike() -> None:
     assert train(twin["model"], twin["optimizer"], range(10, 20)) == expected
 
 
+def test_a_state_can_be_replaced() -> None:
+    _, optimizer = made()
+    optimizer.state = fresh = {}
+    assert optimizer.optimizer.state is fresh
+
+
+@pytest.mark.parametrize("change", ["none", "groups", "shape", "kind", "probes", "reference"])
+def test_a_state_that_is_none_is_refused(change: str) -> None:
+    model, optimizer = made()
+    train(model, optimizer, range(1))
+    before, saved = everything(model, optimizer), copy.deepcopy(optimizer.state_dict())
+    match change:
+        case "none":
+            saved = None
+        case "groups":
+            saved["param_groups"] = []
+        case "shape":
+            saved["state"][0]["secant_previous"] = torch.zeros(7)
+        case "kind":
+            saved["state"][0]["secant_previous"] = "x"
+        case "probes":
+            saved["secant_probes"] = [1, 2]
+        case "reference":
+            del saved["param_groups"][0]["reference_lr"]
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.load_state_dict(saved)
+    assert_same(everything(model, optimizer), before)
+
+
+def test_a_state_in_another_order_is_told_by_names() -> None:
+    one, two = Net(), Net()
+    optimizer = Secant(torch.optim.AdamW(one.named_parameters(), lr=1.0), model=one)
+    train(one, optimizer, range(1))
+    named = list(two.named_parameters())[::-1]
+    other = Secant(torch.optim.AdamW(named, lr=1.0), model=two)
+    other.load_state_dict(optimizer.state_dict())
+    for (name, p), (_, q) in zip(one.named_parameters(), named[::-1], strict=True):
+        assert torch.equal(optimizer._previous[p], other._previous[q]), name
+        assert torch.equal(optimizer.state[p]["exp_avg"], other.state[q]["exp_avg"]), name
+
+
 def test_a_state_of_the_base_alone_is_refused() -> None:
     model, optimizer = made()
     train(model, optimizer, range(2))
@@ -510,6 +650,14 @@ def test_how_far_momentum_has_built_up(nesterov: bool) -> None:
     model, other = made("AdamW")  # which corrects its bias
     train(model, other, range(1))
     assert other._built == 1.0
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="of newer torch")
+def test_momentum_that_is_an_average_is_of_full_size_at_once() -> None:
+    weight = nn.Parameter(torch.eye(4))
+    optimizer = Secant(torch.optim.Muon([weight], lr=0.1, momentum=0.95))
+    optimizer._step = 1
+    assert optimizer._built == 1.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -752,8 +900,11 @@ def test_a_base_that_averages_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"sigma": 2.5}, {"sigma": math.nan}, {"average": -1}, {"climb": math.inf}, {"limit": 0.5}],
+    [
+        *({"sigma": 2.5}, {"sigma": math.nan}, {"sigma": 0.0}, {"sigma": "1"}, {"gain": 0.0}),
+        *({"average": -1}, {"climb": math.inf}, {"limit": 0.5}, {"margin": 0.0}),
+    ],
 )
-def test_bad_laws(options: dict[str, float]) -> None:
+def test_bad_laws(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Law(**options)

@@ -204,6 +204,23 @@ def test_copies_of_the_optimizer_itself(kind: str, copied: Callable[[Any], Any])
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("first", [[], ["a.weight"]], ids=["no step", "one parameter"])
+def test_copies_of_what_has_not_stepped_all_parameters(
+    kind: str, copied: Callable[[Any], Any], first: list[str]
+) -> None:
+    """As where a head is unfrozen later."""
+    params = named_params()
+    optimizer = BUILDERS[kind](params)
+    if first:
+        train(optimizer, {name: params[name] for name in first}, range(1))
+    clone, others = copied((optimizer, params))
+    for own, named in ((optimizer, params), (clone, others)):
+        train(own, named, range(1, 3))
+    assert_same(snapshot(clone, others), snapshot(optimizer, params))
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
 def test_loaded_numbers_are_copies(kind: str) -> None:
     """Stepping what was saved changes no S that was loaded, nor the other way round.
 

@@ -660,6 +660,16 @@ def test_needs_an_optimizer() -> None:
             Lipschitz(wrong)
 
 
+def test_an_update_that_is_not_finite_leaves_the_parameters() -> None:
+    """The base has taken its step by then."""
+    p = torch.ones(3, requires_grad=True)
+    optimizer = Lipschitz(torch.optim.SGD([p], lr=1e30), signal="update", nonfinite="raise")
+    p.grad = torch.full((3,), 1e15)
+    with pytest.raises(RuntimeError, match="the parameters are as before, the base's state is not"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+
+
 def test_refuses_lbfgs() -> None:
     with pytest.raises(ValueError, match="LBFGS"):
         Lipschitz(torch.optim.LBFGS(named_params().values()))
@@ -791,7 +801,7 @@ def odd_parameters(dtype: torch.dtype) -> Named:
 )
 @pytest.mark.parametrize("base", ["SGD", "NAdam", "AdamW"])
 def test_fused_is_the_same(base: str, dtype: torch.dtype, rtol: float, layers: Any) -> None:
-    # p_old + S·(p - p_old) and S·p + (1 - S)·p_old differ in rounding: by an ulp of p a step.
+    # p_old + S·(p - p_old) and p + (S - 1)·(p - p_old) differ in rounding: by an ulp of p a step.
     found = []
     for fused in (False, True):
         params = odd_parameters(dtype)
@@ -833,6 +843,22 @@ def test_fused_treats_non_finite_gradients_alike(nonfinite: str) -> None:
         torch.testing.assert_close(
             found[1][name], param, rtol=1e-5, atol=1e-6, equal_nan=nonfinite == "propagate"
         )
+
+
+@needs_compiler
+@pytest.mark.parametrize("bounds", [(0.1, 10.0), None])
+def test_fused_leaves_what_the_base_leaves(bounds: Any) -> None:
+    """Elements without a gradient, as rows of an embedding, whatever S is."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64, requires_grad=True)
+    before = weight.detach().clone()
+    base = torch.optim.SGD([weight], lr=1e-9)
+    optimizer = Lipschitz(base, scale_bounds=bounds, fused=True)
+    for step in range(10):
+        noise = 1.0 + 1e-6 * torch.randn(32, 64)  # S is large
+        weight.grad = torch.cat([noise, torch.zeros(32, 64)])
+        optimizer.step()
+        assert torch.equal(weight[32:], before[32:]), step
 
 
 def test_fused_is_for_gradients() -> None:

@@ -121,7 +121,10 @@ def advance(batch: Batch, rates: Tensor, history_rates: Tensor, stepped: Tensor)
 
 
 def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, stepped: Tensor) -> None:
-    """p = w·p + (1 - w)·q of each tensor and its other one, where `stepped`; for `Lipschitz`.
+    """p = q + w·(p - q) of each tensor and its other one, where `stepped`; for `Lipschitz`.
+
+    It is a step of plain SGD with the rate w - 1 and the gradient q - p, which is 0, and leaves p
+    as it is, where both are equal.
 
     Args:
         params: as `fits` says, of one device and dtype.
@@ -132,13 +135,15 @@ def blend(params: list[Tensor], others: list[Tensor], weights: Tensor, stepped: 
     dtype = params[0].dtype
     alike = [_like(p, q, dtype) for p, q in zip(params, others, strict=True)]
     numbers = weights.new_ones(len(params), len(COLUMNS), dtype=opmath_dtype(dtype))
-    numbers[:, COLUMNS.index("decay")] = weights
     numbers[:, COLUMNS.index("rate")] = weights - 1
-    # A step of plain SGD: p·decay - rate·q.
-    spec = Spec(rule="SGD", signal="gradient", dtype=dtype, history=None)
     tensors = Tensors(params, alike, (), [], [])
-    _backend(params[0]).advance(spec, tensors, numbers, Constants(0.0, 0.0, 0.0, 0.0, 0.0), stepped)
+    constants = Constants(0.0, 0.0, 0.0, 0.0, weight_decay=-1.0)
+    _backend(params[0]).advance(_blending(dtype), tensors, numbers, constants, stepped)
     increment_version(params)
+
+
+def _blending(dtype: torch.dtype) -> Spec:
+    return Spec(rule="SGD", signal="gradient", dtype=dtype, history=None, coupled=True)
 
 
 def compile_for(device: torch.device, dtype: torch.dtype) -> None:
@@ -147,8 +152,9 @@ def compile_for(device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         KernelError: if they cannot be compiled.
     """
-    for history in (dtype, None) if device.type == "cpu" else ():
-        cpu.library(Spec(rule="SGD", signal="gradient", dtype=dtype, history=history))
+    if device.type == "cpu":
+        cpu.library(Spec(rule="SGD", signal="gradient", dtype=dtype, history=dtype))
+        cpu.library(_blending(dtype))
 
 
 def _backend(param: Tensor) -> Any:

@@ -54,10 +54,10 @@ class Law:
     """How the rate follows the probes.
 
     Args:
-        sigma: σ, in (0, 2]: a·C/N below which the rate is raised.
+        sigma: σ, from 0.001 to 2: a·C/N below which the rate is raised.
         limit: a·C/N above which it is lowered, at least σ.
-        average: what a probe's weight is multiplied by at the next one, in [0, 1).
-        gain: κ, in (0, 1]: how much of the way to the bound a probe takes.
+        average: what a probe's weight is multiplied by at the next one, from 0 to 0.9999.
+        gain: κ, from 0.001 to 1: how much of the way to the bound a probe takes.
         climb: the rate grows at most like t to this power.
         fall: the rate falls at most by this factor at a probe.
         margin: the start, as a part of the first batch's own bound.
@@ -81,22 +81,21 @@ class Law:
     hold: float = 0.7
 
     def __post_init__(self) -> None:
-        ranges = {
-            "sigma": (0.0, 2.0),
-            "warmup_sigma": (0.0, 2.0),
-            "limit": (max(self.sigma, self.warmup_sigma), 1e3),
-            "average": (0.0, 0.999),
-            "gain": (0.0, 1.0),
-            "climb": (0.0, 10.0),
-            "fall": (1.0, 1e3),
-            "margin": (0.0, 1.0),
-            "warmup_margin": (0.0, 1.0),
-            "hold": (0.0, 1.0),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not is_number(value) or not low <= value <= high:
-                raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
+        self._check("sigma", 1e-3, 2.0)
+        self._check("warmup_sigma", 1e-3, 2.0)
+        self._check("limit", max(self.sigma, self.warmup_sigma), 1e3)
+        self._check("average", 0.0, 0.9999)
+        self._check("gain", 1e-3, 1.0)
+        self._check("climb", 0.0, 10.0)
+        self._check("fall", 1.0, 1e3)
+        self._check("margin", 1e-12, 1.0)
+        self._check("warmup_margin", 1e-12, 1.0)
+        self._check("hold", 0.0, 1.0)
+
+    def _check(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if not is_number(value) or not low <= value <= high:
+            raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
 
     def start(self, bound: float, schedule: float = 1.0) -> Rate:
         """The rate to start with.

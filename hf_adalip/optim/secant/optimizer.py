@@ -15,7 +15,10 @@ from torch.optim import ASGD, LBFGS, Optimizer, Rprop
 
 from ..estimator import is_number
 from ..groups import refuse_options
+from ..loading import check_form, check_tensor, refuse_unless_dict, unchanged_if_refused
+from ..names import by_name
 from ..sharding import is_dtensor
+from ..state import check_shape
 from ..step import LayerwiseOptimizer
 from .law import Law, Rate, next_probe
 from .probe import Probe, measured
@@ -47,6 +50,9 @@ _SETTLED = math.log(1.3)
 """A trial that moves the bound by less is the last."""
 
 
+_AVERAGING = {"AdafactorBigVision", "Kron", "MADGRAD", "Muon"}
+"""Optimizers whose momentum is an average, of full size from the first step on."""
+
 _OF_ALL_GROUPS = ("every", "model", "law")
 """Arguments that no parameter group has its own value of."""
 
@@ -75,8 +81,9 @@ class Secant(Optimizer):
 
     `group["lr"]` is only what a schedule multiplies: a step is taken with `rate`·s, s being `lr`
     over what it was when this optimizer was made. With several groups, the learning rates that
-    they were made with give the proportions between them. `group["effective_lr"]` is what the
-    last step was taken with.
+    they were made with give the proportions between them; where their schedules differ, the
+    largest s is taken for that of the step. `group["effective_lr"]` is what the last step was
+    taken with.
 
     Where something comes between gradients and step (clipping, gradient accumulation), see
     `compute_gradients`. For transformers' Trainer there is `hf_adalip.attach`.
@@ -165,8 +172,12 @@ class Secant(Optimizer):
         self.optimizer.param_groups = value  # as ms-swift and DeepSpeed do
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
@@ -252,14 +263,24 @@ class Secant(Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave; training goes on bit for bit."""
+        """Loads what `state_dict` gave; training goes on bit for bit.
+
+        Raises:
+            TypeError: for what is no dict.
+            ValueError: for a state_dict of another optimizer or of other parameters. Nothing has
+                been changed then.
+        """
+        refuse_unless_dict(state_dict)
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
+        check_form(state_dict)
+        state_dict = by_name(state_dict, self.param_groups)
         groups = state_dict["param_groups"]
-        if missing := [key for key in (*NUMBERS, "reference_lr") if key not in groups[0]]:
-            raise ValueError(f"state_dict is not of Secant: its groups have no {missing[0]!r}")
-        numbers = [groups[0][key] for key in NUMBERS]
+        for group in groups:
+            if missing := [key for key in (*NUMBERS, "reference_lr") if key not in group]:
+                raise ValueError(f"state_dict is not of Secant: a group has no {missing[0]!r}")
+        probes = _read_probes(state_dict.get(_PROBES, ()))
         state, previous = {}, {}
         for key, saved in state_dict["state"].items():
             if isinstance(saved, dict) and _PREVIOUS in saved:
@@ -268,10 +289,15 @@ class Secant(Optimizer):
                 if not saved:
                     continue
             state[key] = saved
-        self.optimizer.load_state_dict({**state_dict, "state": state, "param_groups": groups})
-        *rate, self._step, self._measured, self._schedule = numbers
+        for key, param in zip(_ids(state_dict), self._parameters(), strict=False):
+            check_tensor(key, _PREVIOUS, previous.get(key))
+            if key in previous:
+                check_shape(_PREVIOUS, previous[key], param.shape)
+        with unchanged_if_refused(self.optimizer):
+            self.optimizer.load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        *rate, self._step, self._measured, self._schedule = (groups[0][key] for key in NUMBERS)
         self._now = Rate(*rate)
-        self.probes = [Probe(*numbers) for numbers in state_dict.get(_PROBES, ())]
+        self.probes = probes
         self._previous = {
             param: previous[key].to(param.device, param.dtype, copy=True)
             for key, param in zip(_ids(state_dict), self._parameters(), strict=True)
@@ -376,11 +402,12 @@ class Secant(Optimizer):
         first = self.param_groups[0]["reference_lr"]
         given = [group["lr"] for group in self.param_groups]
         values = [lr.clone() if isinstance(lr, Tensor) else lr for lr in given]
-        for group, lr in zip(self.param_groups, given, strict=True):
+        for group, lr, value in zip(self.param_groups, given, values, strict=True):
             own = group["reference_lr"]
             here = rate * (own / first)
-            if isinstance(lr, Tensor):  # in place, for those who have compiled or captured it
-                lr.div_(own).mul_(here) if scheduled else lr.fill_(here)
+            # in place, for those who have compiled or captured it; groups may share one
+            if isinstance(lr, Tensor):
+                lr.copy_(value / own * here) if scheduled else lr.fill_(here)
                 group["effective_lr"] = lr.clone()
             else:
                 group["lr"] = group["effective_lr"] = here * (lr / own if scheduled else 1.0)
@@ -390,7 +417,12 @@ class Secant(Optimizer):
             for group, lr, value in zip(self.param_groups, given, values, strict=True):
                 group["lr"] = lr.copy_(value) if isinstance(lr, Tensor) else value
         if scheduled:
-            self._schedule = float(values[0]) / first if self._previous else 0.0
+            self._schedule = self._scheduled() if self._previous else 0.0
+
+    def _scheduled(self) -> float:
+        """s of the coming step: the largest of the groups', by which most of it is taken."""
+        parts = [float(group["lr"]) / group["reference_lr"] for group in self.param_groups]
+        return float(max(parts))
 
     def _probe(self, closure: Callable[[], Any]) -> Any:
         """Measures the last step on this step's batch, and lets the rate follow.
@@ -457,8 +489,7 @@ class Secant(Optimizer):
         loss = _call(closure)
         _check_same(params, "loss", expected, float(loss))
         _check_same(params, "gradient norm", float(norm), float(slope(params, params)[1].sqrt()))
-        first = self.param_groups[0]
-        self._now = self.law.start(bound, float(first["lr"]) / first["reference_lr"])
+        self._now = self.law.start(bound, self._scheduled())
         return loss
 
     def _bound(
@@ -488,7 +519,13 @@ class Secant(Optimizer):
                 factor = 10.0 if probe.r >= 0.9 else max(0.1, 1.0 / (1.0 - probe.r))
             a *= factor
             if abs(math.log(factor)) < _SETTLED:
-                break
+                return a
+        if factor == 10.0:
+            raise RuntimeError(
+                "no rate can be found from the first batch: along its step the slope of the loss "
+                f"is the same as far as {a:.1g} times a step of lr = 1; the loss must be one of "
+                "the parameters as they are at each call of the closure, and not linear in them"
+            )
         return a
 
     @property
@@ -496,7 +533,9 @@ class Secant(Optimizer):
         """The part of its full size that the last step had: momentum which sums up gradients, as
         that of SGD and RMSprop, begins with one (and nesterov's with two)."""
         group = self.param_groups[0]
-        summed = 0.0 if group.get("dampening") else float(group.get("momentum", 0.0))
+        averages = any(kind.__name__ in _AVERAGING for kind in type(self.optimizer).__mro__)
+        sums = not averages and not group.get("dampening")
+        summed = float(group.get("momentum", 0.0)) if sums else 0.0
         return 1.0 - summed ** (self._step + bool(group.get("nesterov")))
 
     @property
@@ -509,7 +548,9 @@ class Secant(Optimizer):
     @contextmanager
     def _unseen(self) -> Iterator[None]:
         """Puts the model's buffers and the generators back in the end."""
-        buffers = [] if self.model is None else list(self.model.buffers())
+        models = [] if self.model is None else [self.model]
+        # what is expanded has fewer numbers than elements, and nothing can write to it
+        buffers = [x for model in models for x in model.buffers() if not _is_expanded(x)]
         copies = [x.clone() for x in buffers]
         devices = {p.device for p in self._parameters()} - {torch.device("cpu")}
         modules = [(torch.get_device_module(device), device) for device in devices]
@@ -568,8 +609,20 @@ def _check_lr(lr: Any, name: str) -> None:
 
 
 def _call(closure: Callable[[], Any]) -> Any:
+    torch.clear_autocast_cache()  # of the weights as they were, where autocast is around the step
     with torch.enable_grad():
         return closure()
+
+
+def _is_expanded(x: Tensor) -> bool:
+    return any(size > 1 and not step for size, step in zip(x.shape, x.stride(), strict=True))
+
+
+def _read_probes(saved: Any) -> list[Probe]:
+    try:
+        return [Probe(*numbers) for numbers in saved]
+    except TypeError as error:
+        raise ValueError(f"{_PROBES} of the state_dict must be a list of measurements") from error
 
 
 def _loss(closure: Callable[[], Any]) -> float:

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..history import real
+
 
 class Probe(NamedTuple):
     """What one batch says of one step."""
@@ -82,4 +84,6 @@ def measured(step: int, rate: float, before: Tensor, after: Tensor, sign: float 
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1).to(torch.promote_types(x.dtype, torch.float32))
+    """Its numbers, of complex ones both parts."""
+    flat: Tensor = real(x).reshape(-1)
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
