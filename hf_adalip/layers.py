@@ -6,7 +6,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from .optim.names import plain_names
 from .optim.sharding import whole_shape
 
 
@@ -41,13 +43,15 @@ def parameter_groups(
         raise ValueError(f"model {type(model).__name__} has no parameter with requires_grad=True")
     if not weight_decay:
         return [{"params": named, "weight_decay": 0.0}]
-    patterns = set(getattr(model, "no_weight_decay", set)())
+    listed = model.module if isinstance(model, DistributedDataParallel) else model
+    patterns = set(getattr(listed, "no_weight_decay", set)())
+    plain = plain_names([name for name, _ in named])  # as the model itself has them
     spared = {
         name
-        for name, param in named
+        for (name, param), own in zip(named, plain, strict=True)
         if len(whole_shape(param)) <= 1
         or name.endswith(".bias")
-        or any(fnmatchcase(name, pattern) for pattern in patterns)
+        or any(fnmatchcase(own, pattern) for pattern in patterns)
     }
     if not split:
         return [{"params": named, "weight_decay": weight_decay, "no_weight_decay": sorted(spared)}]

@@ -50,7 +50,6 @@ except ImportError as error:
         "this recipe needs transformers: pip install 'hf-adalip[recipes,trainer]'"
     ) from error
 
-from hf_adalip import attach, get_optimizer_info
 from hf_adalip.errors import DataError, UsageError
 from hf_adalip.recipe.options import check_bounds
 from hf_adalip.recipe.trainer import (
@@ -220,7 +219,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     set_seed(training.seed)
     model = build_model(args, tokenizer)
     check_causal(model, train[0], args)
-    optimizer = optimizer_kwargs(training)
     trainer = Trainer(
         model=model,
         args=training,
@@ -228,10 +226,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         eval_dataset=examples(validation),
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        **optimizer,
+        **optimizer_kwargs(training),
     )
-    if optimizer and get_optimizer_info(training.optim.value).takes_layers:
-        attach(trainer)
     settings = {"recipe": NAME, "task": "text-generation", "dataset_name": args.train_file}
     settings |= dataclasses.asdict(args)
     return run(trainer, settings | {"dataset_fingerprint": fingerprint(train, validation)})

@@ -54,7 +54,6 @@ except ImportError as error:
         "this recipe needs transformers: pip install 'hf-adalip[recipes,trainer]'"
     ) from error
 
-from hf_adalip import attach, get_optimizer_info
 from hf_adalip.errors import DataError, UsageError
 from hf_adalip.recipe.data import load_splits
 from hf_adalip.recipe.options import check_bounds
@@ -352,7 +351,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             for part in (data.train, data.validation)
         )
     check_length(args, model, tokenizer, train, validation)
-    optimizer = optimizer_kwargs(training)
     trainer = Trainer(
         model=model,
         args=training,
@@ -361,13 +359,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=regression_metrics if data.names is None else classification_metrics,
-        **optimizer,
+        **optimizer_kwargs(training),
     )
     # the loss is a mean over the batch: Trainer must not take it for a sum over all processes' and
     # accumulated batches divided already, as it does for every model that takes **kwargs
     trainer.model_accepts_loss_kwargs = False
-    if optimizer and get_optimizer_info(training.optim.value).takes_layers:
-        attach(trainer)
     settings = {"recipe": NAME, "task": "text-classification", **dataclasses.asdict(args)}
     settings |= {"eval_split": data.eval_split, "dataset_fingerprint": data.fingerprint()}
     return run(trainer, settings)

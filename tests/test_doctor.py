@@ -336,6 +336,7 @@ def test_options_that_a_checkpoint_replaces():
         ({"gamma": 0.5, "betas": [0.8, 0.9]}, None),
         ({"gamma": 0.5, "betas": (0.8, 0.9), "tag": "mine"}, None),
         ({"betas": (0.8, 0.9)}, "gamma=0.5 for 0.8"),
+        ({"gamma": 0.5, "betas": (0.8, 0.9), "lr": 0.5}, "lr=0.001 for 0.5"),
     ):
         optimizer = AdamLip([{"params": params, **own}])
         made = [dict(group) for group in optimizer.param_groups]

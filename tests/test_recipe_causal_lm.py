@@ -128,19 +128,24 @@ def test_results_say_how_they_came_about(whole: Path, text: Path) -> None:
     assert (whole / "layer_learning_rates.png").exists()
 
 
-def test_the_model_is_one_of_transformers(whole: Path, text: Path) -> None:
-    """Loaded again, it has the loss that was written down."""
-    tokenizer = AutoTokenizer.from_pretrained(whole)
-    model = AutoModelForCausalLM.from_pretrained(whole).eval()
+def loss_of(folder: Path, text: Path, bf16: bool = False) -> float:
+    """Of the saved model, on the blocks that are held out."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
     held_out = tokenizer(text.read_text()[-200:], add_special_tokens=False)["input_ids"]
     blocks = torch.tensor(held_out)[:192].view(-1, 16)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         losses = [model(input_ids=part, labels=part).loss.item() for part in blocks.split(8)]
-    expected = (8 * losses[0] + 4 * losses[1]) / 12
+    return (8 * losses[0] + 4 * losses[1]) / 12
+
+
+def test_the_model_is_one_of_transformers(whole: Path, text: Path) -> None:
+    """Loaded again, it has the loss that was written down."""
+    expected = loss_of(whole, text, bf16=True)
     assert results(whole)["eval_loss"] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "lip-nadam"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "lip-nadam", "secant-adam"])
 def test_optimizers_learn(optim: str, text: Path, tmp_path: Path) -> None:
     """Below log 15, the loss of one who knows no more than which letters there are."""
     more = ["--learning_rate=1e-2", "--num_train_epochs=2", "--save_strategy=no"]
@@ -149,6 +154,7 @@ def test_optimizers_learn(optim: str, text: Path, tmp_path: Path) -> None:
     assert found["eval_loss"] < math.log(15)
     assert found["optimizer"] == {"adamw_torch": "adamw"}.get(optim, optim)
     assert (tmp_path / "out" / "layer_learning_rates.png").exists() == ("lip" in optim)
+    assert (tmp_path / "out" / "secant.json").exists() == ("secant" in optim)
 
 
 def test_llama_and_overrides(text: Path, tmp_path: Path) -> None:
@@ -196,6 +202,28 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert recipe([*run, "--resume_from_checkpoint=latest"]) == 0
     assert results(folder)["resumed_from"].endswith(f"checkpoint-{step}")
     assert numbers(folder) == numbers(whole)
+
+
+def test_ctrl_c_saves_what_is_not_the_best_too(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step is evaluated, and the first has the highest loss."""
+    on_step_end = training.RunCallback.on_step_end
+
+    def press(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+        on_step_end(self, args, state, control, **kwargs)
+
+    run = ["--optim=adamw_torch", "--learning_rate=1e-2", "--max_steps=5"]
+    run += ["--eval_strategy=steps", "--eval_steps=1", "--save_strategy=best"]
+    run += ["--metric_for_best_model=loss", "--greater_is_better=true"]
+    run = options(text, tmp_path / "out", *run)
+    with monkeypatch.context() as patched:
+        patched.setattr(training.RunCallback, "on_step_end", press)
+        assert recipe(run) == 130
+    assert recipe([*run, "--resume_from_checkpoint=latest"]) == 0
+    assert results(tmp_path / "out")["resumed_from"].endswith("checkpoint-3")
 
 
 def test_checkpoints_of_the_model_alone_are_no_run_to_go_on_with(
@@ -580,6 +608,11 @@ def test_a_run_that_diverges_says_so(
         ("--do_train", "--do_train: leave it out"),
         ("--do_eval", "--do_eval: leave it out"),
         ("--do_predict", "--do_predict: leave it out"),
+        ("--auto_find_batch_size", "--auto_find_batch_size: leave it out; the results say which"),
+        (
+            "--load_best_model_at_end --save_total_limit=2",
+            "--save_total_limit must be at least 3 where the best checkpoint is kept too, got 2",
+        ),
     ],
 )
 def test_bad_options_are_one_line_and_touch_nothing(
@@ -717,6 +750,16 @@ def test_the_scores_are_of_the_model_that_is_saved(text: Path, tmp_path: Path) -
     assert found["eval_loss"] == losses[found["best_step"]] < losses[3]
     kept = folder / f"checkpoint-{found['best_step']}" / "model.safetensors"
     assert (folder / "model.safetensors").read_bytes() == kept.read_bytes()
+
+
+def test_the_weights_that_are_saved_are_the_averages_that_are_evaluated(
+    text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("schedulefree")
+    folder, free = tmp_path / "out", ["--optim=schedule_free_adamw", "--learning_rate=1e-2"]
+    more = ["--lr_scheduler_type=constant", "--max_steps=6", "--eval_strategy=no"]
+    assert recipe(options(text, folder, *free, *more, "--save_strategy=no")) == 0
+    assert results(folder)["eval_loss"] == pytest.approx(loss_of(folder, text), rel=1e-5)
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

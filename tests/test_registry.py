@@ -116,6 +116,14 @@ def test_frozen_parameters_and_the_models_own_list_are_respected():
     assert all(group["weight_decay"] == 0.0 for group in groups)
 
 
+def test_the_models_own_list_is_of_the_names_before_it_was_wrapped():
+    net = model()
+    net.no_weight_decay = lambda: {"2.*", "0.weight"}
+    for wrapped in (net, torch.compile(net)):
+        (group,) = parameter_groups(wrapped, weight_decay=0.1)  # the others are biases and norms
+        assert (group["weight_decay"], len(group["params"])) == (0.0, 6)
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="Sequential has no parameter with requires_grad"):
         create_optimizer(model().requires_grad_(False), "adamlip")

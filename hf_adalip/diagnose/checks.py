@@ -219,10 +219,16 @@ def replaced_options(
         return [tuple(x) if isinstance(x, list) else x for x in found]  # JSON knows lists only
 
     changed = []
+    now, asked = (
+        [float(group.get("initial_lr", group["lr"])) for group in groups]
+        for groups in (optimizer.param_groups, made)
+    )
+    if other := [lr for lr in asked if not any(math.isclose(lr, x, rel_tol=1e-6) for x in now)]:
+        changed.append(f"lr={now[0]:g} for {other[0]:g}")
     for key in made[0].keys() - NOT_DESCRIBED:
-        now = values(optimizer.param_groups, key)
-        if now and (other := [value for value in values(made, key) if value not in now]):
-            changed.append(f"{key}={now[0]} for {other[0]}")
+        loaded = values(optimizer.param_groups, key)
+        if loaded and (given := [value for value in values(made, key) if value not in loaded]):
+            changed.append(f"{key}={loaded[0]} for {given[0]}")
     if not changed:
         return None
     return Finding(

@@ -134,7 +134,7 @@ class Trial:
             if self.findings:
                 raise Reached
             trainer.args.save_strategy = trainer.args.eval_strategy = "no"
-            trainer.args.load_best_model_at_end = False
+            trainer.args.load_best_model_at_end = trainer.args.eval_on_start = False
             callbacks = trainer.callback_handler
             callbacks.callbacks = [
                 x for x in callbacks.callbacks if isinstance(x, DefaultFlowCallback)
@@ -172,9 +172,9 @@ def _watched_by(trial: Trial, register: Callable[[], None]) -> Iterator[None]:
     with suppress(ImportError):  # a loop of its own needs no transformers
         from transformers import Trainer, TrainingArguments
 
-        register()
         replaced.append((Trainer, "train", trial.training))
         replaced.append((TrainingArguments, "__post_init__", trial.arguments))
+        register()  # last: it refuses a transformers that it does not know
     before = [getattr(place, name) for place, name, _ in replaced]
     hook = register_optimizer_step_post_hook(trial.stepped)
     os.environ[TRIAL] = trial.folder

@@ -273,6 +273,9 @@ def attach(  # noqa: C901 - with the callback inside of it
 
     class Check(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            nonlocal watch, rates_of
+            watch, rates_of = Watch(), LayerRateHistory()  # of this training alone
+            attached["logged"] = Watch()
             optimizer = kwargs.get("optimizer")
             found = layerwise(optimizer)
             if found is None and (finding := secant(optimizer)) is not None:
@@ -297,6 +300,8 @@ def attach(  # noqa: C901 - with the callback inside of it
                     stacklevel=2,
                 )
             watch_clipping()
+            for group in found.param_groups:  # which reduce_lr_on_plateau does not note
+                group.setdefault("initial_lr", float(group["lr"]))
             scheduler = kwargs.get("lr_scheduler")
             warn_once(examine_run(trainer, found, scheduler, state.max_steps))
             if state.global_step and (other := replaced_options(found, made or [found.defaults])):

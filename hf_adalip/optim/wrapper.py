@@ -246,7 +246,11 @@ class Lipschitz(LayerwiseOptimizer):
         for key, param in zip(_ids(packed), self._parameters(), strict=True):
             if param in self.state:
                 based = state.get(key, {})
-                own = {_OURS * (n in based) + n: x for n, x in unpacked(self.state[param]).items()}
+                # what others keep here, as timm's Lookahead, is marked as what the base has too
+                known = {*SCALARS, self._history} - {"step"} - based.keys()
+                own = {
+                    _OURS * (n not in known) + n: x for n, x in unpacked(self.state[param]).items()
+                }
                 state[key] = {**based, **own}
         entries: dict[Any, Any] = {}
         for key, value in self.state.items():
@@ -300,6 +304,8 @@ class Lipschitz(LayerwiseOptimizer):
             self.state = defaultdict(dict, others)
             for key, param in zip(_ids(state_dict), self._parameters(), strict=True):
                 if mine := own.get(key):
+                    kept = {n: x for n, x in mine.items() if n not in (*SCALARS, self._history)}
+                    self.state[param].update(kept)
                     restore_scalars(self, param, mine)
                     if self._history in mine:
                         history = mine[self._history].to(param.device, param.dtype)

@@ -154,6 +154,24 @@ def test_lookahead(model):
     assert layerwise(again).layer_learning_rates() == inner.layer_learning_rates()
 
 
+def test_lookahead_over_a_wrapper_resumes():
+    """Which keeps its slow weights in the state of what it is over."""
+    found = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        x = torch.randn(3, requires_grad=True)
+        optimizer = create_optimizer_v2([x], "lookahead_lip-nadam", lr=1e-2)
+        for step in range(9):
+            if resumed and step == 4:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = create_optimizer_v2([x], "lookahead_lip-nadam", lr=1e-2)
+                optimizer.load_state_dict(state)
+            x.grad = torch.cos(x.detach() + step)
+            optimizer.step()
+        found.append(x.detach())
+    assert torch.equal(*found)
+
+
 # What timm asks of every optimizer in its registry
 
 

@@ -341,6 +341,44 @@ def test_the_model_card_names_what_ran(tmp_path):
     assert "OptimizerNames" not in card
 
 
+def test_the_model_card_has_the_first_learning_rate_of_a_plateau(tmp_path):
+    """That schedule lowers it and, unlike torch's others, does not note what it was."""
+    args = arguments(
+        tmp_path,
+        max_steps=4,
+        lr_scheduler_type="reduce_lr_on_plateau",
+        lr_scheduler_kwargs={"patience": 0, "threshold": 1e9},
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    data = {"train_dataset": texts(), "eval_dataset": texts()}
+    trainer = Trainer(model=bert(), args=args, **data, **trainer_kwargs("adamlip", lr=3e-3))
+    attach(trainer)
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] < 3e-3
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "- learning_rate: 0.003\n" in card
+    assert "- optimizer: AdamLip with lr=0.003, " in card
+
+
+def test_a_second_training_has_a_record_of_its_own(tmp_path):
+    pytest.importorskip("matplotlib")
+    args = arguments(tmp_path / "out", max_steps=3, logging_steps=1, max_grad_norm=1e-6)
+    kwargs = trainer_kwargs("adamlip", lr=1e-3)
+    trainer = Trainer(model=bert(), args=args, train_dataset=texts(), **kwargs)
+    attach(trainer, plot=True)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train()
+        logged = [x["clipped_steps"] for x in trainer.state.log_history if "clipped_steps" in x]
+        assert logged == [1.0, 2.0, 3.0]
+        history = hf_adalip.monitor.LayerRateHistory
+        steps = history.load(tmp_path / "out" / "layer_learning_rates.json").steps
+        assert steps == [1, 2, 3]
+
+
 def test_attach_is_for_trainers():
     optimizer = hf_adalip.AdamLip([torch.ones(1, requires_grad=True)])
     with pytest.raises(TypeError, match=r"transformers\.Trainer, got hf_adalip\..*AdamLip$"):
@@ -510,6 +548,20 @@ def script(tmp_path, monkeypatch):
 def test_the_doctor_stops_a_script_that_is_right(script, capsys):
     assert doctor("train.py", [*script, "--optim", "adamlip", "--num_train_epochs", "99"]) == 0
     assert capsys.readouterr().out == "nothing wrong (watched for 20 steps)\n"
+    assert not any(Path("out").glob("*"))
+
+
+def test_the_doctor_leaves_nothing_where_transformers_is_not_known(script, monkeypatch, capsys):
+    """Whose release `register` refuses."""
+    from hf_adalip.diagnose import trial
+
+    def refuse():
+        raise ImportError("another transformers")
+
+    watched_by = trial._watched_by
+    monkeypatch.setattr(trial, "_watched_by", lambda watching, _: watched_by(watching, refuse))
+    assert doctor("train.py", [*script, "--num_train_epochs", "99"]) == 1
+    assert "RAN" not in capsys.readouterr().out
     assert not any(Path("out").glob("*"))
 
 

@@ -4,10 +4,7 @@ A recipe makes its model and data and a Trainer; the rest is here:
 
     args, training = parse("causal_lm", Arguments, RecipeArguments, argv, description=__doc__)
     ...
-    optimizer = optimizer_kwargs(training)
-    trainer = Trainer(model=model, args=training, ..., **optimizer)
-    if optimizer:
-        attach(trainer)
+    trainer = Trainer(model=model, args=training, ..., **optimizer_kwargs(training))
     run(trainer, settings)
 
 Importing it registers the optimizers with transformers.

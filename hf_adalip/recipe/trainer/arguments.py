@@ -24,6 +24,8 @@ import torch
 from ...errors import UsageError
 from ...integrations.trainer import ModelOptimizer, register, trainer_kwargs
 from ...monitor import RATES
+from ...optim import LayerwiseOptimizer, Secant
+from ...registry import get_optimizer_info
 from ..checkpoints import check_contents, find_checkpoint
 from ..data import shortened
 from ..folder import check_folder, default_folder, make_folder
@@ -99,7 +101,8 @@ class RecipeArguments(TrainingArguments):  # type: ignore[misc]
     eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "no, steps, epoch or best."})
     save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints to keep, 2 at least."}
+        default=3,
+        metadata={"help": "Checkpoints to keep: 2 at least, or 3 where the best is one of them."},
     )
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -170,6 +173,11 @@ def parse(
             "--push_to_hub: a model card can say what torch's optimizers and ours are, and "
             f"{training.optim.value} is neither; choose another --optim, or do not publish"
         )
+    if training.metric_for_best_model and training.save_total_limit == 2:
+        raise UsageError(
+            "--save_total_limit must be at least 3 where the best checkpoint is kept too, got 2: a "
+            "save that is interrupted would leave none but the best"
+        )
     if training.fp16 and training.device.type == "cpu":
         raise UsageError("--fp16 needs a GPU; --bf16 does not")
     folder = Path(training.output_dir)
@@ -235,6 +243,13 @@ _AT_LEAST = AT_LEAST | {
 }
 
 
+_NOT_TAKEN = {
+    "auto_find_batch_size": "the results say which batch size was asked for",
+    "batch_eval_metrics": "a recipe has its metrics of the whole evaluation",
+    "enable_jit_checkpoint": "a recipe that is asked to stop saves a checkpoint by itself",
+}
+
+
 def _check(chosen: argparse.Namespace) -> None:
     """What TrainingArguments would take, and Trainer fail with later or not do."""
     check_bounds(chosen, _AT_LEAST, positive=("learning_rate", "num_train_epochs"))
@@ -245,6 +260,9 @@ def _check(chosen: argparse.Namespace) -> None:
     for name in ("do_train", "do_eval", "do_predict"):
         if getattr(chosen, name):
             raise UsageError(f"--{name}: leave it out; a recipe trains and evaluates, always")
+    for name, why in _NOT_TAKEN.items():
+        if getattr(chosen, name, False):
+            raise UsageError(f"--{name}: leave it out; {why}")
     if chosen.hub_token is not None:  # it would be written into the results
         raise UsageError("--hub_token: a token is not taken here; set HF_TOKEN instead")
     _check_publishing(chosen)
@@ -300,6 +318,13 @@ def registered(training: TrainingArguments) -> str | None:
     name: str = factory.__name__
     # transformers and others have an Adafactor or AdamW of their own, with other arguments
     return name.lower() if getattr(torch.optim, name, None) is factory else None
+
+
+def is_ours(training: TrainingArguments) -> bool:
+    """Whether --optim has an S per layer, or finds its learning rate: what `attach` is for."""
+    name = registered(training)
+    kind = get_optimizer_info(name).optimizer_class if name else object
+    return issubclass(kind, (LayerwiseOptimizer, Secant))
 
 
 def check_pretrained(option: str, name: str | None, training: RecipeArguments) -> None:

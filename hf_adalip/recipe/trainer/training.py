@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ...diagnose.checks import diverged
 from ...errors import DataError, DivergedError, SaveError
 from ...files import MANIFEST, saving
+from ...integrations.trainer import attach
 from ...monitor import RATES, RECORDS, LayerRateHistory, layerwise
 from ...publish.script import running_script
 from ..checkpoints import STAGED, replacing, write_manifest
@@ -31,7 +33,7 @@ from ..run import (
     load_rates,
     write_run,
 )
-from .arguments import RecipeArguments, registered
+from .arguments import RecipeArguments, is_ours, registered
 from .files import clear
 from .results import best_step, evaluated, facts_of, scores, table
 
@@ -54,6 +56,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         asked = any_asked_to_stop(self, self.trainer.accelerator, step)
         if asked and step < state.max_steps:
             self.stopped = control.should_training_stop = control.should_save = True
+            if args.save_strategy == SaveStrategy.BEST:  # which saves what is best, and no more
+                args.save_strategy = SaveStrategy.STEPS
         if state.epoch == int(state.epoch):  # a run resumed from here would not evaluate
             self.save_after_evaluation, control.should_save = control.should_save, False
         # a log has the mean loss since the last; a resumed run must begin where a log ended
@@ -79,9 +83,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Trains, from the checkpoint of `resume_from_checkpoint` if there is one, and writes results.
 
-    The output folder gets the model, `all_results.json`, the script that ran as `train.py` and, if
-    the optimizer has an S, the layers' learning rates; of `Secant` its measurements. Stopped by
-    Ctrl-C or SIGTERM it saves a checkpoint at the end of the step; a second Ctrl-C does not wait.
+    A Trainer with one of our optimizers is attached to, unless it was already. The output folder
+    gets the model, `all_results.json`, the script that ran as `train.py` and, if the optimizer has
+    an S, the layers' learning rates; of `Secant` its measurements. Stopped by Ctrl-C or SIGTERM it
+    saves a checkpoint at the end of the step; a second Ctrl-C does not wait.
 
     Args:
         trainer: not trained yet, its arguments from `parse`.
@@ -109,6 +114,8 @@ def run(trainer: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
             f"--dataloader_drop_last leaves nothing of {size} samples to train on: a batch has "
             f"{batch}; choose a smaller --per_device_train_batch_size"
         )
+    if is_ours(args) and getattr(trainer, "_hf_adalip", None) is None:
+        attach(trainer)
     watch = RunCallback(trainer, same)
     if checkpoint:
         saved = json.loads(Path(checkpoint, MANIFEST).read_text())["settings"]
@@ -175,6 +182,8 @@ def _finish(
         readme = folder.parent / "README.md"
         if args.should_save and readme.exists() and hasattr(trainer.model, "peft_config"):
             shutil.copy(readme, folder)  # peft writes into the one that is there
+        if callable(averaged := getattr(trainer.optimizer, "eval", None)):
+            averaged()  # of schedule-free ones: to the weights that are evaluated
         trainer.save_model(str(folder))
     if not watch.stopped and not evaluated(trainer, best):
         trainer.evaluate()
