@@ -121,6 +121,11 @@ class OptimizerInfo:
         """Whether it has an S per layer, and so a `layers` argument."""
         return self.signal is not None
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it has an S per layer, or finds its learning rate: what `attach` is for."""
+        return issubclass(self.optimizer_class, (LayerwiseOptimizer, Secant))
+
     def check_names(self, arguments: Mapping[str, Any]) -> None:
         """Raises TypeError for an argument that it does not take, or that is not the user's."""
         known = {

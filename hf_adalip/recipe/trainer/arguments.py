@@ -24,7 +24,6 @@ import torch
 from ...errors import UsageError
 from ...integrations.trainer import ModelOptimizer, register, trainer_kwargs
 from ...monitor import RATES
-from ...optim import LayerwiseOptimizer, Secant
 from ...registry import get_optimizer_info
 from ..checkpoints import check_contents, find_checkpoint
 from ..data import shortened
@@ -321,10 +320,9 @@ def registered(training: TrainingArguments) -> str | None:
 
 
 def is_ours(training: TrainingArguments) -> bool:
-    """Whether --optim has an S per layer, or finds its learning rate: what `attach` is for."""
+    """Whether --optim is what `attach` is for."""
     name = registered(training)
-    kind = get_optimizer_info(name).optimizer_class if name else object
-    return issubclass(kind, (LayerwiseOptimizer, Secant))
+    return name is not None and get_optimizer_info(name).is_ours
 
 
 def check_pretrained(option: str, name: str | None, training: RecipeArguments) -> None:
