@@ -363,6 +363,11 @@ def create_optimizer(
     return info.create(params, **arguments)
 
 
+def initial_lr(group: Mapping[str, Any]) -> Any:
+    """The learning rate of a parameter group before any schedule."""
+    return group.get("initial_lr", group["lr"])
+
+
 def describe_optimizer(optimizer: Optimizer) -> str:
     """An optimizer and its hyperparameters in a line, for model cards and results.
 
@@ -371,7 +376,7 @@ def describe_optimizer(optimizer: Optimizer) -> str:
     decay.
     """
     group = max(optimizer.param_groups, key=lambda group: group.get("weight_decay", 0.0))
-    shown: dict[str, Any] = {"lr": group.get("initial_lr", group["lr"])}
+    shown: dict[str, Any] = {"lr": initial_lr(group)}
     if isinstance(optimizer, Secant):
         shown = optimizer.hyperparameters
     shown |= {key: group[key] for key in group if key not in NOT_DESCRIBED}

@@ -372,10 +372,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         whole(path, lambda partial, text=text: partial.write_text(text))
         bad = found.get("status", 0) != 0 or not found.get("passed", True)
         failed += bad
-        print(
-            f"{name}: {f'FAILED, see {path}; without it, it is run again' if bad else 'done'}",
-            flush=True,
-        )
+        said = f"FAILED, see {path}; without it, it is run again" if bad else "done"
+        print(f"{name}: {said}", flush=True)
     if left:
         print(f"{left} stage(s) left: run the same command again")
     return 1 if failed else 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..monitor import layerwise, secant
 from ..optim import LayerRate, LayerwiseOptimizer, Secant
-from ..registry import NOT_DESCRIBED, list_optimizers
+from ..registry import NOT_DESCRIBED, initial_lr, list_optimizers
 from .watched import Clipping, Losses
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def unused_learning_rate(trainer: Trainer, optimizer: LayerwiseOptimizer) -> Fin
     """A learning rate in TrainingArguments, and another one in the optimizer's own arguments."""
     asked = float(trainer.args.learning_rate)
     default = type(trainer.args).__dataclass_fields__["learning_rate"].default
-    used = {float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups}
+    used = {float(initial_lr(group)) for group in optimizer.param_groups}
     used.add(float(optimizer.defaults["lr"]))
     if asked == default or any(math.isclose(asked, lr, rel_tol=1e-6) for lr in used):
         return None
@@ -220,8 +220,7 @@ def replaced_options(
 
     changed = []
     now, asked = (
-        [float(group.get("initial_lr", group["lr"])) for group in groups]
-        for groups in (optimizer.param_groups, made)
+        [float(initial_lr(group)) for group in groups] for groups in (optimizer.param_groups, made)
     )
     if other := [lr for lr in asked if not any(math.isclose(lr, x, rel_tol=1e-6) for x in now)]:
         changed.append(f"lr={now[0]:g} for {other[0]:g}")

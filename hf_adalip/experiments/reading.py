@@ -324,8 +324,9 @@ class _Reader:
         """The pairs and peers of --optim; those that the groups have are as they are there."""
         known: dict[Any, dict[str, Any]] = {}
         for key, name in (("pairs", "form"), ("peers", "optimizer")):
-            for entry in (entry for group in groups for entry in self.items(group, key)):
-                known.setdefault(entry.get(name), entry)
+            for group in groups:
+                for entry in self.items(group, key):
+                    known.setdefault(entry.get(name), entry)
         own = (*self.items(self.found, "pairs"), *self.items(self.found, "peers"))
         lists = [entry["schedules"] for entry in own if "schedules" in entry]
         usual = {"schedules": lists[0]} if lists else {}

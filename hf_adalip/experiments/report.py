@@ -128,14 +128,16 @@ def _comparisons(
     """With S against without: in sentences, then in numbers."""
     pairs = tables.pair_comparisons(study, schedule)
     peers = tables.peer_comparisons(study, arms)
-    blocks: list[Block] = [Paragraph("No form has a run to be compared with its base.")]
+    blocks: list[Block] = []
     if pairs:
         table = tables.comparison_table(study, "Forms, bases and controls", pairs)
-        blocks = [
+        blocks += [
             Paragraph(f"Differences of {study.metric.words}. {tables.CONTROL}"),
             Bullets(tables.pair_sentences(study, schedule)),
             CaptionedTable(table, where),
         ]
+    else:
+        blocks.append(Paragraph("No form has a run to be compared with its base."))
     if peers:
         title = "Forms and peers" if any(arm.role == "form" for arm in arms) else "Peers"
         table = tables.comparison_table(study, title, peers)

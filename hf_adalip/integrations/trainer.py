@@ -46,6 +46,7 @@ from ..registry import (
     create_optimizer,
     describe_optimizer,
     get_optimizer_info,
+    initial_lr,
     list_optimizers,
 )
 from .arguments import convert_arguments
@@ -435,7 +436,7 @@ def _true_hyperparameters(trainer: Trainer) -> Iterator[None]:
         optimizer = layerwise(trainer.optimizer) or finding
         if of is trainer and optimizer is not None:
             group = optimizer.param_groups[0]
-            found["learning_rate"] = float(group.get("initial_lr", group["lr"]))
+            found["learning_rate"] = float(initial_lr(group))
             if finding is not None:
                 found["learning_rate"] = f"{finding.rate:.3g} at the end, found by Secant"
             found["optimizer"] = describe_optimizer(optimizer)

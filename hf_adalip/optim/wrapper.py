@@ -247,9 +247,9 @@ class Lipschitz(LayerwiseOptimizer):
             if param in self.state:
                 based = state.get(key, {})
                 # what others keep here, as timm's Lookahead, is marked as what the base has too
-                known = {*SCALARS, self._history} - {"step"} - based.keys()
+                plain = self._own_keys - based.keys()
                 own = {
-                    _OURS * (n not in known) + n: x for n, x in unpacked(self.state[param]).items()
+                    _OURS * (n not in plain) + n: x for n, x in unpacked(self.state[param]).items()
                 }
                 state[key] = {**based, **own}
         entries: dict[Any, Any] = {}
@@ -302,10 +302,11 @@ class Lipschitz(LayerwiseOptimizer):
             for group, own_structure in zip(self.param_groups, structure, strict=True):
                 restore_structure(group, own_structure)
             self.state = defaultdict(dict, others)
+            own_keys = self._own_keys
             for key, param in zip(_ids(state_dict), self._parameters(), strict=True):
                 if mine := own.get(key):
-                    kept = {n: x for n, x in mine.items() if n not in (*SCALARS, self._history)}
-                    self.state[param].update(kept)
+                    of_others = {name: x for name, x in mine.items() if name not in own_keys}
+                    self.state[param].update(of_others)
                     restore_scalars(self, param, mine)
                     if self._history in mine:
                         history = mine[self._history].to(param.device, param.dtype)
@@ -328,10 +329,11 @@ class Lipschitz(LayerwiseOptimizer):
     def _split(self, saved: State) -> tuple[State, State]:
         """A parameter's saved state: our part, and the base's."""
         own, based = {}, {}
+        own_keys = self._own_keys
         for name, value in saved.items():
             if name.startswith(_OURS):
                 own[name.removeprefix(_OURS)] = value
-            elif name in {*SCALARS, self._history} - {"step"} and _OURS + name not in saved:
+            elif name in own_keys and _OURS + name not in saved:
                 own[name] = value
             else:
                 based[name] = value
@@ -343,6 +345,11 @@ class Lipschitz(LayerwiseOptimizer):
     @property
     def _history(self) -> str:
         return "prev_grad" if isinstance(self.signal, Gradients) else "prev_update"
+
+    @property
+    def _own_keys(self) -> set[str]:
+        """What is ours in the state of a parameter."""
+        return {*SCALARS, self._history} - {"step"}
 
     def _layer_options(self, group: dict[str, Any]) -> LayerOptions:
         return LayerOptions(self._estimator, self._previous)

@@ -294,7 +294,7 @@ class Secant(Optimizer):
             if key in previous:
                 check_shape(_PREVIOUS, previous[key], param.shape)
         with unchanged_if_refused(self.optimizer):
-            self.optimizer.load_state_dict({**state_dict, "state": state, "param_groups": groups})
+            self.optimizer.load_state_dict({**state_dict, "state": state})
         *rate, self._step, self._measured, self._schedule = (groups[0][key] for key in NUMBERS)
         self._now = Rate(*rate)
         self.probes = probes
@@ -405,8 +405,8 @@ class Secant(Optimizer):
         for group, lr, value in zip(self.param_groups, given, values, strict=True):
             own = group["reference_lr"]
             here = rate * (own / first)
-            # in place, for those who have compiled or captured it; groups may share one
             if isinstance(lr, Tensor):
+                # in place, for those who have compiled or captured it; groups may share one
                 lr.copy_(value / own * here) if scheduled else lr.fill_(here)
                 group["effective_lr"] = lr.clone()
             else:
@@ -421,8 +421,7 @@ class Secant(Optimizer):
 
     def _scheduled(self) -> float:
         """s of the coming step: the largest of the groups', by which most of it is taken."""
-        parts = [float(group["lr"]) / group["reference_lr"] for group in self.param_groups]
-        return float(max(parts))
+        return max(float(group["lr"]) / float(group["reference_lr"]) for group in self.param_groups)
 
     def _probe(self, closure: Callable[[], Any]) -> Any:
         """Measures the last step on this step's batch, and lets the rate follow.
@@ -548,9 +547,9 @@ class Secant(Optimizer):
     @contextmanager
     def _unseen(self) -> Iterator[None]:
         """Puts the model's buffers and the generators back in the end."""
-        models = [] if self.model is None else [self.model]
+        buffers = [] if self.model is None else list(self.model.buffers())
         # what is expanded has fewer numbers than elements, and nothing can write to it
-        buffers = [x for model in models for x in model.buffers() if not _is_expanded(x)]
+        buffers = [x for x in buffers if not _is_expanded(x)]
         copies = [x.clone() for x in buffers]
         devices = {p.device for p in self._parameters()} - {torch.device("cpu")}
         modules = [(torch.get_device_module(device), device) for device in devices]

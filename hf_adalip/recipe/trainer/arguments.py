@@ -243,6 +243,7 @@ _AT_LEAST = AT_LEAST | {
 
 
 _NOT_TAKEN = {
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "a recipe trains and evaluates, always"),
     "auto_find_batch_size": "the results say which batch size was asked for",
     "batch_eval_metrics": "a recipe has its metrics of the whole evaluation",
     "enable_jit_checkpoint": "a recipe that is asked to stop saves a checkpoint by itself",
@@ -256,9 +257,6 @@ def _check(chosen: argparse.Namespace) -> None:
         raise UsageError(
             f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {chosen.max_steps}"
         )
-    for name in ("do_train", "do_eval", "do_predict"):
-        if getattr(chosen, name):
-            raise UsageError(f"--{name}: leave it out; a recipe trains and evaluates, always")
     for name, why in _NOT_TAKEN.items():
         if getattr(chosen, name, False):
             raise UsageError(f"--{name}: leave it out; {why}")
